@@ -1,0 +1,131 @@
+using System.Runtime.InteropServices;
+
+namespace Xnbd.Linux;
+
+/// <summary>The C library's functions that the BCL does not offer. Only this project's other files call them.</summary>
+internal static unsafe partial class LibC
+{
+    private const string Name = "libc";
+
+    [LibraryImport(Name, EntryPoint = "open", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int Open(string path, int flags, uint mode);
+
+    [LibraryImport(Name, EntryPoint = "pread64", SetLastError = true)]
+    internal static partial nint PRead(SafeHandle file, byte* buffer, nuint length, long offset);
+
+    [LibraryImport(Name, EntryPoint = "pwrite64", SetLastError = true)]
+    internal static partial nint PWrite(SafeHandle file, byte* buffer, nuint length, long offset);
+
+    [LibraryImport(Name, EntryPoint = "preadv64v2", SetLastError = true)]
+    internal static partial nint PReadV2(SafeHandle file, IoVector* vectors, int count, long offset, int flags);
+
+    [LibraryImport(Name, EntryPoint = "pwritev64v2", SetLastError = true)]
+    internal static partial nint PWriteV2(SafeHandle file, IoVector* vectors, int count, long offset, int flags);
+
+    [LibraryImport(Name, EntryPoint = "fallocate64", SetLastError = true)]
+    internal static partial int FAllocate(SafeHandle file, int mode, long offset, long length);
+
+    [LibraryImport(Name, EntryPoint = "lseek64", SetLastError = true)]
+    internal static partial long LSeek(SafeHandle file, long offset, int whence);
+
+    [LibraryImport(Name, EntryPoint = "fdatasync", SetLastError = true)]
+    internal static partial int FDataSync(SafeHandle file);
+
+    [LibraryImport(Name, EntryPoint = "fsync", SetLastError = true)]
+    internal static partial int FSync(SafeHandle file);
+
+    [LibraryImport(Name, EntryPoint = "ftruncate64", SetLastError = true)]
+    internal static partial int FTruncate(SafeHandle file, long length);
+
+    [LibraryImport(Name, EntryPoint = "posix_fadvise64")] // answers with the error number itself
+    internal static partial int FAdvise(SafeHandle file, long offset, long length, int advice);
+
+    [LibraryImport(Name, EntryPoint = "flock", SetLastError = true)]
+    internal static partial int FLock(SafeHandle file, int operation);
+
+    [LibraryImport(Name, EntryPoint = "fstatfs64", SetLastError = true)]
+    internal static partial int FStatFs(SafeHandle file, byte* buffer);
+
+    [LibraryImport(Name, EntryPoint = "statx", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int StatX(SafeHandle directory, string path, int flags, uint mask, byte* buffer);
+
+    [LibraryImport(Name, EntryPoint = "statx", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int StatX(int directory, string path, int flags, uint mask, byte* buffer);
+
+    [LibraryImport(Name, EntryPoint = "ioctl", SetLastError = true)]
+    internal static partial int IoCtl(SafeHandle file, nuint request, nint argument);
+
+    [LibraryImport(Name, EntryPoint = "renameat2", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int RenameAt2(int oldDirectory, string oldPath, int newDirectory, string newPath, uint flags);
+
+    [LibraryImport(Name, EntryPoint = "unlink", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int Unlink(string path);
+
+    [LibraryImport(Name, EntryPoint = "recv", SetLastError = true)]
+    internal static partial nint Recv(SafeHandle socket, byte* buffer, nuint length, int flags);
+
+    [LibraryImport(Name, EntryPoint = "send", SetLastError = true)]
+    internal static partial nint Send(SafeHandle socket, byte* buffer, nuint length, int flags);
+
+    [LibraryImport(Name, EntryPoint = "sendfile64", SetLastError = true)]
+    internal static partial nint SendFile(SafeHandle socket, SafeHandle file, long* offset, nuint count);
+
+    [LibraryImport(Name, EntryPoint = "poll", SetLastError = true)]
+    internal static partial int Poll(PollEntry* entries, nuint count, int timeoutMilliseconds);
+
+    [LibraryImport(Name, EntryPoint = "eventfd", SetLastError = true)]
+    internal static partial int EventFd(uint initial, int flags);
+
+    [LibraryImport(Name, EntryPoint = "read", SetLastError = true)]
+    internal static partial nint Read(SafeHandle file, byte* buffer, nuint length);
+
+    [LibraryImport(Name, EntryPoint = "write", SetLastError = true)]
+    internal static partial nint Write(SafeHandle file, byte* buffer, nuint length);
+
+    [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
+    internal static partial int FCntl(SafeHandle file, int command, nint argument);
+
+    [LibraryImport(Name, EntryPoint = "setsid", SetLastError = true)]
+    internal static partial int SetSid();
+
+    [LibraryImport(Name, EntryPoint = "dup2", SetLastError = true)]
+    internal static partial int Dup2(int from, int to);
+
+    [LibraryImport(Name, EntryPoint = "close", SetLastError = true)]
+    internal static partial int Close(int descriptor);
+
+    [LibraryImport(Name, EntryPoint = "mmap64")]
+    internal static partial byte* MMap(byte* address, nuint length, int protection, int flags, int descriptor, long offset);
+
+    [LibraryImport(Name, EntryPoint = "munmap")]
+    internal static partial int MUnmap(byte* address, nuint length);
+
+    [LibraryImport(Name, EntryPoint = "openlog")]
+    internal static partial void OpenLog(nint identity, int option, int facility);
+
+    [LibraryImport(Name, EntryPoint = "syslog", StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial void SysLog(int priority, string format, string message);
+
+    /// <summary>What a call that answers with a count said: the count, or the negated error number.</summary>
+    internal static long Result(nint answer) => answer >= 0 ? answer : -Marshal.GetLastPInvokeError();
+
+    /// <summary>What a call that answers with 0 or -1 said.</summary>
+    internal static Errno Outcome(int answer) => answer >= 0 ? Errno.None : (Errno)Marshal.GetLastPInvokeError();
+
+    /// <summary><c>struct iovec</c>.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct IoVector
+    {
+        internal byte* Base;
+        internal nuint Length;
+    }
+
+    /// <summary><c>struct pollfd</c>.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct PollEntry
+    {
+        internal int Descriptor;
+        internal short Events;
+        internal short Returned;
+    }
+}

@@ -1,0 +1,274 @@
+using System.Runtime.InteropServices;
+using Microsoft.Win32.SafeHandles;
+
+namespace Xnbd.Linux;
+
+/// <summary>How a file is opened.</summary>
+[Flags]
+public enum OpenMode
+{
+    /// <summary>For reading only.</summary>
+    ReadOnly = 0,
+
+    /// <summary>For reading and writing.</summary>
+    ReadWrite = 2,
+
+    /// <summary>Create it; fail if it is there.</summary>
+    CreateNew = 0x40 | 0x80,
+}
+
+/// <summary>What kind of file stands behind a descriptor.</summary>
+public enum FileKind
+{
+    /// <summary>A regular file.</summary>
+    Regular,
+
+    /// <summary>A block device.</summary>
+    BlockDevice,
+
+    /// <summary>A directory.</summary>
+    Directory,
+
+    /// <summary>A socket.</summary>
+    Socket,
+
+    /// <summary>Anything else.</summary>
+    Other,
+}
+
+/// <summary>What <c>statx</c> tells of a file.</summary>
+/// <param name="Kind">What kind of file it is.</param>
+/// <param name="Length">A regular file's length in bytes.</param>
+/// <param name="AllocatedBytes">Space it takes on its file system, in bytes.</param>
+/// <param name="Inode">Its number within its file system.</param>
+/// <param name="Device">The file system's device, major and minor number.</param>
+public readonly record struct FileStatus(FileKind Kind, long Length, long AllocatedBytes, ulong Inode, ulong Device);
+
+/// <summary>How <see cref="LinuxFile.Allocate"/> changes a range.</summary>
+[Flags]
+public enum AllocateMode
+{
+    /// <summary><c>FALLOC_FL_KEEP_SIZE</c>: the file does not grow.</summary>
+    KeepSize = 1,
+
+    /// <summary><c>FALLOC_FL_PUNCH_HOLE</c>: the range reads as zeroes and takes no space.</summary>
+    PunchHole = 2,
+
+    /// <summary><c>FALLOC_FL_ZERO_RANGE</c>: the range reads as zeroes and stays allocated.</summary>
+    ZeroRange = 16,
+}
+
+/// <summary>
+/// Files by descriptor: positioned reads and writes and what else the BCL lacks. Counts and offsets are bytes.
+/// Methods that return a <c>long</c> answer with a count, or with a negated <see cref="Errno"/>. Interrupted calls
+/// are repeated.
+/// </summary>
+public static unsafe class LinuxFile
+{
+    private const int OpenCloseOnExec = 0x80000;
+    private const int RwfDSync = 2;
+    private const int RwfNoWait = 8;
+
+    private const int SeekData = 3;
+    private const int SeekHole = 4;
+
+    private const int AdviceWillNeed = 3;
+
+    private const int CurrentDirectory = -100; // AT_FDCWD
+    private const uint StatXBasic = 0x7ff;
+    private const int StatXLength = 256;
+
+    private const nuint IoctlBlockDeviceLength = 0x80081272; // BLKGETSIZE64
+    private const nuint IoctlClone = 0x40049409; // FICLONE
+
+    /// <summary>Opens a file; the descriptor is closed on exec.</summary>
+    /// <param name="path">The file.</param>
+    /// <param name="mode">How.</param>
+    /// <param name="file">The open file; null on failure.</param>
+    public static Errno Open(string path, OpenMode mode, out SafeFileHandle? file)
+    {
+        int descriptor;
+        do
+        {
+            descriptor = LibC.Open(path, (int)mode | OpenCloseOnExec, 0b110_100_100);
+        }
+        while (descriptor < 0 && Marshal.GetLastPInvokeError() == (int)Errno.EINTR);
+        Errno errno = LibC.Outcome(descriptor);
+        file = errno == Errno.None ? new SafeFileHandle(descriptor, ownsHandle: true) : null;
+        return errno;
+    }
+
+    /// <summary>Reads until the buffer is full or the file ends.</summary>
+    /// <returns>Bytes read; fewer than asked for only at the end of the file.</returns>
+    public static long Read(SafeFileHandle file, Span<byte> buffer, long offset)
+    {
+        int done = 0;
+        fixed (byte* start = buffer)
+        {
+            while (done < buffer.Length)
+            {
+                long count = LibC.Result(LibC.PRead(file, start + done, (nuint)(buffer.Length - done), offset + done));
+                if (count == -(long)Errno.EINTR)
+                    continue;
+                if (count <= 0)
+                    return count < 0 ? count : done;
+                done += (int)count;
+            }
+        }
+
+        return done;
+    }
+
+    /// <summary>Reads what is in memory, without waiting for a disk (<c>RWF_NOWAIT</c>).</summary>
+    /// <returns>Bytes read, perhaps fewer than asked for; -EAGAIN when the first is not in memory; -EOPNOTSUPP where the file system cannot tell.</returns>
+    public static long ReadNoWait(SafeFileHandle file, Span<byte> buffer, long offset)
+    {
+        fixed (byte* start = buffer)
+        {
+            var vector = new LibC.IoVector { Base = start, Length = (nuint)buffer.Length };
+            long count;
+            do
+            {
+                count = LibC.Result(LibC.PReadV2(file, &vector, 1, offset, RwfNoWait));
+            }
+            while (count == -(long)Errno.EINTR);
+            return count;
+        }
+    }
+
+    /// <summary>Writes the whole buffer.</summary>
+    /// <param name="file">The file.</param>
+    /// <param name="buffer">The data.</param>
+    /// <param name="offset">Where.</param>
+    /// <param name="sync">The data is on stable storage when the call returns (<c>RWF_DSYNC</c>).</param>
+    /// <returns>The buffer's length, or a negated error number; then a part may have been written.</returns>
+    public static long Write(SafeFileHandle file, ReadOnlySpan<byte> buffer, long offset, bool sync = false)
+    {
+        int done = 0;
+        fixed (byte* start = buffer)
+        {
+            while (done < buffer.Length)
+            {
+                long count;
+                if (sync)
+                {
+                    var vector = new LibC.IoVector { Base = start + done, Length = (nuint)(buffer.Length - done) };
+                    count = LibC.Result(LibC.PWriteV2(file, &vector, 1, offset + done, RwfDSync));
+                }
+                else
+                {
+                    count = LibC.Result(LibC.PWrite(file, start + done, (nuint)(buffer.Length - done), offset + done));
+                }
+
+                if (count == -(long)Errno.EINTR)
+                    continue;
+                if (count <= 0)
+                    return count < 0 ? count : -(long)Errno.EIO;
+                done += (int)count;
+            }
+        }
+
+        return done;
+    }
+
+    /// <summary>Changes how a range is allocated (<c>fallocate</c>).</summary>
+    public static Errno Allocate(SafeFileHandle file, AllocateMode mode, long offset, long length)
+    {
+        Errno errno;
+        do
+        {
+            errno = LibC.Outcome(LibC.FAllocate(file, (int)mode, offset, length));
+        }
+        while (errno == Errno.EINTR);
+        return errno;
+    }
+
+    /// <summary>The first byte at or after <paramref name="offset"/> that is data.</summary>
+    /// <returns>Its offset; -ENXIO when only a hole follows; another negated error where the file system cannot tell.</returns>
+    public static long NextData(SafeFileHandle file, long offset) => LibC.Result((nint)LibC.LSeek(file, offset, SeekData));
+
+    /// <summary>The first byte at or after <paramref name="offset"/> that is in a hole; the end of the file counts as one.</summary>
+    public static long NextHole(SafeFileHandle file, long offset) => LibC.Result((nint)LibC.LSeek(file, offset, SeekHole));
+
+    /// <summary>Makes all data written so far durable, and the metadata needed to read it.</summary>
+    public static Errno SyncData(SafeFileHandle file) => LibC.Outcome(LibC.FDataSync(file));
+
+    /// <summary>Makes data and all metadata durable; for a directory, its entries.</summary>
+    public static Errno Sync(SafeFileHandle file) => LibC.Outcome(LibC.FSync(file));
+
+    /// <summary>Sets a file's length.</summary>
+    public static Errno Truncate(SafeFileHandle file, long length) => LibC.Outcome(LibC.FTruncate(file, length));
+
+    /// <summary>Asks the kernel to bring a range into memory soon; a hint, which never fails visibly.</summary>
+    public static void AdviseWillNeed(SafeFileHandle file, long offset, long length)
+        => _ = LibC.FAdvise(file, offset, length, AdviceWillNeed);
+
+    /// <summary>Takes an exclusive lock on the open file, without waiting.</summary>
+    /// <returns><see cref="Errno.EAGAIN"/> when somebody else holds it.</returns>
+    public static Errno TryLock(SafeFileHandle file) => LibC.Outcome(LibC.FLock(file, 2 | 4));
+
+    /// <summary>Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).</summary>
+    public static Errno Clone(SafeFileHandle source, SafeFileHandle target)
+        => LibC.Outcome(LibC.IoCtl(target, IoctlClone, source.DangerousGetHandle()));
+
+    /// <summary>A block device's length in bytes.</summary>
+    public static Errno BlockDeviceLength(SafeFileHandle device, out long length)
+    {
+        long value = 0;
+        Errno errno = LibC.Outcome(LibC.IoCtl(device, IoctlBlockDeviceLength, (nint)(&value)));
+        length = value;
+        return errno;
+    }
+
+    /// <summary>What kind of file it is, how long, and which.</summary>
+    public static Errno Status(SafeHandle file, out FileStatus status)
+    {
+        const int emptyPath = 0x1000;
+        byte* buffer = stackalloc byte[StatXLength];
+        Errno errno = LibC.Outcome(LibC.StatX(file, "", emptyPath, StatXBasic, buffer));
+        status = errno == Errno.None ? ReadStatX(buffer) : default;
+        return errno;
+    }
+
+    /// <summary>The same of what a path names; of a symbolic link, what it leads to.</summary>
+    public static Errno Status(string path, out FileStatus status)
+    {
+        byte* buffer = stackalloc byte[StatXLength];
+        Errno errno = LibC.Outcome(LibC.StatX(CurrentDirectory, path, 0, StatXBasic, buffer));
+        status = errno == Errno.None ? ReadStatX(buffer) : default;
+        return errno;
+    }
+
+    /// <summary>Whether the file lives in memory (tmpfs, ramfs), where no read ever waits for a disk.</summary>
+    public static bool IsInMemory(SafeFileHandle file)
+    {
+        const long tmpfs = 0x01021994, ramfs = 0x858458f6;
+        byte* buffer = stackalloc byte[256]; // f_type is the first word of struct statfs
+        return LibC.FStatFs(file, buffer) == 0 && (*(long*)buffer & 0xffffffff) is tmpfs or ramfs;
+    }
+
+    /// <summary>Renames a file; fails with <see cref="Errno.EEXIST"/> when the new name is taken.</summary>
+    public static Errno RenameNoReplace(string oldPath, string newPath)
+    {
+        const uint noReplace = 1;
+        return LibC.Outcome(LibC.RenameAt2(CurrentDirectory, oldPath, CurrentDirectory, newPath, noReplace));
+    }
+
+    /// <summary>Removes a file's name.</summary>
+    public static Errno Unlink(string path) => LibC.Outcome(LibC.Unlink(path));
+
+    /// <summary>Reads <c>struct statx</c>, which has the same layout on every architecture.</summary>
+    private static FileStatus ReadStatX(byte* buffer)
+    {
+        FileKind kind = (*(ushort*)(buffer + 28) & 0xf000) switch
+        {
+            0x8000 => FileKind.Regular,
+            0x6000 => FileKind.BlockDevice,
+            0x4000 => FileKind.Directory,
+            0xc000 => FileKind.Socket,
+            _ => FileKind.Other,
+        };
+        ulong device = ((ulong)*(uint*)(buffer + 136) << 32) | *(uint*)(buffer + 140);
+        return new FileStatus(kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device);
+    }
+}

@@ -1,0 +1,156 @@
+using System.Runtime.InteropServices;
+using Microsoft.Win32.SafeHandles;
+
+namespace Xnbd.Linux;
+
+/// <summary>What <see cref="LinuxSocket.Wait"/> found.</summary>
+[Flags]
+public enum Readiness
+{
+    /// <summary>Nothing: the time ran out.</summary>
+    None = 0,
+
+    /// <summary>Data or an end of stream can be received.</summary>
+    Readable = 1,
+
+    /// <summary>Something can be sent.</summary>
+    Writable = 2,
+
+    /// <summary>The wake-up event was signalled.</summary>
+    Woken = 4,
+
+    /// <summary>The connection is broken or closed on both sides.</summary>
+    Broken = 8,
+}
+
+/// <summary>
+/// Stream sockets by descriptor, with the flags that the BCL's <c>Socket</c> does not offer. Methods that return a
+/// <c>long</c> answer with a count of bytes, or with a negated <see cref="Errno"/>. Interrupted calls are repeated.
+/// </summary>
+public static unsafe class LinuxSocket
+{
+    private const int DontWait = 0x40;
+    private const int WaitAll = 0x100;
+    private const int NoSignal = 0x4000;
+    private const int More = 0x8000;
+
+    private const short PollIn = 1, PollOut = 4, PollError = 8, PollHangUp = 16;
+
+    /// <summary>Receives what is there, without waiting.</summary>
+    /// <returns>Bytes received; 0 when the peer has closed its side; -EAGAIN when nothing is there.</returns>
+    public static long ReceiveNow(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, DontWait);
+
+    /// <summary>Receives, waiting until the buffer is full, the peer closes, or the socket's receive timeout passes.</summary>
+    /// <returns>Bytes received, fewer than asked for if the stream ended or the time ran out; 0 when it had ended; -EAGAIN when the time ran out with nothing.</returns>
+    public static long ReceiveFull(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, WaitAll);
+
+    /// <summary>Sends, waiting while the peer's window is full, at most for the socket's send timeout.</summary>
+    /// <param name="socket">The socket.</param>
+    /// <param name="buffer">The data.</param>
+    /// <param name="more">More will follow at once: the kernel may hold back a partial packet.</param>
+    /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when the time ran out with nothing.</returns>
+    public static long Send(SafeHandle socket, ReadOnlySpan<byte> buffer, bool more)
+        => Send(socket, buffer, more ? NoSignal | More : NoSignal);
+
+    /// <summary>Sends what the socket takes at once.</summary>
+    /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when it takes none.</returns>
+    public static long SendNow(SafeHandle socket, ReadOnlySpan<byte> buffer) => Send(socket, buffer, NoSignal | DontWait);
+
+    /// <summary>Sends a part of a file without copying it through this process.</summary>
+    /// <returns>Bytes sent, perhaps fewer than asked for; 0 at the end of the file; -EAGAIN when the send timeout ran out with nothing.</returns>
+    public static long SendFile(SafeHandle socket, SafeFileHandle file, long offset, long length)
+    {
+        long count;
+        do
+        {
+            count = LibC.Result(LibC.SendFile(socket, file, &offset, (nuint)length));
+        }
+        while (count == -(long)Errno.EINTR);
+        return count;
+    }
+
+    /// <summary>Waits until the socket or the wake-up event is ready.</summary>
+    /// <param name="socket">The socket.</param>
+    /// <param name="forReading">Wait for data.</param>
+    /// <param name="forWriting">Wait for room to send.</param>
+    /// <param name="wakeUp">An event to wait for as well; may be null.</param>
+    /// <param name="timeoutMilliseconds">How long; negative: without end.</param>
+    public static Readiness Wait(
+        SafeHandle socket, bool forReading, bool forWriting, LinuxEvent? wakeUp, int timeoutMilliseconds)
+    {
+        var entries = stackalloc LibC.PollEntry[2];
+        bool added = false, addedWake = false;
+        try
+        {
+            socket.DangerousAddRef(ref added);
+            entries[0].Descriptor = (int)socket.DangerousGetHandle();
+            entries[0].Events = (short)((forReading ? PollIn : 0) | (forWriting ? PollOut : 0));
+            nuint count = 1;
+            if (wakeUp is not null)
+            {
+                wakeUp.Handle.DangerousAddRef(ref addedWake);
+                entries[1].Descriptor = (int)wakeUp.Handle.DangerousGetHandle();
+                entries[1].Events = PollIn;
+                count = 2;
+            }
+
+            int answer = LibC.Poll(entries, count, timeoutMilliseconds);
+            if (answer <= 0)
+                return Readiness.None; // also when interrupted: callers loop
+
+            Readiness ready = Readiness.None;
+            if ((entries[0].Returned & PollIn) != 0)
+                ready |= Readiness.Readable;
+            if ((entries[0].Returned & PollOut) != 0)
+                ready |= Readiness.Writable;
+            if ((entries[0].Returned & (PollError | PollHangUp)) != 0)
+                ready |= Readiness.Broken;
+            if (count == 2 && entries[1].Returned != 0)
+                ready |= Readiness.Woken;
+            return ready;
+        }
+        finally
+        {
+            if (added)
+                socket.DangerousRelease();
+            if (addedWake)
+                wakeUp!.Handle.DangerousRelease();
+        }
+    }
+
+    /// <summary>Turns a descriptor to blocking mode.</summary>
+    public static Errno SetBlocking(SafeHandle descriptor)
+    {
+        const int getFlags = 3, setFlags = 4, nonBlocking = 0x800;
+        int flags = LibC.FCntl(descriptor, getFlags, 0);
+        return flags < 0 ? LibC.Outcome(flags) : LibC.Outcome(LibC.FCntl(descriptor, setFlags, flags & ~nonBlocking));
+    }
+
+    private static long Receive(SafeHandle socket, Span<byte> buffer, int flags)
+    {
+        fixed (byte* start = buffer)
+        {
+            long count;
+            do
+            {
+                count = LibC.Result(LibC.Recv(socket, start, (nuint)buffer.Length, flags));
+            }
+            while (count == -(long)Errno.EINTR);
+            return count;
+        }
+    }
+
+    private static long Send(SafeHandle socket, ReadOnlySpan<byte> buffer, int flags)
+    {
+        fixed (byte* start = buffer)
+        {
+            long count;
+            do
+            {
+                count = LibC.Result(LibC.Send(socket, start, (nuint)buffer.Length, flags));
+            }
+            while (count == -(long)Errno.EINTR);
+            return count;
+        }
+    }
+}

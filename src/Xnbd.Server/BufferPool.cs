@@ -1,0 +1,59 @@
+using System.Numerics;
+using Xnbd.Linux;
+
+namespace Xnbd.Server;
+
+/// <summary>
+/// Buffers for requests and replies, in sizes that are powers of two. Up to <see cref="ServerLimits.MaxSpareBuffers"/>
+/// are kept for reuse, so that a steady load touches no fresh pages; what is beyond goes back to the system at once.
+/// </summary>
+internal sealed class BufferPool
+{
+    private const int SmallestLog = 12;
+    private const int LargestLog = 26;
+
+    private readonly Stack<NativeBuffer>[] _spare;
+    private long _spareBytes;
+
+    public BufferPool()
+    {
+        _spare = new Stack<NativeBuffer>[LargestLog - SmallestLog + 1];
+        for (int i = 0; i < _spare.Length; i++)
+            _spare[i] = new Stack<NativeBuffer>();
+    }
+
+    /// <summary>A buffer of at least <paramref name="length"/> bytes, with any contents.</summary>
+    public NativeBuffer Rent(int length)
+    {
+        int index = IndexOf(length);
+        lock (_spare)
+        {
+            if (_spare[index].TryPop(out NativeBuffer? buffer))
+            {
+                _spareBytes -= buffer.Length;
+                return buffer;
+            }
+        }
+
+        return new NativeBuffer(1 << (index + SmallestLog));
+    }
+
+    /// <summary>Takes a buffer back; its owner must not touch it any more.</summary>
+    public void Return(NativeBuffer buffer)
+    {
+        lock (_spare)
+        {
+            if (_spareBytes + buffer.Length <= ServerLimits.MaxSpareBuffers)
+            {
+                _spareBytes += buffer.Length;
+                _spare[IndexOf(buffer.Length)].Push(buffer);
+                return;
+            }
+        }
+
+        buffer.Free();
+    }
+
+    private static int IndexOf(int length)
+        => Math.Max(0, BitOperations.Log2(BitOperations.RoundUpToPowerOf2((uint)length)) - SmallestLog);
+}

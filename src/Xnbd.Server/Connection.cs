@@ -1,0 +1,152 @@
+using System.Net;
+using System.Net.Sockets;
+using Xnbd.Linux;
+
+namespace Xnbd.Server;
+
+/// <summary>
+/// A client's socket, in blocking mode. Its owner is the connection's thread; any thread may end it. The first reason
+/// for which it ends is kept, all later ones are noise.
+/// </summary>
+internal sealed class Connection : IDisposable
+{
+    /// <summary>A blocked send or receive comes back this often, to see whether it may go on waiting.</summary>
+    private const int PatienceMilliseconds = 1000;
+
+    private readonly Socket _socket;
+    private string? _endReason;
+
+    public Connection(Socket socket)
+    {
+        _socket = socket;
+        Handle = socket.SafeHandle;
+        Peer = Describe(socket);
+        if (socket.ProtocolType == ProtocolType.Tcp)
+            socket.NoDelay = true;
+        socket.SendTimeout = PatienceMilliseconds;
+        socket.ReceiveTimeout = PatienceMilliseconds;
+    }
+
+    /// <summary>For calls on the socket.</summary>
+    public SafeSocketHandle Handle { get; }
+
+    /// <summary>Who the client is, for log lines.</summary>
+    public string Peer { get; }
+
+    /// <summary>Why the connection ended; null while it has not.</summary>
+    public string? EndReason => Volatile.Read(ref _endReason);
+
+    /// <summary>Notes why the connection ends; only the first reason counts.</summary>
+    /// <returns>False, so that a failing step can end with it.</returns>
+    public bool End(string reason)
+    {
+        Interlocked.CompareExchange(ref _endReason, reason, null);
+        return false;
+    }
+
+    /// <summary>Breaks the connection off, from any thread: whoever waits for it is woken.</summary>
+    public void Abort(string reason)
+    {
+        End(reason);
+        Shutdown(SocketShutdown.Both);
+    }
+
+    /// <summary>Receives no more: whoever waits for data is woken.</summary>
+    public void StopReceiving() => Shutdown(SocketShutdown.Receive);
+
+    /// <summary>Receives exactly what fills the buffer, before a deadline.</summary>
+    /// <returns>False when the stream or the time ended first.</returns>
+    public bool ReceiveExactly(Span<byte> buffer, DateTime deadline)
+    {
+        while (buffer.Length > 0)
+        {
+            long count = LinuxSocket.ReceiveNow(Handle, buffer);
+            if (count == -(long)Errno.EAGAIN)
+            {
+                double left = (deadline - DateTime.UtcNow).TotalMilliseconds;
+                if (left <= 0)
+                    return End("handshake took too long");
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, (int)Math.Ceiling(left));
+                continue;
+            }
+
+            if (count <= 0)
+                return End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
+            buffer = buffer[(int)count..];
+        }
+
+        return true;
+    }
+
+    /// <summary>Sends all of a small message, before a deadline.</summary>
+    public bool SendExactly(ReadOnlySpan<byte> data, DateTime deadline)
+    {
+        while (data.Length > 0)
+        {
+            long count = LinuxSocket.Send(Handle, data, more: false);
+            if (count == -(long)Errno.EAGAIN)
+            {
+                if (DateTime.UtcNow >= deadline)
+                    return End("handshake took too long");
+                continue;
+            }
+
+            if (count < 0)
+                return End(((Errno)(-count)).Describe());
+            data = data[(int)count..];
+        }
+
+        return true;
+    }
+
+    /// <summary>
+    /// Sends the end of the stream, and gives the client a moment to close: closing a socket with unread data would
+    /// discard the replies that are still on their way.
+    /// </summary>
+    public void Linger(TimeSpan atMost)
+    {
+        Shutdown(SocketShutdown.Send);
+        Span<byte> scratch = stackalloc byte[4096];
+        DateTime deadline = DateTime.UtcNow + atMost;
+        while (DateTime.UtcNow < deadline)
+        {
+            long count = LinuxSocket.ReceiveNow(Handle, scratch);
+            if (count == -(long)Errno.EAGAIN)
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, 50);
+            else if (count <= 0)
+                return;
+        }
+    }
+
+    public void Dispose() => _socket.Dispose();
+
+    private static string Describe(Socket socket)
+    {
+        try
+        {
+            return socket.RemoteEndPoint switch
+            {
+                IPEndPoint { Address.IsIPv4MappedToIPv6: true } peer => $"{peer.Address.MapToIPv4()}:{peer.Port}",
+                IPEndPoint peer => peer.ToString(),
+                UnixDomainSocketEndPoint => "local socket",
+                _ => "client",
+            };
+        }
+        catch (SocketException)
+        {
+            return "client"; // it has left already
+        }
+    }
+
+    private void Shutdown(SocketShutdown how)
+    {
+        try
+        {
+            _socket.Shutdown(how);
+        }
+        catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
+        {
+            // It is gone already, which is what was wanted.
+        }
+    }
+}

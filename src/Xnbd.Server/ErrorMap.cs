@@ -1,0 +1,27 @@
+using Xnbd.Protocol;
+using Xnbd.Storage;
+
+namespace Xnbd.Server;
+
+/// <summary>The one place where a disk's failure becomes an error of the protocol (section "Error values").</summary>
+internal static class ErrorMap
+{
+    public static NbdError ToNbd(DiskError error) => error switch
+    {
+        DiskError.NoSpace => NbdError.NoSpace,
+        DiskError.Permission => NbdError.Permission,
+        DiskError.NoMemory => NbdError.NoMemory,
+        DiskError.NotSupported => NbdError.NotSupported, // arises from fast zeroes only
+        _ => NbdError.Io,
+    };
+
+    /// <summary>What a client is told in words. The cause, which may name files of this host, stands in the log.</summary>
+    public static string Describe(NbdError error) => error switch
+    {
+        NbdError.NoSpace => "the server's disk is full",
+        NbdError.Permission => "the server may not do this to its disk",
+        NbdError.NoMemory => "the server is short of memory",
+        NbdError.NotSupported => "there is no fast way to do this",
+        _ => "the server's disk failed; its log says how",
+    };
+}

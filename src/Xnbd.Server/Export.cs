@@ -1,0 +1,44 @@
+using Xnbd.Protocol;
+using Xnbd.Storage;
+
+namespace Xnbd.Server;
+
+/// <summary>A disk that clients can ask for by name.</summary>
+/// <param name="Name">As clients ask for it; may be empty.</param>
+/// <param name="Description">A text for people, shown by <c>nbdinfo</c>.</param>
+/// <param name="Disk">What is served.</param>
+public sealed record Export(string Name, string Description, Disk Disk)
+{
+    /// <summary>Writing is refused.</summary>
+    public bool IsReadOnly => (Disk.Features & DiskFeatures.ReadOnly) != 0;
+
+    /// <summary>
+    /// The transmission flags of a connection. All connections share one disk, which keeps nothing back from another:
+    /// hence CAN_MULTI_CONN.
+    /// </summary>
+    /// <param name="structuredReplies">They have been negotiated: DF is offered only then.</param>
+    public NbdTransmissionFlags TransmissionFlags(bool structuredReplies)
+    {
+        NbdTransmissionFlags flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.SendFlush
+            | NbdTransmissionFlags.SendFua | NbdTransmissionFlags.CanMultiConn | NbdTransmissionFlags.SendCache;
+        flags |= IsReadOnly
+            ? NbdTransmissionFlags.ReadOnly
+            : NbdTransmissionFlags.SendTrim | NbdTransmissionFlags.SendWriteZeroes | NbdTransmissionFlags.SendFastZero;
+        return structuredReplies ? flags | NbdTransmissionFlags.SendDf : flags;
+    }
+}
+
+/// <summary>The exports of a server.</summary>
+/// <param name="exports">In the order in which clients see them; the first is the default one.</param>
+public sealed class ExportTable(params IReadOnlyList<Export> exports)
+{
+    /// <summary>All of them.</summary>
+    public IReadOnlyList<Export> All { get; } = exports;
+
+    /// <summary>The one that the empty name always means.</summary>
+    public Export Default => All[0];
+
+    /// <summary>The export of a name; null when there is none.</summary>
+    public Export? Find(string name)
+        => name.Length == 0 ? Default : All.FirstOrDefault(export => export.Name == name);
+}

@@ -1,0 +1,252 @@
+using System.Buffers.Binary;
+using Xnbd.Protocol;
+
+namespace Xnbd.Server;
+
+/// <summary>How a client is greeted.</summary>
+public enum HandshakeStyle
+{
+    /// <summary>Fixed newstyle: options are negotiated.</summary>
+    FixedNewstyle,
+
+    /// <summary>Oldstyle: one greeting, no options; for clients from before 2013.</summary>
+    Oldstyle,
+
+    /// <summary>None: the connection was negotiated by somebody else.</summary>
+    None,
+}
+
+/// <summary>What a handshake agreed on.</summary>
+/// <param name="Export">What the client chose.</param>
+/// <param name="StructuredReplies">Reads are answered with structured replies.</param>
+/// <param name="BaseAllocation">The context <c>base:allocation</c> was selected, with id <see cref="Handshake.BaseAllocationId"/>.</param>
+internal sealed record Agreement(Export Export, bool StructuredReplies, bool BaseAllocation);
+
+/// <summary>
+/// The server's side of the handshake (section "Handshake"): greet, then answer options one by one until the client
+/// enters the transmission phase or leaves. Options are read in full before they are judged, and nothing beyond the
+/// one at hand is read, so a later change of the stream (TLS) finds no leftovers.
+/// </summary>
+internal sealed class Handshake
+{
+    public const uint BaseAllocationId = 1;
+
+    private const string BaseAllocationName = "base:allocation";
+
+    private readonly Connection _connection;
+    private readonly ExportTable _exports;
+    private readonly DateTime _deadline = DateTime.UtcNow + ServerLimits.HandshakeTime;
+
+    // What has been negotiated so far; STARTTLS would forget it all.
+    private bool _noZeroes;
+    private bool _structuredReplies;
+    private string? _metaContextExport; // the export for which base:allocation is selected; null when it is not
+    private Agreement? _agreement;
+
+    private Handshake(Connection connection, ExportTable exports)
+    {
+        _connection = connection;
+        _exports = exports;
+    }
+
+    /// <summary>Runs the handshake.</summary>
+    /// <returns>What was agreed on; null when the connection is to be closed (its end reason says why).</returns>
+    public static Agreement? Run(Connection connection, ExportTable exports, HandshakeStyle style)
+    {
+        var handshake = new Handshake(connection, exports);
+        switch (style)
+        {
+            case HandshakeStyle.None:
+                return handshake.Agree(exports.Default);
+            case HandshakeStyle.Oldstyle:
+                Export export = exports.Default;
+                byte[] greeting = new byte[NbdSize.OldstyleGreeting];
+                NbdHandshake.WriteOldstyleGreeting(greeting, export.Disk.Length, export.TransmissionFlags(structuredReplies: false));
+                return connection.SendExactly(greeting, handshake._deadline) ? handshake.Agree(export) : null;
+            default:
+                return handshake.Greet() && handshake.Haggle() ? handshake._agreement : null;
+        }
+    }
+
+    private Agreement Agree(Export export, string? name = null)
+        => _agreement = new Agreement(export, _structuredReplies, name is not null && name == _metaContextExport);
+
+    private bool Greet()
+    {
+        Span<byte> greeting = stackalloc byte[NbdSize.NewstyleGreeting];
+        NbdHandshake.WriteNewstyleGreeting(greeting, NbdHandshakeFlags.FixedNewstyle | NbdHandshakeFlags.NoZeroes);
+        Span<byte> answer = stackalloc byte[NbdSize.ClientFlags];
+        if (!_connection.SendExactly(greeting, _deadline) || !_connection.ReceiveExactly(answer, _deadline))
+            return false;
+
+        var flags = (NbdClientFlags)BinaryPrimitives.ReadUInt32BigEndian(answer);
+        if ((flags & ~NbdClientFlags.Known) != 0)
+            return _connection.End($"unknown client flags 0x{(uint)flags:x}");
+        _noZeroes = (flags & NbdClientFlags.NoZeroes) != 0;
+        return true;
+    }
+
+    /// <returns>True when a client has entered the transmission phase.</returns>
+    private bool Haggle()
+    {
+        Span<byte> headerBytes = stackalloc byte[NbdSize.OptionHeader];
+        for (int count = 0; count < ServerLimits.MaxOptions; count++)
+        {
+            if (!_connection.ReceiveExactly(headerBytes, _deadline))
+                return false;
+            if (!NbdOptionHeader.TryRead(headerBytes, out NbdOptionHeader header))
+                return _connection.End("no option where one was due");
+            if (header.Length > ServerLimits.MaxOptionData)
+            {
+                if (!DrainOversize(header))
+                    return false;
+                continue;
+            }
+
+            byte[] data = header.Length == 0 ? [] : new byte[header.Length];
+            if (!_connection.ReceiveExactly(data, _deadline) || !Answer(header.Option, data))
+                return false;
+            if (_agreement is not null)
+                return true;
+        }
+
+        return _connection.End("too many options");
+    }
+
+    private bool DrainOversize(NbdOptionHeader header)
+    {
+        if (header.Option == NbdOption.ExportName || header.Length > ServerLimits.MaxDrainedOptionData)
+            return _connection.End($"option with {header.Length} bytes of data");
+        if (header.Option == NbdOption.SetMetaContext)
+            _metaContextExport = null; // a failed selection replaces the former one too
+        Span<byte> scratch = stackalloc byte[4096];
+        for (uint left = header.Length; left > 0;)
+        {
+            Span<byte> part = scratch[..(int)Math.Min(left, (uint)scratch.Length)];
+            if (!_connection.ReceiveExactly(part, _deadline))
+                return false;
+            left -= (uint)part.Length;
+        }
+
+        return Reply(header.Option, NbdOptionReplyType.ErrTooBig, "too much option data");
+    }
+
+    /// <returns>False when the connection is to be closed.</returns>
+    private bool Answer(NbdOption option, byte[] data)
+    {
+        switch (option)
+        {
+            case NbdOption.ExportName:
+                return AnswerExportName(data);
+            case NbdOption.Abort:
+                return Reply(option, NbdOptionReplyType.Ack) && _connection.End("handshake aborted by client");
+            case NbdOption.Info or NbdOption.Go:
+                return AnswerInfo(option, data);
+            case NbdOption.SetMetaContext or NbdOption.ListMetaContext:
+                return AnswerMetaContext(option, data);
+            case NbdOption.List or NbdOption.StructuredReply or NbdOption.StartTls or NbdOption.ExtendedHeaders
+                when data.Length > 0:
+                return Reply(option, NbdOptionReplyType.ErrInvalid, "this option takes no data");
+            case NbdOption.List:
+                foreach (Export export in _exports.All)
+                {
+                    if (!Reply(option, NbdOptionReplyType.Server, NbdHandshake.ServerEntry(export.Name, export.Description)))
+                        return false;
+                }
+
+                return Reply(option, NbdOptionReplyType.Ack);
+            case NbdOption.StructuredReply:
+                _structuredReplies = true;
+                return Reply(option, NbdOptionReplyType.Ack);
+            default:
+                return Reply(option, NbdOptionReplyType.ErrUnsupported, "this server does not know this option");
+        }
+    }
+
+    private bool AnswerExportName(byte[] data)
+    {
+        if (!NbdString.TryRead(data, out string? name))
+            return _connection.End("export name that is no valid string");
+        if (_exports.Find(name) is not { } export)
+            return _connection.End($"unknown export '{Printable(name)}'");
+        Agree(export, name);
+        Span<byte> answer = stackalloc byte[10 + NbdSize.ReservedZeroes];
+        int length = NbdHandshake.WriteExportNameAnswer(
+            answer, export.Disk.Length, export.TransmissionFlags(_structuredReplies), _noZeroes);
+        return _connection.SendExactly(answer[..length], _deadline);
+    }
+
+    private bool AnswerInfo(NbdOption option, byte[] data)
+    {
+        if (!NbdInfoRequest.TryRead(data, out NbdInfoRequest? request))
+            return Reply(option, NbdOptionReplyType.ErrInvalid, "malformed request for information");
+        if (_exports.Find(request.ExportName) is not { } export)
+            return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
+
+        bool sent = Reply(
+            option,
+            NbdOptionReplyType.Info,
+            NbdHandshake.InfoExport(export.Disk.Length, export.TransmissionFlags(_structuredReplies)));
+        if (request.WantsName)
+            sent = sent && Reply(option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Name, export.Name));
+        if (request.WantsDescription)
+            sent = sent && Reply(option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Description, export.Description));
+        if (request.WantsBlockSize)
+        {
+            sent = sent && Reply(
+                option,
+                NbdOptionReplyType.Info,
+                NbdHandshake.InfoBlockSize(1, ServerLimits.PreferredBlockSize, ServerLimits.MaxPayload));
+        }
+
+        if (!sent || !Reply(option, NbdOptionReplyType.Ack))
+            return false;
+        if (option == NbdOption.Go)
+            Agree(export, request.ExportName);
+        return true;
+    }
+
+    private bool AnswerMetaContext(NbdOption option, byte[] data)
+    {
+        bool isSelection = option == NbdOption.SetMetaContext;
+        if (isSelection)
+            _metaContextExport = null; // it replaces the former one, also when it fails
+        if (!_structuredReplies)
+            return Reply(option, NbdOptionReplyType.ErrInvalid, "structured replies must be negotiated first");
+        if (!NbdMetaContextRequest.TryRead(data, out NbdMetaContextRequest? request))
+            return Reply(option, NbdOptionReplyType.ErrInvalid, "malformed metadata query");
+        if (_exports.Find(request.ExportName) is null)
+            return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
+
+        bool isFound = request.Queries.Contains(BaseAllocationName)
+            || (!isSelection && (request.Queries.Count == 0 || request.Queries.Contains("base:")));
+        if (isFound)
+        {
+            uint id = isSelection ? BaseAllocationId : 0;
+            if (!Reply(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, BaseAllocationName)))
+                return false;
+            if (isSelection)
+                _metaContextExport = request.ExportName;
+        }
+
+        return Reply(option, NbdOptionReplyType.Ack);
+    }
+
+    private bool Reply(NbdOption option, NbdOptionReplyType type, string message)
+        => Reply(option, type, NbdString.GetBytes(message));
+
+    private bool Reply(NbdOption option, NbdOptionReplyType type, ReadOnlySpan<byte> data = default)
+    {
+        byte[] reply = new byte[NbdSize.OptionReplyHeader + data.Length];
+        NbdHandshake.WriteOptionReply(reply, option, type, data);
+        return _connection.SendExactly(reply, _deadline);
+    }
+
+    /// <summary>A client's text as it may stand in a log line or a message.</summary>
+    private static string Printable(string text)
+    {
+        const int longest = 64;
+        string cut = text.Length > longest ? text[..longest] + "..." : text;
+        return string.Concat(cut.Select(c => char.IsControl(c) || char.IsSurrogate(c) ? '?' : c));
+    }
+}

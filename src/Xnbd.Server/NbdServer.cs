@@ -1,0 +1,265 @@
+using System.Net;
+using System.Net.Sockets;
+using Microsoft.Extensions.Logging;
+using Xnbd.Linux;
+
+namespace Xnbd.Server;
+
+/// <summary>
+/// An NBD server: listens, gives each connection a thread of its own, knows who is connected, and ends in good order.
+/// <para>
+/// A connection is in its handshake, then in a session, then gone; <c>_connections</c> guards both lists. It ends on
+/// its own thread, which alone disposes of it.
+/// </para>
+/// </summary>
+/// <param name="exports">What is served.</param>
+/// <param name="style">How clients are greeted.</param>
+/// <param name="logger">For what happens.</param>
+public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger) : IDisposable
+{
+    private readonly SessionServices _services = new(
+        new BufferPool(), new ByteBudget(ServerLimits.MaxBytesInFlight), new FailureLog(logger));
+
+    private readonly List<Socket> _listeners = [];
+    private readonly List<string> _socketPaths = [];
+    private readonly object _connections = new();
+    private readonly LinkedList<Connection> _handshakes = [];
+    private readonly Dictionary<Connection, Session> _sessions = [];
+    private volatile bool _isStopping;
+
+    /// <summary>Opens a listening socket; connections queue up until <see cref="Start"/>.</summary>
+    /// <param name="address">Where; the IPv6 wildcard address stands for all addresses of both kinds.</param>
+    /// <returns>Where it really listens.</returns>
+    /// <exception cref="SocketException">The address is in use, or not of this host.</exception>
+    public IPEndPoint Listen(IPEndPoint address)
+    {
+        bool isWildcard = address.Address.Equals(IPAddress.IPv6Any);
+        if (isWildcard && !Socket.OSSupportsIPv6)
+            address = new IPEndPoint(IPAddress.Any, address.Port);
+        var listener = new Socket(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
+        try
+        {
+            if (listener.AddressFamily == AddressFamily.InterNetworkV6)
+                listener.DualMode = isWildcard;
+            listener.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.ReuseAddress, true);
+            listener.Bind(address);
+            listener.Listen();
+        }
+        catch
+        {
+            listener.Dispose();
+            throw;
+        }
+
+        _listeners.Add(listener);
+        var actual = (IPEndPoint)listener.LocalEndPoint!;
+        logger.Listening(isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString());
+        return actual;
+    }
+
+    /// <summary>Opens a listening Unix socket. One that nobody listens on any more is replaced.</summary>
+    /// <exception cref="SocketException">The path is in use, too long, or cannot be created.</exception>
+    public void Listen(string path)
+    {
+        var address = new UnixDomainSocketEndPoint(path);
+        var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            RemoveStale(path, address);
+            listener.Bind(address);
+            listener.Listen();
+        }
+        catch
+        {
+            listener.Dispose();
+            throw;
+        }
+
+        _listeners.Add(listener);
+        _socketPaths.Add(path);
+        logger.Listening(path);
+    }
+
+    /// <summary>Starts to accept connections, on a thread for each listening socket.</summary>
+    public void Start()
+    {
+        foreach (Socket listener in _listeners)
+            new Thread(() => Accept(listener), ServerLimits.SessionStack) { IsBackground = true, Name = "listener" }.Start();
+    }
+
+    /// <summary>Serves one connection on the calling thread until it ends.</summary>
+    /// <param name="socket">The connection; it is closed at the end.</param>
+    public void Serve(Socket socket)
+    {
+        Connection connection;
+        try
+        {
+            connection = new Connection(socket);
+        }
+        catch (SocketException)
+        {
+            socket.Dispose(); // it was gone before it began
+            return;
+        }
+
+        try
+        {
+            if (Negotiate(connection) is { } agreement)
+                RunSession(connection, agreement);
+            else
+                logger.HandshakeEnded(connection.Peer, connection.EndReason ?? "server is stopping");
+        }
+        catch (Exception failure)
+        {
+            logger.SessionCrashed(connection.Peer, failure.ToString());
+        }
+        finally
+        {
+            connection.Dispose();
+        }
+    }
+
+    /// <summary>
+    /// Accepts no more, lets every session finish what it has received, and returns when all have ended; those that
+    /// take longer than <see cref="ServerLimits.StopTime"/> are broken off.
+    /// </summary>
+    public void Stop()
+    {
+        _isStopping = true;
+        foreach (Socket listener in _listeners)
+            listener.Dispose();
+        foreach (string path in _socketPaths)
+            File.Delete(path);
+
+        lock (_connections)
+        {
+            foreach (Connection connection in _handshakes)
+                connection.Abort("server is stopping");
+            foreach (Session session in _sessions.Values)
+                session.Stop();
+            if (WaitForSessions(ServerLimits.StopTime))
+                return;
+            logger.SessionsBrokenOff(_sessions.Count);
+            foreach (Connection connection in _sessions.Keys)
+                connection.Abort("server is stopping");
+            WaitForSessions(TimeSpan.FromSeconds(1));
+        }
+    }
+
+    /// <summary>Stops the server.</summary>
+    public void Dispose() => Stop();
+
+    private static void RemoveStale(string path, UnixDomainSocketEndPoint address)
+    {
+        if (LinuxFile.Status(path, out FileStatus status) != Errno.None || status.Kind != FileKind.Socket)
+            return; // absent, or not ours to remove: binding will say so
+        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            probe.Connect(address);
+        }
+        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
+        {
+            File.Delete(path);
+        }
+    }
+
+    private void Accept(Socket listener)
+    {
+        while (!_isStopping)
+        {
+            try
+            {
+                Socket socket = listener.Accept();
+                try
+                {
+                    new Thread(() => Serve(socket), ServerLimits.SessionStack) { IsBackground = true, Name = "session" }.Start();
+                }
+                catch (OutOfMemoryException failure)
+                {
+                    socket.Dispose();
+                    logger.AcceptFailed(failure.Message);
+                }
+            }
+            catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
+            {
+                if (_isStopping)
+                    return;
+                logger.AcceptFailed(failure.Message);
+                Thread.Sleep(100); // out of descriptors, most likely: until somebody leaves
+            }
+        }
+    }
+
+    private Agreement? Negotiate(Connection connection)
+    {
+        LinkedListNode<Connection> place;
+        lock (_connections)
+        {
+            if (_isStopping)
+                return null;
+            if (_handshakes.Count >= ServerLimits.MaxHandshakes)
+            {
+                _handshakes.First!.Value.Abort("too many connections in their handshake");
+                _handshakes.RemoveFirst();
+            }
+
+            place = _handshakes.AddLast(connection);
+        }
+
+        try
+        {
+            return Handshake.Run(connection, exports, style);
+        }
+        finally
+        {
+            lock (_connections)
+            {
+                if (place.List is not null)
+                    _handshakes.Remove(place);
+            }
+        }
+    }
+
+    private void RunSession(Connection connection, Agreement agreement)
+    {
+        var session = new Session(connection, agreement, _services);
+        lock (_connections)
+        {
+            if (_isStopping)
+                return;
+            _sessions.Add(connection, session);
+        }
+
+        try
+        {
+            logger.SessionStarted(connection.Peer, agreement.Export.Name);
+            session.Run();
+            logger.SessionEnded(connection.Peer, connection.EndReason ?? "ended", session.RequestCount);
+            if (_isStopping)
+                connection.Linger(TimeSpan.FromSeconds(1));
+        }
+        finally
+        {
+            lock (_connections)
+            {
+                _sessions.Remove(connection);
+                Monitor.PulseAll(_connections);
+            }
+        }
+    }
+
+    /// <returns>False when some are left after that time. The lock on <c>_connections</c> is held, and given up while waiting.</returns>
+    private bool WaitForSessions(TimeSpan atMost)
+    {
+        DateTime deadline = DateTime.UtcNow + atMost;
+        while (_sessions.Count > 0)
+        {
+            TimeSpan left = deadline - DateTime.UtcNow;
+            if (left <= TimeSpan.Zero || !Monitor.Wait(_connections, left))
+                return _sessions.Count == 0;
+        }
+
+        return true;
+    }
+}

@@ -1,0 +1,71 @@
+namespace Xnbd.Server;
+
+/// <summary>Every bound of the server, with its reason. Sizes are bytes.</summary>
+public static class ServerLimits
+{
+    /// <summary>The largest payload of a request: what the specification asks every server to take (section "Size constraints").</summary>
+    public const int MaxPayload = 32 * 1024 * 1024;
+
+    /// <summary>The preferred block size told to clients: the page cache's and most file systems' unit.</summary>
+    public const int PreferredBlockSize = 4096;
+
+    /// <summary>A handshake takes a few round trips; who has not finished after this long is not a client.</summary>
+    public static readonly TimeSpan HandshakeTime = TimeSpan.FromSeconds(10);
+
+    /// <summary>Connections that may be in their handshake at once; a further one pushes out the oldest.</summary>
+    public const int MaxHandshakes = 100;
+
+    /// <summary>Options a client may send; real ones send fewer than ten.</summary>
+    public const int MaxOptions = 256;
+
+    /// <summary>The most option data that is looked at: an export's name, and a dozen queries of the greatest length.</summary>
+    public const int MaxOptionData = 64 * 1024;
+
+    /// <summary>The most option data that is drained to answer with an error; beyond it the connection is dropped.</summary>
+    public const int MaxDrainedOptionData = 1024 * 1024;
+
+    /// <summary>Requests of one connection that may wait for the disk at once: enough to keep a fast disk busy.</summary>
+    public const int MaxInFlight = 128;
+
+    /// <summary>
+    /// Bytes that the requests of all connections may hold while they wait for payload, disk or socket: four requests
+    /// of the greatest size. A connection that needs more waits, and its client with it.
+    /// </summary>
+    public const long MaxBytesInFlight = 4L * MaxPayload;
+
+    /// <summary>
+    /// A client that holds bytes in flight and moves none of them for this long is disconnected, if others are waiting
+    /// for these bytes. A client that is merely suspended harms nobody, and stays.
+    /// </summary>
+    public static readonly TimeSpan StallTime = TimeSpan.FromSeconds(10);
+
+    /// <summary>Requests are received into a buffer of this size: a batch of 32 small writes and their payload.</summary>
+    public const int InputBuffer = 256 * 1024;
+
+    /// <summary>Replies are gathered in a buffer of this size: a batch of 32 small reads and their data.</summary>
+    public const int OutputBuffer = 256 * 1024;
+
+    /// <summary>Up to this length a write is received in the input buffer; a longer one gets a buffer of its own.</summary>
+    public const int MaxBatchedWrite = 64 * 1024;
+
+    /// <summary>Up to this length a read is copied into the output buffer; a longer one is sent from the file.</summary>
+    public const int MaxBatchedRead = 32 * 1024;
+
+    /// <summary>The pieces, data or hole, of one read: bounds the work for a badly fragmented range.</summary>
+    public const int MaxReadChunks = 64;
+
+    /// <summary>Extents in the answer to one block-status request: bounds its work; the client asks on from where it ends.</summary>
+    public const int MaxExtents = 1024;
+
+    /// <summary>Memory kept for reuse in buffers that nobody uses.</summary>
+    public const long MaxSpareBuffers = 16 * 1024 * 1024;
+
+    /// <summary>How long a thread polls its socket before it blocks, while that has been paying off.</summary>
+    public static readonly TimeSpan PollTime = TimeSpan.FromMicroseconds(50);
+
+    /// <summary>How long the end of the server waits for requests in flight; the sync of the image comes after.</summary>
+    public static readonly TimeSpan StopTime = TimeSpan.FromSeconds(5);
+
+    /// <summary>The stack of a connection's thread: its deepest call needs a tenth of it.</summary>
+    public const int SessionStack = 256 * 1024;
+}

@@ -1,0 +1,261 @@
+using System.Diagnostics;
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Server;
+
+/// <content>
+/// Replies: those of the session's thread are gathered in one buffer; those of slow requests queue up in
+/// <c>_finished</c>, and are sent by whichever thread holds the sending side, without waiting. When the socket is full
+/// the session's thread is woken, and waits for it as well.
+/// </content>
+internal sealed partial class Session
+{
+    private readonly object _sending = new();
+    private readonly Queue<SlowRequest> _finished = new();
+    private int _inFlight;
+    private bool _awaitsFinished;
+    private volatile bool _isSendBlocked;
+    private volatile bool _isBroken; // nothing can be sent any more
+    private LinuxEvent? _wakeUp; // exists once there has been a slow request
+
+    private NativeBuffer? _output;
+    private int _outputLength;
+
+    // Not readonly: a struct that changes.
+    private AdaptivePoll _poll;
+
+    /// <summary>Room for <paramref name="length"/> bytes of reply; what is gathered is sent first if need be.</summary>
+    private bool TryReserve(int length, out Span<byte> room)
+    {
+        _output ??= _services.Buffers.Rent(ServerLimits.OutputBuffer);
+        if (_outputLength + length > _output.Length && !FlushReplies())
+        {
+            room = default;
+            return false;
+        }
+
+        room = _output.Slice(_outputLength, length);
+        return true;
+    }
+
+    /// <summary>Sends all gathered replies, waiting for the client as long as it takes.</summary>
+    /// <returns>False when the connection is broken.</returns>
+    private bool FlushReplies(bool more = false)
+    {
+        if (_outputLength == 0)
+            return true;
+        bool sent;
+        lock (_sending)
+            sent = SendFinishedWaiting() && SendOutput(more);
+        SendFinished(); // what others left while this thread was sending
+        return sent;
+    }
+
+    /// <summary>Sends gathered replies, then a part of a file, with nothing in between.</summary>
+    private bool FlushRepliesAndFile(SafeFileHandle file, long offset, int length)
+    {
+        bool sent;
+        lock (_sending)
+            sent = SendFinishedWaiting() && SendOutput(more: true) && SendFile(file, offset, length);
+        SendFinished();
+        return sent;
+    }
+
+    /// <summary>Takes a finished request's reply, on any thread, and sends it if nobody else is sending.</summary>
+    private void Enqueue(SlowRequest slow)
+    {
+        lock (_finished)
+        {
+            _finished.Enqueue(slow);
+            if (_awaitsFinished)
+                Monitor.Pulse(_finished);
+        }
+
+        SendFinished();
+    }
+
+    /// <summary>Sends finished replies as far as the socket takes them at once. Whoever is sending already goes on with them.</summary>
+    private void SendFinished()
+    {
+        while (!_isSendBlocked && HasFinished())
+        {
+            if (!Monitor.TryEnter(_sending))
+                return;
+            bool isBlocked = false;
+            try
+            {
+                while (!isBlocked && TryPeekFinished(out SlowRequest? slow))
+                {
+                    isBlocked = !Progress(slow, _isBroken ? 0 : LinuxSocket.SendNow(_connection.Handle, slow.UnsentBytes));
+                }
+
+                if (isBlocked)
+                    _isSendBlocked = true;
+            }
+            finally
+            {
+                Monitor.Exit(_sending);
+            }
+
+            if (isBlocked)
+                _wakeUp!.Signal();
+        }
+    }
+
+    /// <summary>Sends all finished replies, waiting for the client; of a broken connection they are dropped. The sending side is held.</summary>
+    /// <returns>False when the connection is broken.</returns>
+    private bool SendFinishedWaiting()
+    {
+        long stalledSince = Stopwatch.GetTimestamp();
+        while (TryPeekFinished(out SlowRequest? slow))
+        {
+            if (Progress(slow, _isBroken ? 0 : LinuxSocket.Send(_connection.Handle, slow.UnsentBytes, more: false)))
+                stalledSince = Stopwatch.GetTimestamp();
+            else if (IsStalled(stalledSince))
+                _isBroken = true;
+        }
+
+        _isSendBlocked = false;
+        return !_isBroken;
+    }
+
+    /// <summary>Notes what a send of a finished reply achieved; of a broken connection the reply is dropped.</summary>
+    /// <returns>False when the socket is full.</returns>
+    private bool Progress(SlowRequest slow, long count)
+    {
+        if (count == -(long)Errno.EAGAIN)
+            return false;
+        if (count < 0)
+            Broken((Errno)(-count));
+
+        slow.Sent(_isBroken ? slow.Unsent.Length : (int)count);
+        if (slow.Unsent.Length == 0)
+        {
+            lock (_finished)
+                _finished.Dequeue();
+            Release(slow);
+        }
+
+        return true;
+    }
+
+    /// <summary>Notes that nothing more can be sent.</summary>
+    private bool Broken(Errno errno)
+    {
+        _isBroken = true;
+        return _connection.End($"sending: {errno.Describe()}");
+    }
+
+    private bool SendOutput(bool more)
+    {
+        ReadOnlySpan<byte> data = _output!.Slice(0, _outputLength);
+        _outputLength = 0;
+        long stalledSince = Stopwatch.GetTimestamp();
+        while (data.Length > 0)
+        {
+            long count = LinuxSocket.Send(_connection.Handle, data, more);
+            if (count == -(long)Errno.EAGAIN)
+            {
+                if (InFlight > 0 && IsStalled(stalledSince))
+                    return false;
+                continue;
+            }
+
+            if (count < 0)
+                return Broken((Errno)(-count));
+            data = data[(int)count..];
+            stalledSince = Stopwatch.GetTimestamp();
+        }
+
+        return true;
+    }
+
+    private bool SendFile(SafeFileHandle file, long offset, int length)
+    {
+        long stalledSince = Stopwatch.GetTimestamp();
+        while (length > 0)
+        {
+            long count = LinuxSocket.SendFile(_connection.Handle, file, offset, length);
+            if (count == -(long)Errno.EAGAIN)
+            {
+                if (InFlight > 0 && IsStalled(stalledSince))
+                    return false;
+                continue;
+            }
+
+            if (count <= 0)
+            {
+                // The reply's header is out, so it cannot become an error: only a disconnect says that its data failed.
+                Broken(count == 0 ? Errno.EIO : (Errno)(-count));
+                _connection.Abort("sending from the image failed");
+                return false;
+            }
+
+            offset += count;
+            length -= (int)count;
+            stalledSince = Stopwatch.GetTimestamp();
+        }
+
+        return true;
+    }
+
+    private bool HasFinished()
+    {
+        lock (_finished)
+            return _finished.Count > 0;
+    }
+
+    private bool TryPeekFinished(out SlowRequest slow)
+    {
+        lock (_finished)
+            return _finished.TryPeek(out slow!);
+    }
+
+    /// <summary>Slow requests whose replies have not been sent.</summary>
+    private int InFlight
+    {
+        get
+        {
+            lock (_finished)
+                return _inFlight;
+        }
+    }
+
+    /// <summary>Gives back what a slow request held.</summary>
+    private void Release(SlowRequest slow)
+    {
+        if (slow.Buffer is { } buffer)
+            _services.Buffers.Return(buffer);
+        if (slow.ClaimedBytes > 0)
+            _services.Budget.Release(slow.ClaimedBytes);
+        slow.Return();
+        lock (_finished)
+        {
+            _inFlight--;
+            if (_awaitsFinished)
+                Monitor.Pulse(_finished);
+        }
+    }
+
+    /// <summary>Sends what is finished until at most <paramref name="mostInFlight"/> slow requests are left.</summary>
+    /// <returns>False when the connection is broken; then, too, no more are left than that.</returns>
+    private bool WaitUntilFinished(int mostInFlight)
+    {
+        while (true)
+        {
+            lock (_finished)
+            {
+                _awaitsFinished = true;
+                while (_inFlight > mostInFlight && _finished.Count == 0)
+                    Monitor.Wait(_finished);
+                _awaitsFinished = false;
+                if (_inFlight <= mostInFlight)
+                    return !_isBroken;
+            }
+
+            lock (_sending)
+                SendFinishedWaiting();
+        }
+    }
+}

@@ -1,0 +1,213 @@
+using System.Diagnostics;
+using Xnbd.Linux;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+
+namespace Xnbd.Server;
+
+/// <summary>
+/// The transmission phase of one connection. One thread, the session's own, receives; it answers at once what needs no
+/// waiting, gathers the replies, and sends them with one call when its input is used up. What would wait for a disk
+/// becomes a <see cref="SlowRequest"/>, completes on another thread, and is sent from there or, when the socket is
+/// full, from here.
+/// <para>
+/// Owners: input, output and the poll's credit belong to the session's thread. The socket's sending side belongs to
+/// whoever holds <c>_sending</c>; <c>_finished</c>, <c>_inFlight</c> are guarded by themselves. Locks in their order of
+/// acquisition: <c>_sending</c>, then <c>_finished</c>.
+/// </para>
+/// <para>
+/// A session that waits for bytes of the budget holds none; nothing but its own thread waits for its client. Hence no
+/// client can hold up another.
+/// </para>
+/// The type's other files: <c>Session.Requests.cs</c> (what each request does), <c>Session.Sending.cs</c> (replies).
+/// </summary>
+internal sealed partial class Session
+{
+    private readonly Connection _connection;
+    private readonly Agreement _agreement;
+    private readonly Disk _disk;
+    private readonly SessionServices _services;
+    private readonly bool _structured;
+
+    // Requests received and not yet handled: _input[_head.._tail].
+    private NativeBuffer? _input;
+    private int _head;
+    private int _tail;
+    private bool _expectsLargeWrite;
+
+    private volatile bool _isStopping;
+
+    public Session(Connection connection, Agreement agreement, SessionServices services)
+    {
+        _connection = connection;
+        _agreement = agreement;
+        _disk = agreement.Export.Disk;
+        _services = services;
+        _structured = agreement.StructuredReplies;
+    }
+
+    /// <summary>Requests answered so far.</summary>
+    public long RequestCount { get; private set; }
+
+    /// <summary>Serves the client until it leaves, breaks the protocol, or the session is stopped.</summary>
+    public void Run()
+    {
+        try
+        {
+            while (ServeBufferedRequests() && FlushReplies() && ReceiveMore())
+            {
+            }
+        }
+        catch (OutOfMemoryException)
+        {
+            _connection.End("out of memory");
+        }
+        finally
+        {
+            if (WaitUntilFinished(mostInFlight: 0))
+                FlushReplies();
+            ReleaseBuffers();
+            _wakeUp?.Dispose();
+        }
+    }
+
+    /// <summary>Ends the session after the requests that have been received, from any thread.</summary>
+    public void Stop()
+    {
+        _isStopping = true;
+        _connection.StopReceiving();
+    }
+
+    /// <returns>False when the session is over.</returns>
+    private bool ServeBufferedRequests()
+    {
+        while (_tail - _head >= NbdSize.Request)
+        {
+            if (!NbdRequest.TryRead(_input!.Slice(_head, NbdSize.Request), out NbdRequest request))
+                return _connection.End("no request where one was due");
+
+            bool isBatchedWrite = request.Command == NbdCommand.Write && request.Length <= ServerLimits.MaxBatchedWrite;
+            if (isBatchedWrite && _tail - _head < NbdSize.Request + (int)request.Length)
+                return true; // the rest of its payload is on its way
+
+            _head += NbdSize.Request;
+            RequestCount++;
+            if (!Serve(request))
+                return false;
+        }
+
+        return true;
+    }
+
+    /// <summary>Waits for more input: polls for a short time while that pays off, then gives its buffers back and blocks.</summary>
+    /// <returns>False when no more will come.</returns>
+    private bool ReceiveMore()
+    {
+        long blockedSince = 0;
+        while (!_isStopping)
+        {
+            if (_input is null)
+                _input = _services.Buffers.Rent(ServerLimits.InputBuffer);
+            CompactInput();
+
+            // After a large write the next one is likely: its header alone first, so that its payload lands in place.
+            int room = _expectsLargeWrite && _tail < NbdSize.Request ? NbdSize.Request - _tail : _input.Length - _tail;
+            long count = LinuxSocket.ReceiveNow(_connection.Handle, _input.Slice(_tail, room));
+            if (count == -(long)Errno.EAGAIN && blockedSince == 0)
+                count = _poll.Poll(_connection.Handle, _input.Slice(_tail, room));
+            if (blockedSince != 0)
+                _poll.NoteBlockedTime(Stopwatch.GetElapsedTime(blockedSince));
+            if (count > 0)
+            {
+                _tail += (int)count;
+                return true;
+            }
+
+            if (count != -(long)Errno.EAGAIN)
+                return _connection.End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
+
+            _expectsLargeWrite = false;
+            ReleaseIdleBuffers();
+            blockedSince = Stopwatch.GetTimestamp();
+            if (!WaitForInput())
+                return false;
+        }
+
+        return _connection.End("server is stopping");
+    }
+
+    /// <summary>Blocks until the client sends; meanwhile sends what other threads could not.</summary>
+    private bool WaitForInput()
+    {
+        long stalledSince = Stopwatch.GetTimestamp();
+        while (true)
+        {
+            bool isBlocked = _isSendBlocked;
+            Readiness ready = LinuxSocket.Wait(
+                _connection.Handle, forReading: true, forWriting: isBlocked, _wakeUp, isBlocked ? 1000 : -1);
+            if ((ready & Readiness.Woken) != 0)
+                _wakeUp!.Reset();
+            if ((ready & Readiness.Writable) != 0)
+            {
+                _isSendBlocked = false;
+                SendFinished();
+                stalledSince = Stopwatch.GetTimestamp();
+            }
+            else if (isBlocked && IsStalled(stalledSince))
+            {
+                return false;
+            }
+
+            if ((ready & (Readiness.Readable | Readiness.Broken)) != 0 || _isStopping)
+                return true; // the next receive tells what it is
+        }
+    }
+
+    private void CompactInput()
+    {
+        int length = _tail - _head;
+        if (length > 0 && _head > 0)
+            _input!.Slice(_head, length).CopyTo(_input.Slice(0, length));
+        _head = 0;
+        _tail = length;
+    }
+
+    private void ReleaseIdleBuffers()
+    {
+        if (_input is not null && _head == _tail)
+        {
+            _services.Buffers.Return(_input);
+            _input = null;
+            _head = _tail = 0;
+        }
+
+        if (_output is not null)
+        {
+            Debug.Assert(_outputLength == 0, "replies are sent before a session waits");
+            _services.Buffers.Return(_output);
+            _output = null;
+        }
+    }
+
+    private void ReleaseBuffers()
+    {
+        _head = _tail = 0;
+        _outputLength = 0;
+        ReleaseIdleBuffers();
+    }
+
+    /// <summary>Whether a client that moves no bytes keeps others from theirs; then the connection is ended.</summary>
+    private bool IsStalled(long since)
+    {
+        if (!_services.Budget.IsContended || Stopwatch.GetElapsedTime(since) < ServerLimits.StallTime)
+            return false;
+        _connection.Abort("client moves no data while others wait");
+        return true;
+    }
+}
+
+/// <summary>What all sessions of a server share.</summary>
+/// <param name="Buffers">For requests and replies.</param>
+/// <param name="Budget">Bytes in flight.</param>
+/// <param name="Failures">For requests that failed.</param>
+internal sealed record SessionServices(BufferPool Buffers, ByteBudget Budget, FailureLog Failures);

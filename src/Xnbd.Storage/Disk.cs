@@ -1,0 +1,127 @@
+using Microsoft.Win32.SafeHandles;
+
+namespace Xnbd.Storage;
+
+/// <summary>
+/// A disk: a fixed number of bytes that can be read and written at any offset. A mode of the server is a
+/// composition of disks, so this contract is all that a session knows of its storage:
+/// <list type="bullet">
+/// <item>Offsets and lengths are bytes; a range lies inside the disk (the session has checked it).</item>
+/// <item>All operations may be called concurrently. Operations that overlap in time have no order; one that has
+/// completed is visible to every one that starts later, whichever session it belongs to.</item>
+/// <item><see cref="FlushAsync"/> makes durable every write, zeroing and trim that had <em>completed</em> when it was
+/// called. A durable operation completes only when it is durable itself.</item>
+/// <item>An operation that fails throws <see cref="DiskException"/>; then a part of it may have happened.</item>
+/// <item>A disk that is read-only is never asked to write, zero or trim.</item>
+/// </list>
+/// Reads and writes have a fast form, <c>Try...</c>, which completes on the calling thread without waiting for a
+/// disk or a network, or says no; and an async form, which does whatever it takes. Every member is abstract: a layer
+/// says what it does with each, so that nothing is passed over silently.
+/// </summary>
+public abstract class Disk : IDisposable
+{
+    /// <summary>The disk's length in bytes; it never changes.</summary>
+    public abstract long Length { get; }
+
+    /// <summary>What the disk can do; it never changes.</summary>
+    public abstract DiskFeatures Features { get; }
+
+    /// <summary>Reads, if that needs no waiting.</summary>
+    /// <returns>False when it would wait; then the buffer's contents are undefined.</returns>
+    /// <exception cref="DiskException">The read failed.</exception>
+    public abstract bool TryRead(long offset, Span<byte> buffer);
+
+    /// <summary>Writes, if that needs no waiting. What was written is visible at once, and durable after the next flush.</summary>
+    /// <returns>False when it would wait; then nothing was written.</returns>
+    /// <exception cref="DiskException">The write failed; a part of it may have happened.</exception>
+    public abstract bool TryWrite(long offset, ReadOnlySpan<byte> data);
+
+    /// <summary>
+    /// Where the bytes from <paramref name="offset"/> on stand, if one file holds them and reading them needs no
+    /// waiting; lets a session send them without a copy.
+    /// </summary>
+    /// <param name="offset">The first byte.</param>
+    /// <param name="length">How many are wanted, at least 1.</param>
+    /// <param name="findHoles">Tell holes from data; without it all is data.</param>
+    /// <returns>A range that begins at <paramref name="offset"/> and is at most <paramref name="length"/> long; <see cref="FileRange.None"/> when the bytes are to be read instead.</returns>
+    public abstract FileRange TryLocate(long offset, int length, bool findHoles);
+
+    /// <summary>Reads.</summary>
+    public abstract ValueTask ReadAsync(long offset, Memory<byte> buffer);
+
+    /// <summary>Writes; <paramref name="data"/> belongs to the disk until the task completes.</summary>
+    public abstract ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable);
+
+    /// <summary>Makes a range read as zeroes. Of length 0 it does nothing.</summary>
+    /// <exception cref="DiskException">Of kind <see cref="DiskError.NotSupported"/> only with <see cref="ZeroMode.FastOnly"/>; then the range is unchanged.</exception>
+    public abstract ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable);
+
+    /// <summary>Tells the disk that a range's contents are no longer needed; what is read there afterwards is undefined.</summary>
+    public abstract ValueTask TrimAsync(long offset, long length, bool durable);
+
+    /// <summary>Makes durable all that had completed when it was called.</summary>
+    public abstract ValueTask FlushAsync();
+
+    /// <summary>Hints that a range will be read soon; may complete before the data is there.</summary>
+    public abstract ValueTask PrefetchAsync(long offset, long length);
+
+    /// <summary>Tells data from holes.</summary>
+    /// <param name="offset">The first byte.</param>
+    /// <param name="length">At least 1; the answer may cover less, but at least one extent.</param>
+    /// <param name="extents">Receives the extents, in order from <paramref name="offset"/> on, at most its capacity.</param>
+    public abstract ValueTask GetExtentsAsync(long offset, long length, ExtentList extents);
+
+    /// <summary>Releases files and memory. No operation is under way or will start.</summary>
+    public void Dispose()
+    {
+        Dispose(disposing: true);
+        GC.SuppressFinalize(this);
+    }
+
+    /// <summary>Releases what the disk holds.</summary>
+    protected abstract void Dispose(bool disposing);
+}
+
+/// <summary>What a disk can do.</summary>
+[Flags]
+public enum DiskFeatures
+{
+    /// <summary>Read and write.</summary>
+    None = 0,
+
+    /// <summary>It cannot be written.</summary>
+    ReadOnly = 1,
+
+    /// <summary>Trimming gives space back.</summary>
+    Trim = 2,
+}
+
+/// <summary>How a range is made zero.</summary>
+[Flags]
+public enum ZeroMode
+{
+    /// <summary>The range stays, or becomes, allocated; however long it takes.</summary>
+    None = 0,
+
+    /// <summary>The range may become a hole.</summary>
+    MayPunch = 1,
+
+    /// <summary>Fail with <see cref="DiskError.NotSupported"/> rather than write zeroes one by one.</summary>
+    FastOnly = 2,
+}
+
+/// <summary>Where consecutive bytes of a disk stand in a file, or that they are a hole.</summary>
+/// <param name="File">The file; null for a hole, and for <see cref="None"/>. It stays open as long as the disk does.</param>
+/// <param name="FileOffset">The first byte's offset in it.</param>
+/// <param name="Length">Bytes, at least 1; 0 for <see cref="None"/>.</param>
+public readonly record struct FileRange(SafeFileHandle? File, long FileOffset, int Length)
+{
+    /// <summary>No answer: the bytes are to be read.</summary>
+    public static FileRange None => default;
+
+    /// <summary>The bytes are zeroes that take no space.</summary>
+    public bool IsHole => File is null && Length > 0;
+
+    /// <summary>A hole.</summary>
+    public static FileRange Hole(int length) => new(null, 0, length);
+}

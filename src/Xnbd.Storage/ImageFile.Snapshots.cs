@@ -1,0 +1,168 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage;
+
+/// <summary>How a snapshot was made.</summary>
+/// <param name="Path">The finished snapshot.</param>
+/// <param name="IsReflink">It shares its blocks with the image; otherwise it is a copy.</param>
+/// <param name="AllocatedBytes">Space that it takes on its own (of a reflink: all that it refers to).</param>
+public readonly record struct SnapshotResult(string Path, bool IsReflink, long AllocatedBytes);
+
+/// <content>
+/// Snapshots: a copy of the image as it stood at one moment, beside it. The file is written under a temporary name,
+/// which only its lock tells from a leftover, made durable, then put in place. After a crash a leftover may remain;
+/// <see cref="RemoveAbandonedSnapshots"/> takes it away.
+/// </content>
+public sealed partial class ImageFile
+{
+    private const string SnapshotInfix = ".snapshot.";
+    private const string PartialSuffix = ".partial";
+
+    private readonly SemaphoreSlim _oneSnapshot = new(1, 1);
+    private volatile SnapshotCopy? _saving;
+
+    /// <summary>
+    /// Makes a snapshot, named for the time in seconds since 1970: <c>IMAGE.snapshot.SECONDS</c> (a later second when
+    /// that is taken). The moment of the snapshot is when this method is called, as nearly as can be: all writes that
+    /// had completed are in it, and none that starts after it has returned from <paramref name="begun"/>.
+    /// </summary>
+    /// <param name="now">The time for the name.</param>
+    /// <param name="begun">Called when the moment has passed and the copy, if one is needed, starts.</param>
+    /// <param name="progress">Is told how many bytes have been copied or passed over.</param>
+    /// <param name="cancel">Gives the snapshot up; nothing is left behind.</param>
+    /// <exception cref="DiskException">It could not be made; nothing is left behind, and the image is untouched.</exception>
+    public SnapshotResult TakeSnapshot(DateTimeOffset now, Action begun, Action<long> progress, CancellationToken cancel)
+    {
+        if (_kind != FileKind.Regular)
+            throw new DiskException(DiskError.NotSupported, "snapshots of a block device are not supported");
+        if (!_oneSnapshot.Wait(0, CancellationToken.None))
+            throw new DiskException(DiskError.NotSupported, "a snapshot is being made already");
+        try
+        {
+            RemoveAbandonedSnapshots();
+            Flush(); // a clone writes back what is dirty while writers wait: better most of it now
+            string partial = Path + SnapshotInfix + now.ToUnixTimeSeconds() + PartialSuffix;
+            using SafeFileHandle target = CreatePartial(partial);
+            try
+            {
+                bool isReflink = Fill(target, begun, progress, cancel);
+                Check(LinuxFile.Sync(target), "sync", partial);
+                string path = PutInPlace(partial, now.ToUnixTimeSeconds());
+                _ = LinuxFile.Status(target, out FileStatus status);
+                return new SnapshotResult(path, isReflink, status.AllocatedBytes);
+            }
+            catch
+            {
+                _ = LinuxFile.Unlink(partial);
+                throw;
+            }
+        }
+        finally
+        {
+            _oneSnapshot.Release();
+        }
+    }
+
+    /// <summary>Removes what a killed server left of this image's unfinished snapshots.</summary>
+    /// <returns>The files removed.</returns>
+    public IReadOnlyList<string> RemoveAbandonedSnapshots()
+    {
+        string full = System.IO.Path.GetFullPath(Path);
+        string directory = System.IO.Path.GetDirectoryName(full)!;
+        string prefix = System.IO.Path.GetFileName(full) + SnapshotInfix;
+        var removed = new List<string>();
+        IEnumerable<string> names;
+        try
+        {
+            names = Directory.EnumerateFiles(directory).ToList();
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            return removed; // a directory that cannot be listed holds nothing that this server could have left
+        }
+
+        foreach (string candidate in names)
+        {
+            string name = System.IO.Path.GetFileName(candidate);
+            if (!name.StartsWith(prefix, StringComparison.Ordinal)
+                || !name.EndsWith(PartialSuffix, StringComparison.Ordinal)
+                || !name[prefix.Length..^PartialSuffix.Length].All(char.IsAsciiDigit))
+                continue;
+            if (LinuxFile.Open(candidate, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+                continue;
+            using (file)
+            {
+                if (LinuxFile.TryLock(file!) == Errno.None && LinuxFile.Unlink(candidate) == Errno.None)
+                    removed.Add(candidate);
+            }
+        }
+
+        return removed;
+    }
+
+    private static SafeFileHandle CreatePartial(string partial)
+    {
+        Check(LinuxFile.Open(partial, OpenMode.ReadWrite | OpenMode.CreateNew, out SafeFileHandle? target), "create", partial);
+        Errno errno = LinuxFile.TryLock(target!);
+        if (errno == Errno.None)
+            return target!;
+        target!.Dispose();
+        throw new DiskException(DiskException.Classify(errno), $"cannot lock '{partial}': {errno.Describe()}");
+    }
+
+    private static void Check(Errno errno, string operation, string path)
+    {
+        if (errno != Errno.None)
+            throw new DiskException(DiskException.Classify(errno), $"cannot {operation} '{path}': {errno.Describe()}");
+    }
+
+    /// <returns>True when the file system shares the blocks; false when they were copied.</returns>
+    private bool Fill(SafeFileHandle target, Action begun, Action<long> progress, CancellationToken cancel)
+    {
+        var copy = new SnapshotCopy(_file, target, Length);
+        Errno cloned = Errno.EOPNOTSUPP;
+        _gate.RunClosed(() =>
+        {
+            cloned = LinuxFile.Clone(_file, target);
+            if (cloned != Errno.None)
+                _saving = copy;
+        });
+        begun();
+        if (cloned == Errno.None)
+            return true;
+
+        try
+        {
+            Check(LinuxFile.Truncate(target, Length), "extend", "the snapshot");
+            copy.CopyAll(progress, cancel);
+        }
+        finally
+        {
+            // With no writer inside: one that had seen the copy may still be saving into it.
+            _gate.RunClosed(() => _saving = null);
+        }
+
+        return copy.Failure is null ? false : throw copy.Failure;
+    }
+
+    private string PutInPlace(string partial, long seconds)
+    {
+        while (true)
+        {
+            string path = Path + SnapshotInfix + seconds++;
+            Errno errno = LinuxFile.RenameNoReplace(partial, path);
+            if (errno == Errno.EEXIST)
+                continue;
+            Check(errno, "put in place", path);
+            string directory = System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(path))!;
+            if (LinuxFile.Open(directory, OpenMode.ReadOnly, out SafeFileHandle? handle) == Errno.None)
+            {
+                using (handle)
+                    _ = LinuxFile.Sync(handle!);
+            }
+
+            return path;
+        }
+    }
+}

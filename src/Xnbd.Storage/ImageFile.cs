@@ -1,0 +1,226 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage;
+
+/// <summary>
+/// A disk image: a regular file of any length, or a block device, read and written where it stands.
+/// <para>
+/// What survives: a completed write is in the kernel's page cache, so the death of this process loses nothing; after
+/// the death of the machine there is what a flush or a durable operation had covered. A sync that has failed may have
+/// lost data that the kernel no longer holds, so from then on every flush fails until the image is opened anew.
+/// </para>
+/// <para>
+/// The image is never mapped into memory: a full disk or an I/O error is an error of one request, not the end of
+/// the process.
+/// </para>
+/// The type's other files: <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Locating.cs</c> (extents, and
+/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>.
+/// </summary>
+public sealed partial class ImageFile : Disk
+{
+    private const int PageSize = 4096;
+
+    private readonly SafeFileHandle _file;
+    private readonly FileKind _kind;
+    private readonly bool _inMemory;
+    private readonly bool _canReadNoWait;
+    private readonly WriteGate _gate = new();
+    private volatile DiskException? _syncFailure;
+
+    private ImageFile(string path, SafeFileHandle file, FileKind kind, long length, bool readOnly)
+    {
+        Path = path;
+        _file = file;
+        _kind = kind;
+        Length = length;
+        Features = readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim;
+        _inMemory = kind == FileKind.Regular && LinuxFile.IsInMemory(file);
+        Span<byte> probe = stackalloc byte[1];
+        _canReadNoWait = !_inMemory && LinuxFile.ReadNoWait(file, probe, 0) is >= 0 or -(long)Errno.EAGAIN;
+    }
+
+    /// <summary>Where the image stands.</summary>
+    public string Path { get; }
+
+    /// <inheritdoc/>
+    public override long Length { get; }
+
+    /// <inheritdoc/>
+    public override DiskFeatures Features { get; }
+
+    /// <summary>Opens an image.</summary>
+    /// <param name="path">A regular file or a block device.</param>
+    /// <param name="readOnly">Open it for reading only.</param>
+    /// <exception cref="DiskException">It is absent, may not be opened, or is neither file nor block device.</exception>
+    public static ImageFile Open(string path, bool readOnly)
+    {
+        Errno errno = LinuxFile.Open(path, readOnly ? OpenMode.ReadOnly : OpenMode.ReadWrite, out SafeFileHandle? file);
+        FileStatus status = default;
+        if (errno == Errno.None)
+            errno = LinuxFile.Status(file!, out status);
+        long length = status.Length;
+        if (errno == Errno.None && status.Kind == FileKind.Directory)
+            errno = Errno.EISDIR;
+        if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
+            errno = LinuxFile.BlockDeviceLength(file!, out length);
+
+        if (errno != Errno.None)
+        {
+            file?.Dispose();
+            string hint = errno is Errno.EACCES or Errno.EROFS or Errno.EPERM && !readOnly
+                ? " (to serve it read-only, use --readonly)"
+                : "";
+            throw new DiskException(DiskException.Classify(errno), $"cannot open '{path}': {errno.Describe()}{hint}");
+        }
+
+        if (status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
+        {
+            file!.Dispose();
+            throw new DiskException(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
+        }
+
+        return new ImageFile(path, file!, status.Kind, length, readOnly);
+    }
+
+    /// <inheritdoc/>
+    public override bool TryRead(long offset, Span<byte> buffer)
+    {
+        if (_inMemory)
+        {
+            Read(offset, buffer);
+            return true;
+        }
+
+        if (!_canReadNoWait)
+            return false; // a file system that cannot tell may wait for a network: that is for the disk threads
+        long count = LinuxFile.ReadNoWait(_file, buffer, offset);
+        if (count == buffer.Length)
+            return true;
+        if (count < 0 && (Errno)(-count) is var errno and not (Errno.EAGAIN or Errno.EOPNOTSUPP))
+            throw new DiskException("read", Path, offset, buffer.Length, errno);
+        return false;
+    }
+
+    /// <inheritdoc/>
+    public override bool TryWrite(long offset, ReadOnlySpan<byte> data)
+    {
+        if (!IsWritableNow(offset, data.Length) || !_gate.TryEnter())
+            return false;
+        try
+        {
+            if (_saving is { } saving && !saving.IsSaved(offset, data.Length))
+                return false;
+            WriteRaw(offset, data, durable: false);
+            return true;
+        }
+        finally
+        {
+            _gate.Leave();
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+            _file.Dispose();
+    }
+
+    /// <summary>
+    /// Whether a write needs no read of the disk before it: a page written in part must be in memory. (The write itself
+    /// goes to the page cache. It may still be throttled by the kernel, as everywhere.)
+    /// </summary>
+    private bool IsWritableNow(long offset, int length)
+    {
+        if (_inMemory)
+            return true;
+        long end = offset + length;
+        bool headIsPartial = offset % PageSize != 0;
+        bool tailIsPartial = end % PageSize != 0 && end != Length;
+        if (!headIsPartial && !tailIsPartial)
+            return true;
+        return (!headIsPartial || IsResident(offset)) && (!tailIsPartial || IsResident(end - 1));
+    }
+
+    /// <summary>Whether the page around <paramref name="offset"/> is in memory.</summary>
+    private bool IsResident(long offset)
+    {
+        Span<byte> one = stackalloc byte[1];
+        return _inMemory || (_canReadNoWait && LinuxFile.ReadNoWait(_file, one, offset) == 1);
+    }
+
+    private void Read(long offset, Span<byte> buffer)
+    {
+        long count = LinuxFile.Read(_file, buffer, offset);
+        if (count < 0)
+            throw new DiskException("read", Path, offset, buffer.Length, (Errno)(-count));
+        if (count < buffer.Length)
+        {
+            throw new DiskException(
+                DiskError.Io, $"read of {buffer.Length} bytes at {offset} of '{Path}': the image has become shorter than {Length} bytes");
+        }
+    }
+
+    private void Write(long offset, ReadOnlySpan<byte> data, bool durable)
+    {
+        ThrowIfSyncFailed(durable);
+        while (data.Length > 0)
+        {
+            _gate.Enter();
+            try
+            {
+                // While a snapshot is being copied, one block at a time: each waits for its own copy only.
+                int length = data.Length;
+                if (_saving is { } saving)
+                {
+                    length = (int)Math.Min(length, SnapshotCopy.BlockSize - (offset % SnapshotCopy.BlockSize));
+                    saving.Save(offset, length);
+                }
+
+                WriteRaw(offset, data[..length], durable);
+                offset += length;
+                data = data[length..];
+            }
+            finally
+            {
+                _gate.Leave();
+            }
+        }
+    }
+
+    private void WriteRaw(long offset, ReadOnlySpan<byte> data, bool durable)
+    {
+        long count = LinuxFile.Write(_file, data, offset, durable);
+        if (count < 0)
+            throw Failure("write", offset, data.Length, (Errno)(-count), wasSync: durable);
+    }
+
+    private void Flush()
+    {
+        if ((Features & DiskFeatures.ReadOnly) != 0)
+            return;
+        ThrowIfSyncFailed(durable: true);
+        Errno errno = LinuxFile.SyncData(_file);
+        if (errno != Errno.None)
+            throw Failure("flush", 0, Length, errno, wasSync: true);
+    }
+
+    private DiskException Failure(string operation, long offset, long length, Errno errno, bool wasSync)
+    {
+        var failure = new DiskException(operation, Path, offset, length, errno);
+        // ENOSPC and the like come from the write itself; what else fails may be a write-back that lost data.
+        if (wasSync && failure.Error is not (DiskError.NoSpace or DiskError.Permission) || operation == "flush")
+            _syncFailure = failure;
+        return failure;
+    }
+
+    private void ThrowIfSyncFailed(bool durable)
+    {
+        if (durable && _syncFailure is { } failure)
+        {
+            throw new DiskException(
+                DiskError.Io, $"an earlier sync failed and may have lost data; nothing is called durable any more ({failure.Message})");
+        }
+    }
+}

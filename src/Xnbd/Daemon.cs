@@ -1,0 +1,53 @@
+using System.Diagnostics;
+using Xnbd.Linux;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// Going into the background. A .NET process cannot fork, so the parent starts the same program again and waits on a
+/// pipe (the child's stdout) until it says that it serves; the child's own words on stderr say why it does not.
+/// </summary>
+internal static class Daemon
+{
+    private const string ChildVariable = "XNBD_DAEMON";
+    private const string Ready = "ready";
+
+    /// <summary>This process was started by <see cref="Start"/>; asked once, so that its own children do not inherit it.</summary>
+    public static bool IsChild()
+    {
+        bool isChild = Environment.GetEnvironmentVariable(ChildVariable) is not null;
+        if (isChild)
+        {
+            Environment.SetEnvironmentVariable(ChildVariable, null);
+            _ = LinuxProcess.StartSession();
+        }
+
+        return isChild;
+    }
+
+    /// <summary>Starts a program of this executable in the background.</summary>
+    /// <returns>Its exit code: success once it serves.</returns>
+    public static int Start(string program, IEnumerable<string> args)
+    {
+        var start = new ProcessStartInfo(Environment.ProcessPath!, [program, .. args])
+        {
+            RedirectStandardOutput = true,
+            UseShellExecute = false,
+        };
+        start.Environment[ChildVariable] = "1";
+        using Process child = Process.Start(start)!;
+        if (child.StandardOutput.ReadLine() == Ready)
+            return ExitCode.Success;
+        child.WaitForExit();
+        return child.ExitCode == ExitCode.Success ? ExitCode.Failure : child.ExitCode;
+    }
+
+    /// <summary>In the child: tells the parent that this process serves, and lets go of terminal and directory.</summary>
+    public static void SayReady()
+    {
+        Console.Out.WriteLine(Ready);
+        Console.Out.Flush();
+        LinuxProcess.RedirectToNull(0, 1, 2);
+        Environment.CurrentDirectory = "/";
+    }
+}

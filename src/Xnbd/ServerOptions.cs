@@ -1,0 +1,154 @@
+using System.CommandLine;
+using System.CommandLine.Help;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// The command line of <c>xnbd-server</c>. To add an option: declare it here, give it a property, read it in
+/// <see cref="Parse"/>, use it in <see cref="ServerProgram"/>, and describe it in the man page (a test compares).
+/// </summary>
+internal sealed record ServerOptions
+{
+    public const int DefaultPort = 8520;
+
+    public required string Image { get; init; }
+    public int? Port { get; init; }
+    public string? Address { get; init; }
+    public string? UnixPath { get; init; }
+    public bool ReadOnly { get; init; }
+    public bool Daemonize { get; init; }
+    public bool Inetd { get; init; }
+    public int? ConnectedDescriptor { get; init; }
+    public string? LogPath { get; init; }
+    public bool Syslog { get; init; }
+    public string ExportName { get; init; } = "";
+    public bool Oldstyle { get; init; }
+
+    /// <summary>Reads the command line.</summary>
+    /// <returns>The options; null when help or version was asked for, and printed.</returns>
+    /// <exception cref="UsageException">The command line is wrong.</exception>
+    public static ServerOptions? Parse(string[] args)
+    {
+        var target = new Option<bool>("--target") { Description = "Serve DISK_IMAGE itself: a regular file or a block device" };
+        var cowTarget = new Option<bool>("--cow-target") { Hidden = true };
+        var proxy = new Option<bool>("--proxy") { Hidden = true };
+        var port = new Option<int?>("--lport")
+        {
+            Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {DefaultPort}]",
+            HelpName = "PORT",
+        };
+        var address = new Option<string?>("--laddr") { Description = "Listen on this address only", HelpName = "ADDRESS" };
+        var unix = new Option<string?>("--unix")
+        {
+            Description = "Listen on this Unix socket; on TCP then only if --lport or --laddr is given too",
+            HelpName = "PATH",
+        };
+        var readOnly = new Option<bool>("--readonly") { Description = "Refuse writes; the image is opened for reading only" };
+        var daemonize = new Option<bool>("--daemonize") { Description = "Go into the background once the server is listening" };
+        var inetd = new Option<bool>("--inetd") { Description = "Serve the one connection that stdin is" };
+        var connected = new Option<int?>("--connected-fd")
+        {
+            Description = "Serve the one connection that this descriptor is, negotiated already",
+            HelpName = "NUMBER",
+        };
+        var logPath = new Option<string?>("--logpath") { Description = "Log to this file; SIGHUP opens it anew", HelpName = "FILE" };
+        var syslog = new Option<bool>("--syslog") { Description = "Log to the system log [default with --daemonize and --inetd]" };
+        var exportName = new Option<string>("--export-name")
+        {
+            Description = "The export's name; clients that give none get it as well [default: none]",
+            HelpName = "NAME",
+            DefaultValueFactory = _ => "",
+        };
+        var oldstyle = new Option<bool>("--oldstyle") { Description = "Greet in the old style, for clients from before 2013" };
+        var help = new HelpOption();
+        var version = new Option<bool>("--version") { Description = "Show the version" };
+        var image = new Argument<string[]>("DISK_IMAGE") { Description = "The image to serve", Arity = ArgumentArity.ZeroOrMore };
+
+        var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
+        {
+            target, cowTarget, proxy, port, address, unix, exportName, readOnly, oldstyle, daemonize, inetd, connected, logPath,
+            syslog, help, version, image,
+        };
+
+        ParseResult result = command.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
+        if (result.GetValue(version))
+        {
+            Console.WriteLine($"{ServerProgram.Name} (xNBD) {typeof(ServerOptions).Assembly.GetName().Version!.ToString(3)}");
+            return null;
+        }
+
+        if (result.Action is HelpAction)
+        {
+            result.Invoke();
+            return null;
+        }
+
+        if (result.Errors.Count > 0)
+            throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
+
+        int modes = Convert.ToInt32(result.GetValue(target)) + Convert.ToInt32(result.GetValue(cowTarget))
+            + Convert.ToInt32(result.GetValue(proxy));
+        if (modes == 0)
+            throw new UsageException("no mode was given: use --target");
+        if (modes > 1)
+            throw new UsageException("only one mode can be given");
+        if (!result.GetValue(target))
+            throw new FailureException($"{(result.GetValue(proxy) ? "--proxy" : "--cow-target")} is not supported yet");
+
+        string[] images = result.GetValue(image) ?? [];
+        foreach (string word in images)
+        {
+            if (word.StartsWith('-') && word.Length > 1 && !args.Contains("--"))
+                throw new UsageException($"unknown option '{word}'");
+        }
+
+        if (images.Length != 1)
+            throw new UsageException(images.Length == 0 ? "no disk image was given" : "only one disk image can be served");
+
+        var options = new ServerOptions
+        {
+            Image = images[0],
+            Port = result.GetValue(port),
+            Address = result.GetValue(address),
+            UnixPath = result.GetValue(unix),
+            ReadOnly = result.GetValue(readOnly),
+            Daemonize = result.GetValue(daemonize),
+            Inetd = result.GetValue(inetd),
+            ConnectedDescriptor = result.GetValue(connected),
+            LogPath = result.GetValue(logPath),
+            Syslog = result.GetValue(syslog),
+            ExportName = result.GetValue(exportName)!,
+            Oldstyle = result.GetValue(oldstyle),
+        };
+        options.Check();
+        return options;
+    }
+
+    private void Check()
+    {
+        if (Port is < 1 or > 65535)
+            throw new UsageException($"--lport {Port}: a port is a number from 1 to 65535");
+        if (Image.Length == 0)
+            throw new UsageException("the disk image's name is empty");
+        if (ConnectedDescriptor is < 0)
+            throw new UsageException($"--connected-fd {ConnectedDescriptor}: a descriptor is not negative");
+
+        bool isOneConnection = Inetd || ConnectedDescriptor is not null;
+        if (Inetd && Daemonize)
+            throw new UsageException("--inetd and --daemonize exclude each other");
+        if (Inetd && ConnectedDescriptor is not null)
+            throw new UsageException("--inetd and --connected-fd exclude each other");
+        if (ConnectedDescriptor is not null && Daemonize)
+            throw new UsageException("--connected-fd and --daemonize exclude each other");
+        if (isOneConnection && (Port is not null || Address is not null || UnixPath is not null))
+            throw new UsageException("a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
+        try
+        {
+            _ = Protocol.NbdString.GetBytes(ExportName);
+        }
+        catch (ArgumentException failure)
+        {
+            throw new UsageException($"--export-name: {failure.Message.Split(" (Parameter")[0]}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+using System.Net;
+using System.Net.Sockets;
+using System.Runtime.InteropServices;
+using Microsoft.Extensions.Logging;
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+using Xnbd.Server;
+using Xnbd.Storage;
+
+namespace Xnbd.Programs;
+
+/// <summary>The program <c>xnbd-server</c>: composes a disk, serves it, and minds the signals.</summary>
+internal sealed class ServerProgram
+{
+    /// <summary>The program's name.</summary>
+    public const string Name = "xnbd-server";
+
+    /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
+    private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(9.5);
+
+    private readonly ServerOptions _options;
+    private readonly LogOutput _log;
+    private readonly CancellationTokenSource _stop = new();
+
+    private ServerProgram(ServerOptions options, LogOutput log)
+    {
+        _options = options;
+        _log = log;
+    }
+
+    /// <summary>Runs the program.</summary>
+    /// <returns>Its exit code.</returns>
+    public static int Run(string[] args)
+    {
+        bool isDaemon = Daemon.IsChild();
+        LogOutput? log = null;
+        try
+        {
+            if (ServerOptions.Parse(args) is not { } options)
+                return ExitCode.Success;
+            if (options.Daemonize && !isDaemon)
+                return Daemon.Start(Name, args);
+            if (options.Inetd)
+                KeepStdinClean();
+
+            options = options with
+            {
+                Image = Path.GetFullPath(options.Image),
+                LogPath = options.LogPath is null ? null : Path.GetFullPath(options.LogPath),
+                UnixPath = options.UnixPath is null ? null : Path.GetFullPath(options.UnixPath),
+            };
+            bool isDetached = options.Daemonize || options.Inetd;
+            bool isElsewhere = options.LogPath is not null || options.Syslog;
+            log = new LogOutput(
+                Name, toStderr: !isDetached && !isElsewhere, options.LogPath, toSyslog: options.Syslog || (isDetached && !isElsewhere));
+            log.Open();
+            new ServerProgram(options, log).Serve();
+            return ExitCode.Success;
+        }
+        catch (UsageException failure)
+        {
+            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            Console.Error.WriteLine($"Try '{Name} --help' for more information.");
+            return ExitCode.Usage;
+        }
+        catch (Exception failure) when (failure is FailureException or DiskException)
+        {
+            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            if (log is { IsElsewhere: true })
+                log.LogError("cannot start: {Cause}", failure.Message);
+            return ExitCode.Failure;
+        }
+    }
+
+    /// <summary>
+    /// An Internet super-server makes the connection stdout and stderr as well: a message there would corrupt the stream.
+    /// </summary>
+    private static void KeepStdinClean()
+    {
+        using var stdin = new SafeFileHandle(0, ownsHandle: false);
+        _ = LinuxFile.Status(stdin, out FileStatus connection);
+        foreach (int descriptor in (ReadOnlySpan<int>)[1, 2])
+        {
+            using var other = new SafeFileHandle(descriptor, ownsHandle: false);
+            if (LinuxFile.Status(other, out FileStatus status) != Errno.None || status == connection)
+                LinuxProcess.RedirectToNull(descriptor);
+        }
+    }
+
+    private void Serve()
+    {
+        using ImageFile image = ImageFile.Open(_options.Image, _options.ReadOnly);
+        foreach (string abandoned in _options.ReadOnly ? [] : image.RemoveAbandonedSnapshots())
+            _log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
+
+        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(image.Path), image));
+        var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
+            : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
+        var server = new NbdServer(exports, style, _log);
+        Socket? connection = OpenConnection();
+        if (connection is null)
+            Listen(server);
+
+        var snapshots = new SnapshotSignal(image, _log, _stop.Token);
+        List<PosixSignalRegistration> signals =
+        [
+            On(PosixSignal.SIGTERM, _stop.Cancel),
+            On(PosixSignal.SIGINT, _stop.Cancel),
+            On(PosixSignal.SIGHUP, _log.Reopen),
+            On((PosixSignal)10, snapshots.Take), // SIGUSR1
+            On((PosixSignal)12, () => _log.LogInformation("SIGUSR2 has no meaning in the target mode")),
+        ];
+
+        _log.LogInformation(
+            "serving '{Image}', {Length} bytes, {Access}", image.Path, image.Length, _options.ReadOnly ? "read-only" : "read-write");
+        if (connection is not null)
+        {
+            new Thread(() =>
+            {
+                server.Serve(connection);
+                _stop.Cancel();
+            })
+            { IsBackground = true, Name = "session" }.Start();
+        }
+
+        server.Start();
+        if (_options.Daemonize)
+            Daemon.SayReady();
+        _stop.Token.WaitHandle.WaitOne();
+
+        End(server, image, snapshots);
+        foreach (PosixSignalRegistration signal in signals)
+            signal.Dispose();
+    }
+
+    private void End(NbdServer server, ImageFile image, SnapshotSignal snapshots)
+    {
+        using var watchdog = new Timer(_ =>
+        {
+            _log.LogWarning("not everything ended in time; what the kernel holds of the image it will still write");
+            Environment.Exit(ExitCode.Success);
+        });
+        watchdog.Change(s_longestStop, Timeout.InfiniteTimeSpan);
+
+        server.Stop();
+        snapshots.WaitUntilEnded();
+        try
+        {
+            image.FlushAsync().AsTask().GetAwaiter().GetResult();
+        }
+        catch (DiskException failure)
+        {
+            throw new FailureException($"the image could not be synced: {failure.Message}");
+        }
+
+        _log.LogInformation("ended");
+    }
+
+    private static PosixSignalRegistration On(PosixSignal signal, Action action)
+        => PosixSignalRegistration.Create(signal, context =>
+        {
+            context.Cancel = true;
+            action();
+        });
+
+    /// <summary>The connection that was handed over; null when the server is to listen.</summary>
+    private Socket? OpenConnection()
+    {
+        if (!_options.Inetd && _options.ConnectedDescriptor is null)
+            return null;
+        int number = _options.ConnectedDescriptor ?? 0;
+        string name = _options.Inetd ? "stdin" : $"descriptor {number}";
+        var handle = new SafeSocketHandle(number, ownsHandle: true);
+        if (LinuxFile.Status(handle, out FileStatus status) != Errno.None)
+            throw new FailureException($"{name} is not open");
+        if (status.Kind != FileKind.Socket)
+            throw new FailureException($"{name} is not a socket");
+        _ = LinuxSocket.SetBlocking(handle);
+        try
+        {
+            return new Socket(handle);
+        }
+        catch (SocketException failure)
+        {
+            throw new FailureException($"{name} cannot be used: {failure.Message}");
+        }
+    }
+
+    private void Listen(NbdServer server)
+    {
+        if (_options.UnixPath is { } path)
+        {
+            try
+            {
+                server.Listen(path);
+            }
+            catch (Exception failure) when (failure is SocketException or ArgumentException or UnauthorizedAccessException)
+            {
+                throw new FailureException($"cannot listen on '{path}': {failure.Message}");
+            }
+        }
+
+        if (_options.UnixPath is not null && _options.Port is null && _options.Address is null)
+            return;
+        int port = _options.Port ?? ServerOptions.DefaultPort;
+        string place = _options.Address is null ? $"port {port}" : $"address {_options.Address}, port {port}";
+        try
+        {
+            server.Listen(new IPEndPoint(Resolve(_options.Address), port));
+        }
+        catch (SocketException failure)
+        {
+            throw new FailureException($"cannot listen on {place}: {failure.Message}");
+        }
+    }
+
+    private static IPAddress Resolve(string? address)
+    {
+        if (address is null)
+            return IPAddress.IPv6Any;
+        return IPAddress.TryParse(address, out IPAddress? parsed) ? parsed : Dns.GetHostAddresses(address)[0];
+    }
+}

@@ -1,0 +1,75 @@
+using System.Diagnostics;
+using Microsoft.Extensions.Logging;
+using Xnbd.Storage;
+
+namespace Xnbd.Programs;
+
+/// <summary>Makes a snapshot for each SIGUSR1, one at a time, in the background, and logs what becomes of it.</summary>
+/// <param name="image">What is served.</param>
+/// <param name="log">For progress and result.</param>
+/// <param name="stop">Gives an unfinished snapshot up.</param>
+internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationToken stop)
+{
+    private static readonly TimeSpan s_progressTime = TimeSpan.FromSeconds(5);
+
+    private readonly Lock _lock = new();
+    private Thread? _thread;
+
+    /// <summary>Takes a snapshot of the image as it stands now.</summary>
+    public void Take()
+    {
+        lock (_lock)
+        {
+            if (_thread is { IsAlive: true })
+            {
+                log.LogWarning("a snapshot is being made already; the signal is ignored");
+                return;
+            }
+
+            _thread = new Thread(Make) { IsBackground = true, Name = "snapshot" };
+            _thread.Start();
+        }
+    }
+
+    /// <summary>Waits until no snapshot is being made.</summary>
+    public void WaitUntilEnded()
+    {
+        Thread? thread;
+        lock (_lock)
+            thread = _thread;
+        thread?.Join();
+    }
+
+    private void Make()
+    {
+        long start = Stopwatch.GetTimestamp(), lastLine = start;
+        try
+        {
+            SnapshotResult result = image.TakeSnapshot(
+                DateTimeOffset.UtcNow,
+                () => log.LogInformation("snapshot begun"),
+                position =>
+                {
+                    if (Stopwatch.GetElapsedTime(lastLine) < s_progressTime)
+                        return;
+                    lastLine = Stopwatch.GetTimestamp();
+                    log.LogInformation("snapshot: {Percent} % copied", position * 100 / image.Length);
+                },
+                stop);
+            log.LogInformation(
+                "snapshot complete: {Path}, {Kind}, {Allocated} bytes, {Seconds:0.0} s",
+                result.Path,
+                result.IsReflink ? "a reflink" : "a copy",
+                result.AllocatedBytes,
+                Stopwatch.GetElapsedTime(start).TotalSeconds);
+        }
+        catch (DiskException failure)
+        {
+            log.LogError("no snapshot was made: {Cause}", failure.Message);
+        }
+        catch (OperationCanceledException)
+        {
+            log.LogWarning("the snapshot was given up, because the server ends");
+        }
+    }
+}
