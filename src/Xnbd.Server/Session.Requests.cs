@@ -9,6 +9,7 @@ namespace Xnbd.Server;
 internal sealed partial class Session
 {
     private const int DataHeader = NbdSize.StructuredReply + NbdSize.OffsetDataPrefix;
+    private const int HoleChunk = NbdSize.StructuredReply + NbdSize.OffsetHolePayload; // longer than a data chunk of 3 bytes
 
     private readonly FileRange[] _ranges = new FileRange[ServerLimits.MaxReadChunks];
 
@@ -85,7 +86,7 @@ internal sealed partial class Session
     {
         int length = (int)request.Length;
         int header = _structured ? DataHeader : NbdSize.SimpleReply;
-        if (!TryReserve(header + length, out Span<byte> room))
+        if (!TryReserve(Math.Max(header + length, HoleChunk), out Span<byte> room))
             return false;
         Span<byte> data = room.Slice(header, length);
         if (!_disk.TryRead((long)request.Offset, data))
@@ -121,7 +122,7 @@ internal sealed partial class Session
         for (int i = 0; i < count; i++)
         {
             FileRange range = _ranges[i];
-            if (!TryReserve(DataHeader, out Span<byte> header))
+            if (!TryReserve(HoleChunk, out Span<byte> header))
                 return false;
             if (range.IsHole)
             {
@@ -396,7 +397,7 @@ internal sealed partial class Session
     private const int HoleGrain = 64 * 1024;
 
     /// <summary>Room for the headers of all chunks that a read may be cut into.</summary>
-    private static int HeaderRoom(int length) => DataHeader * ((length / HoleGrain) + 2);
+    private static int HeaderRoom(int length) => HoleChunk * ((length / HoleGrain) + 2);
 
     /// <summary>How long the data from here on is of one kind.</summary>
     private static int RunLength(ReadOnlySpan<byte> data, ulong offset, bool mayCut, out bool isHole)

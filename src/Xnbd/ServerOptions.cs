@@ -1,5 +1,6 @@
 using System.CommandLine;
 using System.CommandLine.Help;
+using System.Globalization;
 
 namespace Xnbd.Programs;
 
@@ -32,7 +33,7 @@ internal sealed record ServerOptions
         var target = new Option<bool>("--target") { Description = "Serve DISK_IMAGE itself: a regular file or a block device" };
         var cowTarget = new Option<bool>("--cow-target") { Hidden = true };
         var proxy = new Option<bool>("--proxy") { Hidden = true };
-        var port = new Option<int?>("--lport")
+        var port = new Option<string?>("--lport")
         {
             Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {DefaultPort}]",
             HelpName = "PORT",
@@ -46,7 +47,7 @@ internal sealed record ServerOptions
         var readOnly = new Option<bool>("--readonly") { Description = "Refuse writes; the image is opened for reading only" };
         var daemonize = new Option<bool>("--daemonize") { Description = "Go into the background once the server is listening" };
         var inetd = new Option<bool>("--inetd") { Description = "Serve the one connection that stdin is" };
-        var connected = new Option<int?>("--connected-fd")
+        var connected = new Option<string?>("--connected-fd")
         {
             Description = "Serve the one connection that this descriptor is, negotiated already",
             HelpName = "NUMBER",
@@ -108,13 +109,13 @@ internal sealed record ServerOptions
         var options = new ServerOptions
         {
             Image = images[0],
-            Port = result.GetValue(port),
+            Port = Number("--lport", result.GetValue(port), 1, 65535),
             Address = result.GetValue(address),
             UnixPath = result.GetValue(unix),
             ReadOnly = result.GetValue(readOnly),
             Daemonize = result.GetValue(daemonize),
             Inetd = result.GetValue(inetd),
-            ConnectedDescriptor = result.GetValue(connected),
+            ConnectedDescriptor = Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
             LogPath = result.GetValue(logPath),
             Syslog = result.GetValue(syslog),
             ExportName = result.GetValue(exportName)!,
@@ -124,14 +125,19 @@ internal sealed record ServerOptions
         return options;
     }
 
+    private static int? Number(string option, string? word, int least, int most)
+    {
+        if (word is null)
+            return null;
+        return int.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture, out int number) && number >= least && number <= most
+            ? number
+            : throw new UsageException($"{option} {word}: not a number from {least} to {most}");
+    }
+
     private void Check()
     {
-        if (Port is < 1 or > 65535)
-            throw new UsageException($"--lport {Port}: a port is a number from 1 to 65535");
         if (Image.Length == 0)
             throw new UsageException("the disk image's name is empty");
-        if (ConnectedDescriptor is < 0)
-            throw new UsageException($"--connected-fd {ConnectedDescriptor}: a descriptor is not negative");
 
         bool isOneConnection = Inetd || ConnectedDescriptor is not null;
         if (Inetd && Daemonize)

@@ -1,0 +1,62 @@
+using Microsoft.Extensions.Logging;
+using Xnbd.Storage;
+using Xnbd.TestKit;
+
+namespace Xnbd.Server.Tests;
+
+/// <summary>A server in this process, on a Unix socket of its own.</summary>
+internal sealed class ServerFixture : IDisposable
+{
+    private readonly TempFolder _folder = new();
+
+    public ServerFixture(Disk? disk = null, HandshakeStyle style = HandshakeStyle.FixedNewstyle, string name = "disk")
+    {
+        Disk = disk ?? new MemoryDisk(1 << 20);
+        Server = new NbdServer(
+            new ExportTable(new Export(name, "a test's disk", Disk)), style, new TestLog());
+        Server.Listen(SocketPath);
+        Server.Start();
+    }
+
+    public Disk Disk { get; }
+
+    public NbdServer Server { get; }
+
+    public string SocketPath => _folder.File("s");
+
+    public NbdTestClient Connect() => NbdTestClient.Connect(SocketPath);
+
+    public NbdTestClient Open(bool structured = true, string name = "", params string[] contexts)
+        => NbdTestClient.Open(SocketPath, structured, name, contexts);
+
+    public void Dispose()
+    {
+        Server.Dispose();
+        Disk.Dispose();
+        _folder.Dispose();
+    }
+}
+
+/// <summary>Passes what the server logs on to the test's output.</summary>
+internal sealed class TestLog : ILogger
+{
+    private readonly ITestOutputHelper? _output = TestContext.Current.TestOutputHelper;
+
+    public IDisposable? BeginScope<TState>(TState state)
+        where TState : notnull => null;
+
+    public bool IsEnabled(LogLevel logLevel) => true;
+
+    public void Log<TState>(
+        LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+    {
+        try
+        {
+            _output?.WriteLine(formatter(state, exception));
+        }
+        catch (InvalidOperationException)
+        {
+            // The test has ended.
+        }
+    }
+}

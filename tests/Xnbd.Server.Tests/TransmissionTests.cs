@@ -1,0 +1,501 @@
+using System.Buffers.Binary;
+using System.Collections.Concurrent;
+using System.Net.Sockets;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+using Xnbd.TestKit;
+
+namespace Xnbd.Server.Tests;
+
+/// <summary>The rules of the transmission phase.</summary>
+public sealed class TransmissionTests : IDisposable
+{
+    private const int Size = 1 << 20;
+
+    private readonly FaultDisk _disk = new(new MemoryDisk(Size));
+    private readonly ServerFixture _server;
+
+    public TransmissionTests() => _server = new ServerFixture(_disk);
+
+    public void Dispose() => _server.Dispose();
+
+    [Theory]
+    [InlineData(true, false)]
+    [InlineData(false, false)]
+    [InlineData(true, true)]
+    [InlineData(false, true)]
+    public void What_was_written_is_read(bool structured, bool slow)
+    {
+        _disk.Slow = slow;
+        using NbdTestClient client = _server.Open(structured);
+        byte[] data = new byte[300_000];
+        new Random(1).NextBytes(data);
+        Assert.Equal(NbdError.None, client.Write(12345, data));
+        Assert.Equal(data, client.Read(12345, 300_000));
+        Assert.Equal(data[..1000], client.Read(12345, 1000));
+        Assert.Equal(NbdError.None, client.Write(Size - 1, [9]));
+        Assert.Equal([9], client.Read(Size - 1, 1));
+    }
+
+    [Theory]
+    [InlineData(NbdCommand.Read, Size, 1u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Read, Size - 10, 11u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Read, long.MaxValue, 4096u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Read, -1, 2u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Write, Size - 10, 11u, NbdError.NoSpace)]
+    [InlineData(NbdCommand.WriteZeroes, Size, 1u, NbdError.NoSpace)]
+    [InlineData(NbdCommand.WriteZeroes, 0, uint.MaxValue, NbdError.NoSpace)]
+    [InlineData(NbdCommand.Trim, Size, 1u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Cache, Size - 1, 2u, NbdError.Invalid)]
+    [InlineData(NbdCommand.BlockStatus, Size - 1, 2u, NbdError.Invalid)]
+    [InlineData(NbdCommand.BlockStatus, 0, 0u, NbdError.Invalid)]
+    [InlineData(NbdCommand.Read, 0, (32u << 20) + 1, NbdError.Overflow)]
+    [InlineData((NbdCommand)8, 0, 0u, NbdError.Invalid)]
+    [InlineData((NbdCommand)777, 0, 0u, NbdError.Invalid)]
+    public void Bad_ranges_and_commands_are_refused_and_the_session_stays_up(
+        NbdCommand command, long offset, uint length, NbdError expected)
+    {
+        foreach (bool structured in (bool[])[true, false])
+        {
+            using NbdTestClient client = structured ? _server.Open(true, "", "base:allocation") : _server.Open(false);
+            byte[]? payload = command == NbdCommand.Write ? new byte[length] : null;
+            Assert.Equal(expected, client.Try(command, (ulong)offset, length, 0, payload));
+            Assert.Equal(new byte[4], client.Read(0, 4));
+        }
+    }
+
+    [Theory]
+    [InlineData(NbdCommand.Read, NbdCommandFlags.NoHole)]
+    [InlineData(NbdCommand.Write, NbdCommandFlags.Df)]
+    [InlineData(NbdCommand.Flush, NbdCommandFlags.ReqOne)]
+    [InlineData(NbdCommand.Trim, NbdCommandFlags.NoHole)]
+    [InlineData(NbdCommand.WriteZeroes, NbdCommandFlags.ReqOne)]
+    [InlineData(NbdCommand.BlockStatus, NbdCommandFlags.Df)]
+    [InlineData(NbdCommand.Read, (NbdCommandFlags)(1 << 5))]
+    [InlineData(NbdCommand.Read, (NbdCommandFlags)(1 << 15))]
+    public void Unknown_flags_are_refused(NbdCommand command, NbdCommandFlags flags)
+    {
+        using NbdTestClient client = _server.Open(true, "", "base:allocation");
+        uint length = command == NbdCommand.Flush ? 0u : 512u;
+        byte[]? payload = command == NbdCommand.Write ? new byte[512] : null;
+        Assert.Equal(NbdError.Invalid, client.Try(command, 0, length, flags, payload));
+    }
+
+    [Fact]
+    public void Df_needs_structured_replies()
+    {
+        using NbdTestClient client = _server.Open(structured: false);
+        Assert.Equal(NbdError.Invalid, client.Try(NbdCommand.Read, 0, 512, NbdCommandFlags.Df));
+    }
+
+    [Fact]
+    public void Fua_is_legal_on_every_command_and_syncs_those_that_write()
+    {
+        using NbdTestClient client = _server.Open(true, "", "base:allocation");
+        foreach (NbdCommand command in (NbdCommand[])[NbdCommand.Read, NbdCommand.Cache, NbdCommand.BlockStatus])
+            Assert.Equal(NbdError.None, client.Try(command, 0, 4096, NbdCommandFlags.Fua));
+        Assert.Equal(0, _disk.Syncs);
+        Assert.Equal(NbdError.None, client.Write(0, new byte[512], NbdCommandFlags.Fua));
+        Assert.Equal(1, _disk.Syncs);
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.WriteZeroes, 0, 512, NbdCommandFlags.Fua));
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.Trim, 0, 512, NbdCommandFlags.Fua));
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush, 0, 0, NbdCommandFlags.Fua));
+        Assert.Equal(4, _disk.Syncs);
+    }
+
+    [Theory]
+    [InlineData(NbdCommand.Read)]
+    [InlineData(NbdCommand.Write)]
+    [InlineData(NbdCommand.Trim)]
+    [InlineData(NbdCommand.WriteZeroes)]
+    [InlineData(NbdCommand.Cache)]
+    public void Requests_of_nothing_are_answered(NbdCommand command)
+    {
+        foreach (bool structured in (bool[])[true, false])
+        {
+            using NbdTestClient client = _server.Open(structured);
+            Assert.Equal(NbdError.None, client.Try(command, Size, 0));
+            Assert.Equal(new byte[4], client.Read(0, 4));
+        }
+    }
+
+    [Fact]
+    public void A_read_only_export_refuses_changes_and_the_session_stays_up()
+    {
+        using var server = new ServerFixture(new FaultDisk(new MemoryDisk(4096)) { ReadOnly = true });
+        using NbdTestClient client = server.Open();
+        Assert.Equal(NbdError.Permission, client.Write(0, new byte[4096]));
+        Assert.Equal(NbdError.Permission, client.Write(0, new byte[200_000]));
+        Assert.Equal(NbdError.Permission, client.Try(NbdCommand.Trim, 0, 4096));
+        Assert.Equal(NbdError.Permission, client.Try(NbdCommand.WriteZeroes, 0, 4096));
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush));
+        Assert.Equal(new byte[4096], client.Read(0, 4096));
+    }
+
+    [Theory]
+    [InlineData(DiskError.NoSpace, NbdError.NoSpace)]
+    [InlineData(DiskError.Io, NbdError.Io)]
+    [InlineData(DiskError.Permission, NbdError.Permission)]
+    public void A_failed_disk_is_an_error_of_the_request(DiskError kind, NbdError expected)
+    {
+        foreach (bool slow in (bool[])[true, false])
+        {
+            _disk.Slow = slow;
+            _disk.Before = (operation, offset, _) => offset == 4096 || operation == "flush"
+                ? throw new DiskException(kind, "as planned, in /secret")
+                : Task.CompletedTask;
+            foreach (bool structured in (bool[])[true, false])
+            {
+                using NbdTestClient client = _server.Open(structured);
+                List<Reply> read = client.Call(NbdCommand.Read, 4096, 512);
+                Assert.Equal(expected, read[^1].Error);
+                Assert.DoesNotContain("secret", System.Text.Encoding.UTF8.GetString(read[^1].Payload), StringComparison.Ordinal);
+                if (structured)
+                    Assert.Equal(NbdChunkType.Error, read.Single().ChunkType);
+                Assert.Equal(expected, client.Write(4096, new byte[512]));
+                Assert.Equal(expected, client.Write(4096, new byte[100_000]));
+                Assert.Equal(expected, client.Try(NbdCommand.Flush));
+                Assert.Equal(new byte[512], client.Read(0, 512));
+            }
+        }
+    }
+
+    [Fact]
+    public void A_disk_that_throws_something_else_is_an_io_error()
+    {
+        _disk.Slow = true;
+        _disk.Before = (_, offset, _) => offset == 0 ? throw new InvalidOperationException("a bug") : Task.CompletedTask;
+        using NbdTestClient client = _server.Open();
+        Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 0, 512));
+        Assert.Equal(new byte[512], client.Read(512, 512));
+    }
+
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public void Zeroes_are_sent_as_holes_unless_data_is_among_them(bool slow)
+    {
+        _disk.Slow = slow;
+        using NbdTestClient client = _server.Open();
+        Assert.Equal(NbdChunkType.OffsetHole, client.Call(NbdCommand.Read, 8192, 4096).Single().ChunkType);
+        Assert.Equal(NbdError.None, client.Write(10_000, [1]));
+        Assert.Equal(NbdChunkType.OffsetData, client.Call(NbdCommand.Read, 8192, 4096).Single().ChunkType);
+    }
+
+    [Fact]
+    public void Zeroes_of_any_length_fit_their_reply()
+    {
+        foreach (bool slow in (bool[])[false, true])
+        {
+            _disk.Slow = slow;
+            using NbdTestClient client = _server.Open();
+            for (uint length = 1; length < 40; length++)
+                Assert.Equal(new byte[length], client.Read(65536 - 20, length));
+        }
+    }
+
+    [Fact]
+    public void A_large_read_is_cut_at_holes_unless_it_must_not_be()
+    {
+        _disk.Slow = true;
+        using NbdTestClient client = _server.Open();
+        client.Write(200_000, [1]);
+        client.Write(400_000, [2]);
+        client.Write(Size - 1, [3]);
+        List<Reply> whole = client.Call(NbdCommand.Read, 0, Size);
+        Assert.Equal(6, whole.Count);
+        Assert.Equal(3, whole.Count(c => c.ChunkType == NbdChunkType.OffsetHole));
+        byte[] expected = new byte[Size];
+        (expected[200_000], expected[400_000], expected[^1]) = (1, 2, 3);
+        Assert.Equal(expected, NbdTestClient.Assemble(whole, 0, Size));
+
+        Reply single = client.Call(NbdCommand.Read, 0, Size, NbdCommandFlags.Df).Single();
+        Assert.Equal(NbdChunkType.OffsetData, single.ChunkType);
+        Assert.Equal(expected, single.Payload[8..]);
+    }
+
+    [Fact]
+    public void Slow_requests_do_not_hold_up_others()
+    {
+        var gate = new TaskCompletionSource();
+        _disk.Slow = true;
+        _disk.Before = (operation, offset, _) => operation == "read" && offset == 0 ? gate.Task : Task.CompletedTask;
+        using NbdTestClient client = _server.Open();
+        ulong slow = client.SendRequest(NbdCommand.Read, 0, 512);
+        ulong fast = client.SendRequest(NbdCommand.Read, 4096, 512);
+        Assert.Equal(fast, client.ReceiveReply().Cookie);
+        gate.SetResult();
+        Assert.Equal(slow, client.ReceiveReply().Cookie);
+    }
+
+    [Fact]
+    public void Cookies_may_repeat()
+    {
+        _disk.Slow = true;
+        using NbdTestClient client = _server.Open();
+        for (int i = 0; i < 50; i++)
+        {
+            client.NextCookie = ulong.MaxValue;
+            client.SendRequest(NbdCommand.Read, (ulong)i * 512, 512);
+        }
+
+        for (int i = 0; i < 50; i++)
+            Assert.Equal(ulong.MaxValue, client.ReceiveReply().Cookie);
+    }
+
+    [Fact]
+    public void Requests_in_flight_are_bounded_and_all_are_answered()
+    {
+        const int count = 1000;
+        var gate = new TaskCompletionSource();
+        int running = 0;
+        _disk.Slow = true;
+        _disk.Before = (_, _, _) =>
+        {
+            Interlocked.Increment(ref running);
+            return gate.Task;
+        };
+        using NbdTestClient client = _server.Open();
+        Task sender = Task.Run(() =>
+        {
+            for (int i = 0; i < count; i++)
+                client.SendRequest(NbdCommand.Read, 0, 512);
+        });
+        Wait.Until(() => Volatile.Read(ref running) == ServerLimits.MaxInFlight, "the bound is reached");
+        Thread.Sleep(100);
+        Assert.Equal(ServerLimits.MaxInFlight, Volatile.Read(ref running));
+        gate.SetResult();
+        var cookies = new HashSet<ulong>();
+        for (int i = 0; i < count; i++)
+            cookies.Add(client.ReceiveReply().Cookie);
+        Assert.Equal(count, cookies.Count);
+        sender.Wait();
+    }
+
+    [Fact]
+    public void Disconnect_finishes_what_is_in_flight()
+    {
+        var gate = new TaskCompletionSource();
+        _disk.Slow = true;
+        _disk.Before = (_, _, _) => gate.Task;
+        using NbdTestClient client = _server.Open();
+        client.SendRequest(NbdCommand.Write, 0, 3, 0, [1, 2, 3]);
+        client.Disconnect();
+        Thread.Sleep(50);
+        gate.SetResult();
+        Assert.Equal(NbdError.None, client.ReceiveReply().Error);
+        Assert.True(client.IsClosed());
+    }
+
+    [Fact]
+    public void A_client_that_sends_no_more_still_gets_its_replies()
+    {
+        _disk.Slow = true;
+        using NbdTestClient client = _server.Open();
+        for (int i = 0; i < 20; i++)
+            client.SendRequest(NbdCommand.Read, 0, 65536);
+        client.Socket.Shutdown(SocketShutdown.Send);
+        for (int i = 0; i < 20; i++)
+            Assert.Equal(NbdError.None, client.ReceiveReply().Error);
+        Assert.True(client.IsClosed());
+    }
+
+    [Fact]
+    public void A_write_whose_payload_does_not_arrive_changes_nothing()
+    {
+        foreach (int length in (int[])[1000, 200_000])
+        {
+            using (NbdTestClient client = _server.Open())
+            {
+                client.SendRequest(NbdCommand.Write, 0, (uint)length);
+                byte[] part = new byte[length - 1];
+                part.AsSpan().Fill(7);
+                client.Send(part);
+                client.Socket.Shutdown(SocketShutdown.Send);
+                Assert.True(client.IsClosed());
+            }
+
+            using NbdTestClient other = _server.Open();
+            Assert.Equal(new byte[1000], other.Read(0, 1000));
+        }
+    }
+
+    [Fact]
+    public void A_refused_write_is_drained_whatever_its_length()
+    {
+        using NbdTestClient client = _server.Open();
+        Assert.Equal(NbdError.Invalid, client.Write(0, new byte[(32 << 20) + 100]));
+        Assert.Equal(NbdError.NoSpace, client.Write(Size, new byte[100_000]));
+        Assert.Equal(NbdError.NoSpace, client.Write(Size, new byte[10]));
+        Assert.Equal(new byte[4], client.Read(0, 4));
+    }
+
+    [Fact]
+    public void A_wrong_request_magic_ends_the_connection()
+    {
+        using NbdTestClient client = _server.Open();
+        client.SendRequest(NbdCommand.Read, 0, 16);
+        client.Send(new byte[28]);
+        Assert.Equal(NbdError.None, client.ReceiveReply().Error); // what came before is answered
+        Assert.True(client.IsClosed());
+    }
+
+    [Fact]
+    public void Requests_are_understood_byte_by_byte()
+    {
+        using NbdTestClient client = _server.Open();
+        byte[] header = new byte[28];
+        for (int i = 0; i < 10; i++)
+        {
+            new NbdRequest(0, NbdCommand.Write, 5, (ulong)i, 2).Write(header);
+            foreach (byte one in (byte[])[.. header, (byte)i, (byte)(i + 1)])
+                client.Send([one]);
+            Assert.Equal(NbdError.None, client.ReceiveReply().Error);
+        }
+
+        Assert.Equal([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], client.Read(0, 11));
+    }
+
+    [Fact]
+    public void A_client_that_reads_nothing_harms_nobody_and_gets_all_later()
+    {
+        _disk.Slow = true;
+        using NbdTestClient lazy = _server.Open();
+        const int count = 400;
+        Task sender = Task.Run(() =>
+        {
+            for (int i = 0; i < count; i++)
+                lazy.SendRequest(NbdCommand.Read, 0, 65536, NbdCommandFlags.Df);
+        });
+        using (NbdTestClient client = _server.Open())
+        {
+            client.Write(0, [1]);
+            for (int i = 0; i < 200; i++)
+                Assert.Equal(NbdError.None, client.Try(NbdCommand.Read, 0, 65536));
+        }
+
+        for (int i = 0; i < count; i++)
+            Assert.Equal(NbdError.None, lazy.ReceiveReply().Error);
+        sender.Wait();
+    }
+
+    [Fact]
+    public void A_client_that_stalls_with_others_bytes_is_disconnected_and_they_go_on()
+    {
+        // Four clients claim all bytes in flight and send all but the last byte of their payload.
+        var hoarders = new List<NbdTestClient>();
+        using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)));
+        try
+        {
+            for (int i = 0; i < 4; i++)
+            {
+                hoarders.Add(server.Open());
+                hoarders[i].SendRequest(NbdCommand.Write, 0, 32u << 20);
+                hoarders[i].Send(new byte[1 << 20]);
+            }
+
+            Thread.Sleep(300);
+            using NbdTestClient honest = server.Open();
+            byte[] data = new byte[8 << 20];
+            data.AsSpan().Fill(5);
+            Assert.Equal(NbdError.None, honest.Write(0, data));
+            Assert.Equal(data, honest.Read(0, 8 << 20));
+            Assert.Contains(hoarders, h => h.Socket.Poll(5_000_000, SelectMode.SelectRead) && h.IsClosed());
+        }
+        finally
+        {
+            hoarders.ForEach(h => h.Dispose());
+        }
+    }
+
+    [Fact]
+    public async Task Many_large_requests_at_once_share_the_budget()
+    {
+        using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)) { Slow = true });
+        Task[] clients = [.. Enumerable.Range(0, 12).Select(i => Task.Run(() =>
+        {
+            using NbdTestClient client = server.Open();
+            byte[] data = new byte[20 << 20];
+            for (int round = 0; round < 2; round++)
+            {
+                Assert.Equal(NbdError.None, client.Write(0, data));
+                Assert.Equal(20 << 20, client.Read(0, 20 << 20).Length);
+            }
+        }))];
+        await Task.WhenAll(clients).WaitAsync(TimeSpan.FromSeconds(60));
+    }
+
+    [Fact]
+    public void Stopping_answers_what_was_received_and_closes()
+    {
+        var gate = new TaskCompletionSource();
+        _disk.Slow = true;
+        _disk.Before = (_, _, _) => gate.Task;
+        using NbdTestClient busy = _server.Open();
+        using NbdTestClient idle = _server.Open();
+        using NbdTestClient negotiating = _server.Connect();
+        negotiating.Start();
+        ulong cookie = busy.SendRequest(NbdCommand.Write, 0, 3, 0, [1, 2, 3]);
+        Thread.Sleep(50);
+        Task stop = Task.Run(_server.Server.Stop);
+        Assert.True(idle.IsClosed());
+        Assert.True(negotiating.IsClosed());
+        Assert.False(stop.IsCompleted);
+        gate.SetResult();
+        Assert.Equal(cookie, busy.ReceiveReply().Cookie);
+        Assert.True(busy.IsClosed());
+        Assert.True(stop.Wait(10_000));
+        Assert.ThrowsAny<SocketException>(() => _server.Connect());
+    }
+
+    [Fact]
+    public void Block_status_is_one_chunk_for_the_context()
+    {
+        using NbdTestClient client = _server.Open(true, "", "base:allocation");
+        Reply reply = client.Call(NbdCommand.BlockStatus, 4096, 8192).Single();
+        Assert.Equal(NbdChunkType.BlockStatus, reply.ChunkType);
+        Assert.Equal(1u, BinaryPrimitives.ReadUInt32BigEndian(reply.Payload));
+        Assert.Equal([(8192u, 0u)], client.BlockStatus(4096, 8192));
+    }
+
+    [Fact]
+    public async Task Random_requests_on_four_connections_leave_what_a_byte_array_would_hold()
+    {
+        byte[] held = new byte[Size];
+        foreach (bool slow in (bool[])[false, true])
+        {
+            _disk.Slow = slow;
+            if (slow)
+                _disk.Before = async (_, _, _) => await Task.Delay(Random.Shared.Next(2));
+            var model = new ModelRun(_server.SocketPath, Size, seed: slow ? 7 : 8, operations: slow ? 2000 : 10_000) { Initial = held };
+            await model.Run();
+            held = model.Model;
+        }
+    }
+
+    [Fact]
+    public async Task No_client_is_forgotten_under_a_mixed_load()
+    {
+        // Fast, slow and stuck requests on many connections; a lost wake-up would leave somebody without a reply.
+        int count = 0;
+        _disk.Slow = true;
+        _disk.Before = (_, _, _) => Interlocked.Increment(ref count) % 3 == 0 ? Task.Delay(1) : Task.CompletedTask;
+        var errors = new ConcurrentBag<Exception>();
+        Task[] clients = [.. Enumerable.Range(0, 16).Select(i => Task.Run(() =>
+        {
+            using NbdTestClient client = _server.Open(i % 2 == 0);
+            client.Socket.ReceiveBufferSize = 4096; // the server's sends block often
+            var random = new Random(i);
+            for (int round = 0; round < 20; round++)
+            {
+                int batch = random.Next(1, 40);
+                for (int k = 0; k < batch; k++)
+                    client.SendRequest(NbdCommand.Read, (ulong)random.Next(1000), (uint)random.Next(1, 60_000), 0);
+                for (int k = 0; k < batch;)
+                    k += client.ReceiveReply().IsLast ? 1 : 0;
+            }
+        }))];
+        await Task.WhenAll(clients).WaitAsync(TimeSpan.FromSeconds(60));
+        Assert.Empty(errors);
+    }
+}

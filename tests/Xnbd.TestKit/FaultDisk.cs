@@ -1,0 +1,80 @@
+using Xnbd.Storage;
+
+namespace Xnbd.TestKit;
+
+/// <summary>
+/// A disk that misbehaves on demand: it passes everything on to another disk, after what <see cref="Before"/> does,
+/// which may wait or throw. <see cref="Slow"/> makes it refuse the fast forms, as a disk that must be waited for.
+/// </summary>
+public sealed class FaultDisk(Disk inner) : Disk
+{
+    /// <summary>Called before each operation with its name, offset and length.</summary>
+    public Func<string, long, long, Task>? Before { get; set; }
+
+    /// <summary>The fast forms say no.</summary>
+    public bool Slow { get; set; }
+
+    /// <summary>The disk says that it is read-only.</summary>
+    public bool ReadOnly { get; init; }
+
+    /// <summary>Flushes and durable operations that have completed.</summary>
+    public int Syncs;
+
+    public override long Length => inner.Length;
+
+    public override DiskFeatures Features => ReadOnly ? DiskFeatures.ReadOnly : inner.Features;
+
+    public override bool TryRead(long offset, Span<byte> buffer)
+    {
+        if (Slow)
+            return false;
+        Before?.Invoke("read", offset, buffer.Length).GetAwaiter().GetResult();
+        return inner.TryRead(offset, buffer);
+    }
+
+    public override bool TryWrite(long offset, ReadOnlySpan<byte> data)
+    {
+        if (Slow)
+            return false;
+        Before?.Invoke("write", offset, data.Length).GetAwaiter().GetResult();
+        return inner.TryWrite(offset, data);
+    }
+
+    public override FileRange TryLocate(long offset, int length, bool findHoles)
+        => Slow ? FileRange.None : inner.TryLocate(offset, length, findHoles);
+
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+        => Run("read", offset, buffer.Length, false, () => inner.ReadAsync(offset, buffer));
+
+    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+        => Run("write", offset, data.Length, durable, () => inner.WriteAsync(offset, data, durable));
+
+    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+        => Run("zero", offset, length, durable, () => inner.ZeroAsync(offset, length, mode, durable));
+
+    public override ValueTask TrimAsync(long offset, long length, bool durable)
+        => Run("trim", offset, length, durable, () => inner.TrimAsync(offset, length, durable));
+
+    public override ValueTask FlushAsync() => Run("flush", 0, 0, true, inner.FlushAsync);
+
+    public override ValueTask PrefetchAsync(long offset, long length)
+        => Run("prefetch", offset, length, false, () => inner.PrefetchAsync(offset, length));
+
+    public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
+        => Run("extents", offset, length, false, () => inner.GetExtentsAsync(offset, length, extents));
+
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+            inner.Dispose();
+    }
+
+    private async ValueTask Run(string operation, long offset, long length, bool durable, Func<ValueTask> action)
+    {
+        if (Before is { } before)
+            await Task.Run(() => before(operation, offset, length));
+        await action();
+        if (durable)
+            Interlocked.Increment(ref Syncs);
+    }
+}

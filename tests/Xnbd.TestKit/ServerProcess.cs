@@ -1,0 +1,130 @@
+using System.Diagnostics;
+using System.Net;
+using System.Net.Sockets;
+using System.Runtime.InteropServices;
+using System.Text;
+
+namespace Xnbd.TestKit;
+
+/// <summary>The real, native <c>xnbd-server</c>, as a process of its own.</summary>
+public sealed class ServerProcess : IDisposable
+{
+    private readonly Process _process;
+    private readonly StringBuilder _log = new();
+
+    private ServerProcess(Process process, string socketPath)
+    {
+        _process = process;
+        SocketPath = socketPath;
+        process.ErrorDataReceived += (_, line) =>
+        {
+            lock (_log)
+                _log.AppendLine(line.Data);
+        };
+        process.BeginErrorReadLine();
+    }
+
+    /// <summary>Where the programs are: <c>out/bin</c> of the repository.</summary>
+    public static string BinFolder { get; } = Path.Combine(Repository.Root, "out", "bin");
+
+    public static string Executable => Path.Combine(BinFolder, "xnbd-server");
+
+    public string SocketPath { get; }
+
+    /// <summary>For libnbd, nbdcopy, fio.</summary>
+    public string Uri => $"nbd+unix:///?socket={SocketPath}";
+
+    public int Id => _process.Id;
+
+    public bool HasExited => _process.HasExited;
+
+    public string Log
+    {
+        get
+        {
+            lock (_log)
+                return _log.ToString();
+        }
+    }
+
+    /// <summary>Serves an image on a Unix socket in a folder.</summary>
+    public static ServerProcess Start(TempFolder folder, string image, params string[] options)
+    {
+        string socket = folder.File("s" + Guid.NewGuid().ToString("N")[..6]);
+        return Start(socket, ["--target", "--unix", socket, .. options, image]);
+    }
+
+    /// <summary>Starts the server and waits until it listens on a Unix socket.</summary>
+    public static ServerProcess Start(string socketPath, string[] args)
+    {
+        var server = new ServerProcess(
+            Process.Start(new ProcessStartInfo(Executable, args) { RedirectStandardError = true })!, socketPath);
+        try
+        {
+            Wait.Until(() => File.Exists(socketPath) || server.HasExited, "the server listens");
+            if (server.HasExited)
+                throw new InvalidOperationException($"the server did not start: {server.Log}");
+            return server;
+        }
+        catch
+        {
+            server.Dispose();
+            throw;
+        }
+    }
+
+    public NbdTestClient Open(bool structured = true, string name = "", params string[] contexts)
+        => NbdTestClient.Open(SocketPath, structured, name, contexts);
+
+    /// <summary>Sends a signal.</summary>
+    public void Signal(int number) => _ = Kill(Id, number);
+
+    /// <summary>Ends it with SIGTERM.</summary>
+    /// <returns>Its exit code.</returns>
+    public int Stop()
+    {
+        if (!HasExited)
+            Signal(15);
+        return WaitForExit();
+    }
+
+    public int WaitForExit()
+    {
+        if (!_process.WaitForExit(20_000))
+            throw new TimeoutException($"the server did not end: {Log}");
+        _process.WaitForExit(); // and its output has been read
+        return _process.ExitCode;
+    }
+
+    /// <summary>A figure of /proc/PID/status, such as VmRSS (KiB) or Threads.</summary>
+    public long Status(string name) => ProcStatus(Id, name);
+
+    public static long ProcStatus(int process, string name)
+        => long.Parse(File.ReadLines($"/proc/{process}/status").First(l => l.StartsWith(name + ":", StringComparison.Ordinal))
+            .Split((char[])[':', '\t', ' '], StringSplitOptions.RemoveEmptyEntries)[1], System.Globalization.CultureInfo.InvariantCulture);
+
+    public int OpenDescriptors => Directory.GetFiles($"/proc/{Id}/fd").Length;
+
+    public void Dispose()
+    {
+        if (!HasExited)
+        {
+            _process.Kill();
+            _process.WaitForExit();
+        }
+
+        _process.Dispose();
+    }
+
+    /// <summary>A TCP port that was free a moment ago.</summary>
+    public static int FreePort()
+    {
+        using var listener = new TcpListener(IPAddress.IPv6Any, 0);
+        listener.Server.DualMode = true;
+        listener.Start();
+        return ((IPEndPoint)listener.LocalEndpoint).Port;
+    }
+
+    [DllImport("libc", EntryPoint = "kill")]
+    private static extern int Kill(int process, int signal);
+}
