@@ -1,0 +1,440 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Net.Sockets;
+using Xnbd.Protocol;
+using Xnbd.TestKit;
+
+namespace Xnbd.Interop.Tests;
+
+/// <summary>The program: options, signals, exit codes, and what it costs.</summary>
+public sealed class ProgramTests : IDisposable
+{
+    private readonly TempFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    private static string Text(int number) => number.ToString(CultureInfo.InvariantCulture);
+
+    [Theory]
+    [InlineData(2, "no mode")]
+    [InlineData(2, "no disk image", "--target")]
+    [InlineData(2, "only one disk image", "--target", "a", "b")]
+    [InlineData(2, "--bogus", "--target", "--bogus", "a")]
+    [InlineData(2, "-x", "--target", "-x", "a")]
+    [InlineData(2, "--lport 99999", "--target", "--lport", "99999", "a")]
+    [InlineData(2, "--lport abc", "--target", "--lport", "abc", "a")]
+    [InlineData(2, "--lport 0", "--target", "--lport", "0", "a")]
+    [InlineData(2, "--lport", "--target", "a", "--lport")]
+    [InlineData(2, "exclude each other", "--target", "--inetd", "--daemonize", "a")]
+    [InlineData(2, "only one mode", "--target", "--proxy", "a")]
+    [InlineData(2, "--connected-fd -1", "--target", "--connected-fd=-1", "a")]
+    [InlineData(2, "does not listen", "--target", "--inetd", "--lport", "1234", "a")]
+    [InlineData(1, "No such file", "--target", "/nonexistent/image")]
+    [InlineData(1, "Is a directory", "--target", "/tmp")]
+    [InlineData(1, "Is a directory", "--target", "--readonly", "/tmp")]
+    [InlineData(1, "neither", "--target", "/dev/null")]
+    [InlineData(1, "not supported yet", "--cow-target", "a")]
+    [InlineData(1, "not supported yet", "--proxy", "h", "1", "a", "b", "c")]
+    public async Task A_wrong_call_gets_one_clear_line(int exitCode, string message, params string[] args)
+    {
+        ToolResult result = await Tool.Run(ServerProcess.Executable, args);
+        Assert.Equal(exitCode, result.ExitCode);
+        Assert.Empty(result.Output);
+        string[] lines = result.Errors.Split('\n', StringSplitOptions.RemoveEmptyEntries);
+        Assert.StartsWith("xnbd-server: ", lines[0], StringComparison.Ordinal);
+        Assert.Contains(message, lines[0], StringComparison.Ordinal);
+        Assert.Equal(exitCode == 2 ? 2 : 1, lines.Length); // for wrong usage a second one names --help
+    }
+
+    [Fact]
+    public async Task Descriptors_that_are_no_connection_are_refused()
+    {
+        string image = _folder.Sparse("disk.img", 4096);
+        ToolResult absent = await Tool.Run(ServerProcess.Executable, "--target", "--connected-fd", "99", image);
+        Assert.Equal((1, "xnbd-server: descriptor 99 is not open\n"), (absent.ExitCode, absent.Errors));
+        ToolResult file = await Tool.Run("bash", "-c", $"exec {ServerProcess.Executable} --target --connected-fd 5 {image} 5<{image}");
+        Assert.Equal((1, "xnbd-server: descriptor 5 is not a socket\n"), (file.ExitCode, file.Errors));
+        ToolResult inetd = await Tool.Run("bash", "-c", $"exec {ServerProcess.Executable} --target --inetd {image} <{image}");
+        Assert.Equal((1, "xnbd-server: stdin is not a socket\n"), (inetd.ExitCode, inetd.Errors));
+    }
+
+    [Fact]
+    public async Task A_port_in_use_and_an_image_without_permission_are_said_so()
+    {
+        string image = _folder.Sparse("disk.img", 4096);
+        using var taken = new TcpListener(System.Net.IPAddress.Loopback, 0);
+        taken.Start();
+        int port = ((System.Net.IPEndPoint)taken.LocalEndpoint).Port;
+        ToolResult result = await Tool.Run(
+            ServerProcess.Executable, "--target", "--laddr", "127.0.0.1", "--lport", Text(port), image);
+        Assert.Equal(1, result.ExitCode);
+        Assert.Equal($"xnbd-server: cannot listen on address 127.0.0.1, port {port}: Address already in use\n", result.Errors);
+
+        string elsewhere = await Tool.Run("true") is { ExitCode: 0 } ? _folder.File("no/such/socket") : "";
+        Assert.Equal(1, (await Tool.Run(ServerProcess.Executable, "--target", "--unix", elsewhere, image)).ExitCode);
+
+        Assert.SkipUnless(Environment.UserName == "root" && Tool.Find("setpriv") is not null, "another user is needed to be refused");
+        File.SetUnixFileMode(image, UnixFileMode.None);
+        // The folder must let the other user in, or it is the folder that refuses.
+        File.SetUnixFileMode(_folder.Path, UnixFileMode.UserRead | UnixFileMode.UserExecute | UnixFileMode.UserWrite | UnixFileMode.OtherExecute);
+        string copy = _folder.File("xnbd-server");
+        File.Copy(Path.Combine(ServerProcess.BinFolder, "xnbd"), copy);
+        File.SetUnixFileMode(copy, (UnixFileMode)0b111_101_101);
+        ToolResult denied = await Tool.Run("setpriv", "--reuid=65534", "--clear-groups", "--", copy, "--target", image);
+        Assert.Equal(1, denied.ExitCode);
+        Assert.Contains("Permission denied", denied.Errors, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task It_serves_on_ipv4_and_ipv6_and_on_one_address_alone()
+    {
+        string image = _folder.Sparse("disk.img", 1 << 20);
+        int port = ServerProcess.FreePort();
+        string socket = _folder.File("s");
+        using (ServerProcess server = ServerProcess.Start(socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
+        {
+            await Tool.Succeed("nbdinfo", $"nbd://127.0.0.1:{port}");
+            if (Socket.OSSupportsIPv6)
+                await Tool.Succeed("nbdinfo", $"nbd://[::1]:{port}");
+            await Tool.Succeed("nbdinfo", server.Uri);
+            Assert.Contains("127.0.0.1:", server.Log, StringComparison.Ordinal);
+        }
+
+        port = ServerProcess.FreePort();
+        socket = _folder.File("t");
+        using (ServerProcess.Start(socket, ["--target", "--unix", socket, "--laddr", "127.0.0.2", "--lport", Text(port), image]))
+        {
+            await Tool.Succeed("nbdinfo", $"nbd://127.0.0.2:{port}");
+            Assert.NotEqual(0, (await Tool.Run("nbdinfo", $"nbd://127.0.0.1:{port}")).ExitCode);
+        }
+    }
+
+    [Theory]
+    [InlineData(15)]
+    [InlineData(2)]
+    public void A_signal_to_end_lets_it_finish_and_exit_with_success(int signal)
+    {
+        string image = _folder.Sparse("disk.img", 1 << 20);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        using NbdTestClient client = server.Open();
+        client.SendRequest(NbdCommand.Write, 0, 4, 0, [1, 2, 3, 4]);
+        Assert.Equal(NbdError.None, client.ReceiveReply().Error);
+        server.Signal(signal);
+        Assert.Equal(0, server.WaitForExit());
+        Assert.True(client.IsClosed());
+        Assert.Equal([1, 2, 3, 4], File.ReadAllBytes(image)[..4]);
+        Assert.False(File.Exists(server.SocketPath));
+    }
+
+    [Fact]
+    public void It_ends_in_time_whatever_its_clients_do()
+    {
+        string image = _folder.Random("disk.img", 32 << 20);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        using NbdTestClient deaf = server.Open();
+        using NbdTestClient mute = server.Open();
+        for (int i = 0; i < 100; i++)
+            deaf.SendRequest(NbdCommand.Read, 0, 1 << 20);
+        mute.SendRequest(NbdCommand.Write, 0, 1 << 20); // and no payload
+        Thread.Sleep(200);
+        long start = Stopwatch.GetTimestamp();
+        Assert.Equal(0, server.Stop());
+        Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 10);
+    }
+
+    [Fact]
+    public async Task A_read_only_image_never_changes_and_the_session_stays_up()
+    {
+        string image = _folder.Random("disk.img", 1 << 20);
+        byte[] before = File.ReadAllBytes(image);
+        DateTime written = File.GetLastWriteTimeUtc(image);
+        using ServerProcess server = ServerProcess.Start(_folder, image, "--readonly");
+        using NbdTestClient client = server.Open();
+        Assert.Equal(NbdError.Permission, client.Write(0, [1]));
+        Assert.Equal(NbdError.Permission, client.Try(NbdCommand.Trim, 0, 4096));
+        Assert.Equal(NbdError.Permission, client.Try(NbdCommand.WriteZeroes, 0, 4096));
+        Assert.Equal(before[..4096], client.Read(0, 4096));
+        Assert.Contains("is_read_only: true", await Tool.Succeed("nbdinfo", server.Uri), StringComparison.Ordinal);
+        Assert.Equal(0, server.Stop());
+        Assert.Equal(before, File.ReadAllBytes(image));
+        Assert.Equal(written, File.GetLastWriteTimeUtc(image));
+    }
+
+    [Fact]
+    public void A_stale_socket_is_replaced_and_a_live_one_is_not()
+    {
+        string image = _folder.Sparse("disk.img", 4096);
+        string socket = _folder.File("s");
+        using (ServerProcess killed = ServerProcess.Start(socket, ["--target", "--unix", socket, image]))
+            killed.Signal(9);
+        Assert.True(File.Exists(socket));
+        using var second = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+        try
+        {
+            Wait.Until(() => Record.Exception(() => NbdTestClient.Open(socket).Dispose()) is null, "the second server took over");
+            using var third = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+            Assert.True(third.WaitForExit(10_000));
+            Assert.Equal(1, third.ExitCode);
+            NbdTestClient.Open(socket).Dispose();
+        }
+        finally
+        {
+            second.Kill();
+            second.WaitForExit();
+        }
+    }
+
+    [Fact]
+    public async Task In_the_background_it_returns_when_it_listens_and_logs_to_a_file()
+    {
+        string image = _folder.Sparse("disk.img", 1 << 20);
+        string socket = _folder.File("s"), log = _folder.File("log");
+        ToolResult started = await Tool.Run(
+            ServerProcess.Executable, "--target", "--daemonize", "--unix", socket, "--logpath", log, image);
+        Assert.Equal((0, "", ""), (started.ExitCode, started.Output, started.Errors));
+        int process = DaemonOn(socket);
+        try
+        {
+            await Tool.Succeed("nbdinfo", $"nbd+unix:///?socket={socket}");
+            Assert.Contains("serving", File.ReadAllText(log), StringComparison.Ordinal);
+            // A session of its own, no terminal, no folder kept busy.
+            string[] stat = File.ReadAllText($"/proc/{process}/stat").Split(')')[1].Split(' ', StringSplitOptions.RemoveEmptyEntries);
+            Assert.Equal(Text(process), stat[3]);
+            Assert.Equal("/", new FileInfo($"/proc/{process}/cwd").LinkTarget);
+            foreach (int descriptor in (int[])[0, 1, 2])
+                Assert.Equal("/dev/null", new FileInfo($"/proc/{process}/fd/{descriptor}").LinkTarget);
+
+            File.Move(log, log + ".1");
+            await Tool.Succeed("kill", "-HUP", Text(process));
+            Wait.Until(() => File.Exists(log), "the log was opened anew");
+            await Tool.Succeed("kill", "-USR2", Text(process));
+            Wait.Until(() => File.ReadAllText(log).Contains("SIGUSR2", StringComparison.Ordinal), "the signal was logged");
+            await Tool.Succeed("nbdinfo", $"nbd+unix:///?socket={socket}");
+        }
+        finally
+        {
+            await Tool.Succeed("kill", Text(process));
+        }
+
+        Wait.Until(() => !Directory.Exists($"/proc/{process}"), "the daemon has ended");
+
+        ToolResult refused = await Tool.Run(ServerProcess.Executable, "--target", "--daemonize", "--unix", socket, _folder.File("absent"));
+        Assert.Equal(1, refused.ExitCode);
+        Assert.Contains("No such file", refused.Errors, StringComparison.Ordinal);
+        Assert.False(File.Exists(socket));
+    }
+
+    private static int DaemonOn(string socket) => Directory.GetDirectories("/proc")
+        .Select(d => int.TryParse(Path.GetFileName(d), out int id) ? id : 0).Where(id => id > 0)
+        .Single(id =>
+        {
+            try
+            {
+                return File.ReadAllText($"/proc/{id}/cmdline").Split('\0').Contains(socket)
+                    && File.ReadAllText($"/proc/{id}/cmdline").Contains("xnbd", StringComparison.Ordinal);
+            }
+            catch (IOException)
+            {
+                return false;
+            }
+        });
+
+    [Fact]
+    public async Task For_a_super_server_it_talks_on_stdin_and_nothing_else_goes_there()
+    {
+        Assert.SkipWhen(Tool.Find("nbdinfo") is null, "nbdinfo is absent");
+        string image = _folder.Random("disk.img", 1 << 20);
+        // nbdinfo's socket activation is of another kind: a small super-server in Python connects stdin, stdout and stderr.
+        string socket = _folder.File("s");
+        const string superServer = """
+            import os, socket, subprocess, sys
+            s = socket.socket(socket.AF_UNIX)
+            s.bind(sys.argv[1])
+            s.listen()
+            children = []
+            for _ in range(3):
+                c, _ = s.accept()
+                children.append(subprocess.Popen(sys.argv[2:], stdin=c, stdout=c, stderr=c))
+                c.close()
+            sys.exit(max(p.wait() for p in children))
+            """;
+        using var server = Process.Start(new ProcessStartInfo(
+            "python3", ["-c", superServer, socket, ServerProcess.Executable, "--target", "--inetd", image]))!;
+        try
+        {
+            Wait.Until(() => File.Exists(socket), "the super-server listens");
+            await Tool.Succeed("nbdcopy", $"nbd+unix:///?socket={socket}", _folder.File("back")); // two connections
+            await Tool.Succeed("cmp", image, _folder.File("back"));
+            using (NbdTestClient client = NbdTestClient.Open(socket))
+            {
+                Assert.Equal(NbdError.Invalid, client.Try(NbdCommand.Read, 1 << 20, 1));
+                client.Disconnect();
+                Assert.True(client.IsClosed());
+            }
+
+            Assert.True(server.WaitForExit(10_000));
+            Assert.Equal(0, server.ExitCode);
+        }
+        finally
+        {
+            if (!server.HasExited)
+                server.Kill(entireProcessTree: true);
+        }
+    }
+
+    [Fact]
+    public async Task A_negotiated_connection_is_served_at_once()
+    {
+        string image = _folder.Random("disk.img", 1 << 20);
+        const string script = """
+            import os, socket, struct, subprocess, sys
+            a, b = socket.socketpair()
+            b.setblocking(False)
+            p = subprocess.Popen([sys.argv[1], "--target", "--connected-fd", str(b.fileno()), sys.argv[2]], pass_fds=[b.fileno()])
+            b.close()
+            a.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 42, 1000, 100))
+            reply = b""
+            while len(reply) < 116:
+                reply += a.recv(4096)
+            assert struct.unpack(">IIQ", reply[:16]) == (0x67446698, 0, 42)
+            assert reply[16:] == open(sys.argv[2], "rb").read()[1000:1100]
+            a.close()
+            sys.exit(p.wait(10))
+            """;
+        await Tool.Succeed("python3", "-c", script, ServerProcess.Executable, image);
+    }
+
+    [Fact]
+    public void Snapshots_are_made_on_a_signal()
+    {
+        string image = _folder.Random("disk.img", 4 << 20);
+        byte[] before = File.ReadAllBytes(image);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        using NbdTestClient client = server.Open();
+        server.Signal(10);
+        Wait.Until(() => Completed(server) == 1, "the snapshot is complete");
+        string snapshot = Snapshots(image).Single();
+        client.Write(0, [(byte)~before[0]]);
+        Assert.Equal(before, File.ReadAllBytes(snapshot));
+        Assert.Matches(@"\.snapshot\.[0-9]{10,}$", snapshot);
+    }
+
+    private static int Completed(ServerProcess server)
+        => server.Log.Split('\n').Count(l => l.Contains("snapshot complete", StringComparison.Ordinal));
+
+    private static string[] Snapshots(string image)
+        => [.. Directory.GetFiles(Path.GetDirectoryName(image)!, Path.GetFileName(image) + ".snapshot.*")
+            .Where(f => !f.EndsWith(".partial", StringComparison.Ordinal))];
+
+    [Theory]
+    [InlineData("")]
+    [InlineData("xfs")]
+    [InlineData("btrfs")]
+    public async Task A_snapshot_under_load_holds_a_prefix_of_the_writes(string kind)
+    {
+        using LoopMount? mount = kind.Length > 0 ? await LoopMount.Create(_folder, kind, 512 << 20) : null;
+        string image = Path.Combine(mount?.Path ?? _folder.Path, "disk.img");
+        const int blocks = 4096;
+        using (FileStream file = File.Create(image))
+            file.SetLength(blocks * 4096);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        using var stop = new CancellationTokenSource();
+        int replied = 0;
+        Task writer = Task.Run(() =>
+        {
+            // Numbered blocks in order, each after the reply to the one before, round and round.
+            using NbdTestClient client = server.Open();
+            byte[] block = new byte[4096];
+            for (int n = 1; !stop.IsCancellationRequested; n++)
+            {
+                BitConverter.TryWriteBytes(block, n);
+                Assert.Equal(NbdError.None, client.Write((ulong)(n % blocks) * 4096, block));
+                Volatile.Write(ref replied, n);
+            }
+        });
+        try
+        {
+            for (int i = 1; i <= 3; i++)
+            {
+                Thread.Sleep(100);
+                int before = Volatile.Read(ref replied);
+                server.Signal(10);
+                Wait.Until(() => Completed(server) == i, $"snapshot {i} is complete");
+                int after = Volatile.Read(ref replied);
+                CheckPrefix(Snapshots(image).Order(StringComparer.Ordinal).Last(), blocks, before, after + 1);
+            }
+        }
+        finally
+        {
+            stop.Cancel();
+            await writer;
+        }
+
+        Assert.Equal(kind.Length > 0 ? 3 : 0, server.Log.Split('\n').Count(l => l.Contains("a reflink", StringComparison.Ordinal)));
+        Assert.Equal(0, server.Stop());
+    }
+
+    private static void CheckPrefix(string snapshot, int blocks, int before, int after)
+    {
+        byte[] bytes = File.ReadAllBytes(snapshot);
+        int[] found = [.. Enumerable.Range(0, blocks).Select(b => BitConverter.ToInt32(bytes, b * 4096))];
+        int last = found.Max();
+        Assert.InRange(last, before, after);
+        for (int b = 0; b < blocks; b++)
+        {
+            int expected = last - ((last - b) % blocks + blocks) % blocks; // the last number up to it that went to this block
+            Assert.Equal(Math.Max(0, expected), found[b]);
+        }
+    }
+
+    [Fact]
+    public void It_listens_soon_and_idles_small()
+    {
+        string image = _folder.Sparse("disk.img", 1 << 30);
+        var times = new List<double>();
+        for (int i = 0; i < 5; i++)
+        {
+            string socket = _folder.File($"s{i}");
+            long start = Stopwatch.GetTimestamp();
+            using var server = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+            while (!File.Exists(socket))
+                Thread.SpinWait(100);
+            times.Add(Stopwatch.GetElapsedTime(start).TotalMilliseconds);
+            Wait.Until(() => Record.Exception(() => NbdTestClient.Open(socket).Dispose()) is null, "it answers");
+            Assert.InRange(ServerProcess.ProcStatus(server.Id, "VmRSS"), 1, 32 * 1024);
+            server.Kill();
+            server.WaitForExit();
+        }
+
+        times.Sort();
+        Assert.InRange(times[2], 0, 50);
+    }
+
+    [Fact]
+    public void A_thousand_idle_clients_cost_little()
+    {
+        string image = _folder.Random("disk.img", 1 << 20);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        var clients = new List<NbdTestClient>();
+        try
+        {
+            for (int i = 0; i < 1000; i++)
+            {
+                clients.Add(server.Open());
+                Assert.Equal(4096, clients[i].Read((ulong)i, 4096).Length); // each has worked once
+            }
+
+            Thread.Sleep(200);
+            long kibibytes = server.Status("VmRSS");
+            TestContext.Current.TestOutputHelper?.WriteLine($"1,000 idle clients: {kibibytes} KiB, {server.Status("Threads")} threads");
+            Assert.InRange(kibibytes, 1, 64 * 1024);
+            Assert.Equal(16, clients[500].Read(0, 16).Length);
+        }
+        finally
+        {
+            clients.ForEach(c => c.Dispose());
+        }
+
+        Wait.Until(() => server.Status("Threads") < 40, "their threads have ended");
+    }
+}

@@ -1,0 +1,49 @@
+using System.Xml.Linq;
+using Xnbd.TestKit;
+
+namespace Xnbd.Tests;
+
+/// <summary>The arrows between the projects point one way: see ARCHITECTURE.md.</summary>
+public class DependencyTests
+{
+    [Theory]
+    [InlineData("Xnbd.Protocol")]
+    [InlineData("Xnbd.Linux")]
+    [InlineData("Xnbd.Storage", "Xnbd.Linux")]
+    [InlineData("Xnbd.Server", "Xnbd.Protocol", "Xnbd.Storage")]
+    [InlineData("Xnbd", "Xnbd.Server")]
+    public void A_project_refers_to_these_alone(string project, params string[] references)
+    {
+        XDocument document = XDocument.Load(Path.Combine(Repository.Root, "src", project, project + ".csproj"));
+        Assert.Equal(
+            references,
+            document.Descendants("ProjectReference").Select(r => Path.GetFileNameWithoutExtension((string)r.Attribute("Include")!)).Order());
+    }
+
+    [Fact]
+    public void Only_the_Linux_project_calls_native_code()
+    {
+        foreach (string file in Sources())
+        {
+            bool isNative = File.ReadAllText(file) is var text
+                && (text.Contains("LibraryImport", StringComparison.Ordinal) || text.Contains("DllImport", StringComparison.Ordinal)
+                    || text.Contains("unsafe", StringComparison.Ordinal));
+            Assert.True(!isNative || file.Contains("/Xnbd.Linux/", StringComparison.Ordinal), $"{file} calls native code");
+        }
+    }
+
+    [Fact]
+    public void Only_the_programs_know_the_console_and_the_environment()
+    {
+        foreach (string file in Sources().Where(f => !f.Contains("/src/Xnbd/", StringComparison.Ordinal)))
+        {
+            string text = File.ReadAllText(file);
+            foreach (string word in (string[])["Console.", "Environment.Exit", "GetEnvironmentVariable", "PosixSignal"])
+                Assert.False(text.Contains(word, StringComparison.Ordinal), $"{file} uses {word}");
+        }
+    }
+
+    private static IEnumerable<string> Sources() => Directory
+        .EnumerateFiles(Path.Combine(Repository.Root, "src"), "*.cs", SearchOption.AllDirectories)
+        .Where(f => !f.Contains("/obj/", StringComparison.Ordinal) && !f.Contains("/bin/", StringComparison.Ordinal));
+}

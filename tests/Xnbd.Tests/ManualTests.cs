@@ -1,0 +1,64 @@
+using System.Text.RegularExpressions;
+using Xnbd.TestKit;
+
+namespace Xnbd.Tests;
+
+/// <summary>The manual says what the program does, no more and no less.</summary>
+public partial class ManualTests
+{
+    private static string Page => File.ReadAllText(Path.Combine(Repository.Root, "docs", "xnbd-server.8"));
+
+    [Fact]
+    public async Task The_manual_page_has_the_options_of_the_program()
+    {
+        string help = await Tool.Succeed(ServerProcess.Executable, "--help");
+        string[] ofProgram = [.. OptionInHelp().Matches(help).Select(m => m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
+        string[] ofManual = [.. OptionInManual().Matches(Page).Select(m => "--" + m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
+        Assert.NotEmpty(ofProgram);
+        Assert.Equal(ofProgram, ofManual);
+
+        static string Argument(string text) => text.Length == 0 ? "" : " " + text;
+    }
+
+    [Fact]
+    public async Task The_default_port_is_the_same_everywhere()
+    {
+        Assert.Contains("[default: 8520]", await Tool.Succeed(ServerProcess.Executable, "--help"), StringComparison.Ordinal);
+        Assert.Contains("8520", Page, StringComparison.Ordinal);
+        Assert.Contains("8520", File.ReadAllText(Path.Combine(Repository.Root, "README.md")), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void The_manual_page_names_every_signal_and_exit_code()
+    {
+        string source = File.ReadAllText(Path.Combine(Repository.Root, "src", "Xnbd", "ServerProgram.cs"));
+        foreach (string signal in SignalInSource().Matches(source).Select(m => m.Value).Distinct())
+            Assert.Contains(signal, Page, StringComparison.Ordinal);
+        foreach (string code in (string[])[".It 0", ".It 1", ".It 2"])
+            Assert.Contains(code, Page, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task The_manual_page_is_well_formed()
+    {
+        Assert.SkipWhen(Tool.Find("mandoc") is null, "mandoc is absent");
+        ToolResult lint = await Tool.Run("mandoc", "-T", "lint", "-W", "warning", Path.Combine(Repository.Root, "docs", "xnbd-server.8"));
+        Assert.Equal("", lint.Output + lint.Errors);
+    }
+
+    [Fact]
+    public async Task The_version_is_that_of_the_changelog()
+    {
+        string version = (await Tool.Succeed(ServerProcess.Executable, "--version")).Trim().Split(' ')[^1];
+        Assert.Contains($"## {version}", File.ReadAllText(Path.Combine(Repository.Root, "CHANGELOG.md")), StringComparison.Ordinal);
+    }
+
+    [GeneratedRegex(@"^  (?:-\?, -h, )?(--[a-z-]+)(?: <([A-Z]+)>)?", RegexOptions.Multiline)]
+    private static partial Regex OptionInHelp();
+
+    [GeneratedRegex(@"^\.It Fl Fl ([a-z-]+)(?: Ar ([A-Z]+))?$", RegexOptions.Multiline)]
+    private static partial Regex OptionInManual();
+
+    [GeneratedRegex(@"SIG[A-Z0-9]+")]
+    private static partial Regex SignalInSource();
+}
