@@ -77,6 +77,9 @@ public enum Errno
     /// <summary>Connection reset by peer.</summary>
     ECONNRESET = 104,
 
+    /// <summary>Not connected.</summary>
+    ENOTCONN = 107,
+
     /// <summary>Connection timed out.</summary>
     ETIMEDOUT = 110,
 

@@ -19,9 +19,6 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "preadv64v2", SetLastError = true)]
     internal static partial nint PReadV2(SafeHandle file, IoVector* vectors, int count, long offset, int flags);
 
-    [LibraryImport(Name, EntryPoint = "pwritev64v2", SetLastError = true)]
-    internal static partial nint PWriteV2(SafeHandle file, IoVector* vectors, int count, long offset, int flags);
-
     [LibraryImport(Name, EntryPoint = "fallocate64", SetLastError = true)]
     internal static partial int FAllocate(SafeHandle file, int mode, long offset, long length);
 
@@ -57,6 +54,15 @@ internal static unsafe partial class LibC
 
     [LibraryImport(Name, EntryPoint = "renameat2", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int RenameAt2(int oldDirectory, string oldPath, int newDirectory, string newPath, uint flags);
+
+    [LibraryImport(Name, EntryPoint = "link", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int Link(string oldPath, string newPath);
+
+    [LibraryImport(Name, EntryPoint = "fchmod", SetLastError = true)]
+    internal static partial int FChMod(SafeHandle file, uint mode);
+
+    [LibraryImport(Name, EntryPoint = "fchown", SetLastError = true)]
+    internal static partial int FChOwn(SafeHandle file, uint user, uint group);
 
     [LibraryImport(Name, EntryPoint = "unlink", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int Unlink(string path);

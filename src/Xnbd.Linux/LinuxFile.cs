@@ -13,8 +13,11 @@ public enum OpenMode
     /// <summary>For reading and writing.</summary>
     ReadWrite = 2,
 
-    /// <summary>Create it; fail if it is there.</summary>
+    /// <summary>Create it, for its owner alone; fail if it is there.</summary>
     CreateNew = 0x40 | 0x80,
+
+    /// <summary>For writing at its end, wherever that is by then; create it if it is absent, readable for all.</summary>
+    Append = 1 | 0x400 | 0x40,
 }
 
 /// <summary>What kind of file stands behind a descriptor.</summary>
@@ -42,7 +45,15 @@ public enum FileKind
 /// <param name="AllocatedBytes">Space it takes on its file system, in bytes.</param>
 /// <param name="Inode">Its number within its file system.</param>
 /// <param name="Device">The file system's device, major and minor number.</param>
-public readonly record struct FileStatus(FileKind Kind, long Length, long AllocatedBytes, ulong Inode, ulong Device);
+/// <param name="Permissions">Who may do what, as <c>chmod</c> has it.</param>
+/// <param name="User">Its owner.</param>
+/// <param name="Group">Its group.</param>
+public readonly record struct FileStatus(
+    FileKind Kind, long Length, long AllocatedBytes, ulong Inode, ulong Device, uint Permissions, uint User, uint Group)
+{
+    /// <summary>Whether both are one and the same file.</summary>
+    public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
+}
 
 /// <summary>How <see cref="LinuxFile.Allocate"/> changes a range.</summary>
 [Flags]
@@ -66,7 +77,6 @@ public enum AllocateMode
 public static unsafe class LinuxFile
 {
     private const int OpenCloseOnExec = 0x80000;
-    private const int RwfDSync = 2;
     private const int RwfNoWait = 8;
 
     private const int SeekData = 3;
@@ -90,7 +100,8 @@ public static unsafe class LinuxFile
         int descriptor;
         do
         {
-            descriptor = LibC.Open(path, (int)mode | OpenCloseOnExec, 0b110_100_100);
+            uint permissions = (mode & OpenMode.CreateNew) == OpenMode.CreateNew ? 0b110_000_000u : 0b110_100_100u;
+            descriptor = LibC.Open(path, (int)mode | OpenCloseOnExec, permissions);
         }
         while (descriptor < 0 && Marshal.GetLastPInvokeError() == (int)Errno.EINTR);
         Errno errno = LibC.Outcome(descriptor);
@@ -140,26 +151,15 @@ public static unsafe class LinuxFile
     /// <param name="file">The file.</param>
     /// <param name="buffer">The data.</param>
     /// <param name="offset">Where.</param>
-    /// <param name="sync">The data is on stable storage when the call returns (<c>RWF_DSYNC</c>).</param>
     /// <returns>The buffer's length, or a negated error number; then a part may have been written.</returns>
-    public static long Write(SafeFileHandle file, ReadOnlySpan<byte> buffer, long offset, bool sync = false)
+    public static long Write(SafeFileHandle file, ReadOnlySpan<byte> buffer, long offset)
     {
         int done = 0;
         fixed (byte* start = buffer)
         {
             while (done < buffer.Length)
             {
-                long count;
-                if (sync)
-                {
-                    var vector = new LibC.IoVector { Base = start + done, Length = (nuint)(buffer.Length - done) };
-                    count = LibC.Result(LibC.PWriteV2(file, &vector, 1, offset + done, RwfDSync));
-                }
-                else
-                {
-                    count = LibC.Result(LibC.PWrite(file, start + done, (nuint)(buffer.Length - done), offset + done));
-                }
-
+                long count = LibC.Result(LibC.PWrite(file, start + done, (nuint)(buffer.Length - done), offset + done));
                 if (count == -(long)Errno.EINTR)
                     continue;
                 if (count <= 0)
@@ -169,6 +169,21 @@ public static unsafe class LinuxFile
         }
 
         return done;
+    }
+
+    /// <summary>Writes at the end of a file that was opened with <see cref="OpenMode.Append"/>.</summary>
+    /// <returns>Bytes written, or a negated error number.</returns>
+    public static long Append(SafeFileHandle file, ReadOnlySpan<byte> buffer)
+    {
+        fixed (byte* start = buffer)
+            return LibC.Result(LibC.Write(file, start, (nuint)buffer.Length));
+    }
+
+    /// <summary>Sets who may do what with a file, and, if this process may, whose it is.</summary>
+    public static Errno SetOwner(SafeFileHandle file, in FileStatus model)
+    {
+        _ = LibC.FChOwn(file, model.User, model.Group); // only root may give files away
+        return LibC.Outcome(LibC.FChMod(file, model.Permissions));
     }
 
     /// <summary>Changes how a range is allocated (<c>fallocate</c>).</summary>
@@ -251,7 +266,11 @@ public static unsafe class LinuxFile
     public static Errno RenameNoReplace(string oldPath, string newPath)
     {
         const uint noReplace = 1;
-        return LibC.Outcome(LibC.RenameAt2(CurrentDirectory, oldPath, CurrentDirectory, newPath, noReplace));
+        Errno errno = LibC.Outcome(LibC.RenameAt2(CurrentDirectory, oldPath, CurrentDirectory, newPath, noReplace));
+        if (errno is not (Errno.EINVAL or Errno.ENOSYS))
+            return errno;
+        errno = LibC.Outcome(LibC.Link(oldPath, newPath)); // a file system without that flag, such as NFS
+        return errno == Errno.None ? Unlink(oldPath) : errno;
     }
 
     /// <summary>Removes a file's name.</summary>
@@ -269,6 +288,9 @@ public static unsafe class LinuxFile
             _ => FileKind.Other,
         };
         ulong device = ((ulong)*(uint*)(buffer + 136) << 32) | *(uint*)(buffer + 140);
-        return new FileStatus(kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device);
+        uint permissions = *(ushort*)(buffer + 28) & 0xfffu;
+        return new FileStatus(
+            kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
+            *(uint*)(buffer + 20), *(uint*)(buffer + 24));
     }
 }

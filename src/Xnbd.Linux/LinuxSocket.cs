@@ -56,6 +56,10 @@ public static unsafe class LinuxSocket
     /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when it takes none.</returns>
     public static long SendNow(SafeHandle socket, ReadOnlySpan<byte> buffer) => Send(socket, buffer, NoSignal | DontWait);
 
+    /// <summary>Whether an error of <see cref="SendFile"/> is the socket's, not the file's.</summary>
+    public static bool IsOfSocket(Errno errno)
+        => errno is Errno.EPIPE or Errno.ECONNRESET or Errno.ETIMEDOUT or Errno.ENOTCONN or Errno.EAGAIN;
+
     /// <summary>Sends a part of a file without copying it through this process.</summary>
     /// <returns>Bytes sent, perhaps fewer than asked for; 0 at the end of the file; -EAGAIN when the send timeout ran out with nothing.</returns>
     public static long SendFile(SafeHandle socket, SafeFileHandle file, long offset, long length)

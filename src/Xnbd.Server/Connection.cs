@@ -22,7 +22,11 @@ internal sealed class Connection : IDisposable
         Handle = socket.SafeHandle;
         Peer = Describe(socket);
         if (socket.ProtocolType == ProtocolType.Tcp)
+        {
             socket.NoDelay = true;
+            socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true); // or a vanished peer stays for ever
+        }
+
         socket.SendTimeout = PatienceMilliseconds;
         socket.ReceiveTimeout = PatienceMilliseconds;
     }
@@ -51,22 +55,19 @@ internal sealed class Connection : IDisposable
         Shutdown(SocketShutdown.Both);
     }
 
-    /// <summary>Receives no more: whoever waits for data is woken.</summary>
-    public void StopReceiving() => Shutdown(SocketShutdown.Receive);
-
-    /// <summary>Receives exactly what fills the buffer, before a deadline.</summary>
+    /// <summary>Receives exactly what fills the buffer, before a deadline (of <see cref="Environment.TickCount64"/>).</summary>
     /// <returns>False when the stream or the time ended first.</returns>
-    public bool ReceiveExactly(Span<byte> buffer, DateTime deadline)
+    public bool ReceiveExactly(Span<byte> buffer, long deadline)
     {
         while (buffer.Length > 0)
         {
             long count = LinuxSocket.ReceiveNow(Handle, buffer);
             if (count == -(long)Errno.EAGAIN)
             {
-                double left = (deadline - DateTime.UtcNow).TotalMilliseconds;
+                long left = deadline - Environment.TickCount64;
                 if (left <= 0)
                     return End("handshake took too long");
-                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, (int)Math.Ceiling(left));
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, (int)left);
                 continue;
             }
 
@@ -79,14 +80,14 @@ internal sealed class Connection : IDisposable
     }
 
     /// <summary>Sends all of a small message, before a deadline.</summary>
-    public bool SendExactly(ReadOnlySpan<byte> data, DateTime deadline)
+    public bool SendExactly(ReadOnlySpan<byte> data, long deadline)
     {
         while (data.Length > 0)
         {
             long count = LinuxSocket.Send(Handle, data, more: false);
             if (count == -(long)Errno.EAGAIN)
             {
-                if (DateTime.UtcNow >= deadline)
+                if (Environment.TickCount64 >= deadline)
                     return End("handshake took too long");
                 continue;
             }
@@ -107,8 +108,8 @@ internal sealed class Connection : IDisposable
     {
         Shutdown(SocketShutdown.Send);
         Span<byte> scratch = stackalloc byte[4096];
-        DateTime deadline = DateTime.UtcNow + atMost;
-        while (DateTime.UtcNow < deadline)
+        long start = Environment.TickCount64;
+        while (Environment.TickCount64 - start < atMost.TotalMilliseconds)
         {
             long count = LinuxSocket.ReceiveNow(Handle, scratch);
             if (count == -(long)Errno.EAGAIN)

@@ -35,7 +35,7 @@ internal sealed class Handshake
 
     private readonly Connection _connection;
     private readonly ExportTable _exports;
-    private readonly DateTime _deadline = DateTime.UtcNow + ServerLimits.HandshakeTime;
+    private readonly long _deadline = Environment.TickCount64 + (long)ServerLimits.HandshakeTime.TotalMilliseconds;
 
     // What has been negotiated so far; STARTTLS would forget it all.
     private bool _noZeroes;

@@ -25,6 +25,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Connection, Session> _sessions = [];
+    private int _connectionCount;
     private volatile bool _isStopping;
 
     /// <summary>Opens a listening socket; connections queue up until <see cref="Start"/>.</summary>
@@ -102,6 +103,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
             return;
         }
 
+        Interlocked.Increment(ref _connectionCount);
         try
         {
             if (Negotiate(connection) is { } agreement)
@@ -116,6 +118,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         finally
         {
             connection.Dispose();
+            Interlocked.Decrement(ref _connectionCount);
         }
     }
 
@@ -129,7 +132,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         foreach (Socket listener in _listeners)
             listener.Dispose();
         foreach (string path in _socketPaths)
-            File.Delete(path);
+            RemoveSocket(path);
 
         lock (_connections)
         {
@@ -149,6 +152,18 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     /// <summary>Stops the server.</summary>
     public void Dispose() => Stop();
 
+    private static void RemoveSocket(string path)
+    {
+        try
+        {
+            File.Delete(path);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            // It stays, as that of a killed server does: the next one replaces it.
+        }
+    }
+
     private static void RemoveStale(string path, UnixDomainSocketEndPoint address)
     {
         if (LinuxFile.Status(path, out FileStatus status) != Errno.None || status.Kind != FileKind.Socket)
@@ -160,7 +175,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         }
         catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
         {
-            File.Delete(path);
+            RemoveSocket(path);
         }
     }
 
@@ -171,6 +186,13 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
             try
             {
                 Socket socket = listener.Accept();
+                if (Volatile.Read(ref _connectionCount) >= ServerLimits.MaxConnections)
+                {
+                    socket.Dispose();
+                    logger.AcceptFailed($"there are {ServerLimits.MaxConnections} already");
+                    continue;
+                }
+
                 try
                 {
                     new Thread(() => Serve(socket), ServerLimits.SessionStack) { IsBackground = true, Name = "session" }.Start();
@@ -236,8 +258,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
             logger.SessionStarted(connection.Peer, agreement.Export.Name);
             session.Run();
             logger.SessionEnded(connection.Peer, connection.EndReason ?? "ended", session.RequestCount);
-            if (_isStopping)
-                connection.Linger(TimeSpan.FromSeconds(1));
+            connection.Linger(ServerLimits.LingerTime);
         }
         finally
         {
@@ -252,10 +273,10 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     /// <returns>False when some are left after that time. The lock on <c>_connections</c> is held, and given up while waiting.</returns>
     private bool WaitForSessions(TimeSpan atMost)
     {
-        DateTime deadline = DateTime.UtcNow + atMost;
+        long start = Environment.TickCount64;
         while (_sessions.Count > 0)
         {
-            TimeSpan left = deadline - DateTime.UtcNow;
+            TimeSpan left = atMost - TimeSpan.FromMilliseconds(Environment.TickCount64 - start);
             if (left <= TimeSpan.Zero || !Monitor.Wait(_connections, left))
                 return _sessions.Count == 0;
         }

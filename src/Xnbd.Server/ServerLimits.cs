@@ -34,10 +34,20 @@ public static class ServerLimits
     public const long MaxBytesInFlight = 4L * MaxPayload;
 
     /// <summary>
-    /// A client that holds bytes in flight and moves none of them for this long is disconnected, if others are waiting
-    /// for these bytes. A client that is merely suspended harms nobody, and stays.
+    /// A client that holds bytes in flight while others wait for them is disconnected when it has been receiving or
+    /// sending for longer than this, and than its data would take at <see cref="SlowestRate"/>. As long as nobody waits,
+    /// a slow or suspended client harms nobody, and stays.
     /// </summary>
     public static readonly TimeSpan StallTime = TimeSpan.FromSeconds(10);
+
+    /// <summary>In bytes a second: the slowest client for which others wait.</summary>
+    public const long SlowestRate = 256 * 1024;
+
+    /// <summary>Connections at once: each has a thread. More than class rooms have machines; far below what a system allows.</summary>
+    public const int MaxConnections = 10_000;
+
+    /// <summary>How long an ended connection may take to receive its last replies.</summary>
+    public static readonly TimeSpan LingerTime = TimeSpan.FromSeconds(1);
 
     /// <summary>Requests are received into a buffer of this size: a batch of 32 small writes and their payload.</summary>
     public const int InputBuffer = 256 * 1024;

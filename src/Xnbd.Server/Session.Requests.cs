@@ -115,7 +115,7 @@ internal sealed partial class Session
             if (!TryReserve(NbdSize.SimpleReply, out Span<byte> header))
                 return false;
             _outputLength += NbdReply.WriteSimple(header, NbdError.None, request.Cookie);
-            return FlushRepliesAndFile(_ranges[0].File!, _ranges[0].FileOffset, length);
+            return FlushRepliesAndFile(_ranges[0].File!, _ranges[0].FileOffset, length, out _);
         }
 
         ulong offset = request.Offset;
@@ -132,8 +132,10 @@ internal sealed partial class Session
             else
             {
                 _outputLength += NbdReply.WriteOffsetData(header, NbdChunkFlags.None, request.Cookie, offset, range.Length);
-                if (!FlushRepliesAndFile(range.File!, range.FileOffset, range.Length))
+                if (!FlushRepliesAndFile(range.File!, range.FileOffset, range.Length, out int padded))
                     return false;
+                if (padded > 0)
+                    return ReplyFailure(request, new DiskException(DiskError.Io, $"reading {padded} bytes of {length} at {request.Offset} failed"));
             }
 
             offset += (uint)range.Length;
@@ -229,26 +231,39 @@ internal sealed partial class Session
         // The client may wait for earlier replies before it sends on.
         if (payload.Length > 0 && !FlushReplies())
             return false;
-        long stalledSince = Stopwatch.GetTimestamp();
         while (payload.Length > 0)
         {
             long count = LinuxSocket.ReceiveFull(_connection.Handle, payload);
             if (count > 0)
-            {
                 payload = payload[(int)count..];
-                stalledSince = Stopwatch.GetTimestamp();
-                continue;
-            }
-
-            if (count != -(long)Errno.EAGAIN)
-                return _connection.End(count == 0 ? "closed by client amid a write" : ((Errno)(-count)).Describe());
-            if (_isSendBlocked && !FlushBlocked())
-                return false;
-            if (IsStalled(stalledSince))
+            if (payload.Length > 0 && !MayGoOnReceiving(count))
                 return false;
         }
 
+        if (!_isSendBlocked)
+            _stall.Stop();
         return true;
+    }
+
+    /// <summary>After a receive that did not bring all that is due: whether to wait for the rest.</summary>
+    private bool MayGoOnReceiving(long count)
+    {
+        if (count == 0 || (count < 0 && count != -(long)Errno.EAGAIN))
+            return _connection.End(count == 0 ? "closed by client amid a write" : ((Errno)(-count)).Describe());
+        if (_isStopping)
+            return _connection.End("server is stopping");
+        _stall.Moved(Math.Max(0, count));
+        if (InFlight > 0 && IsStalled())
+            return false;
+
+        // The client may not send on before it has what other threads could not send.
+        if (_isSendBlocked)
+        {
+            _isSendBlocked = false;
+            SendFinished();
+        }
+
+        return !_isBroken;
     }
 
     /// <summary>Passes over a payload that nobody will use.</summary>
@@ -268,13 +283,13 @@ internal sealed partial class Session
         {
             Span<byte> scratch = _input!.Slice(0, (int)Math.Min(left, _input.Length));
             long count = LinuxSocket.ReceiveFull(_connection.Handle, scratch);
-            if (count == -(long)Errno.EAGAIN && !_isStopping)
-                continue;
-            if (count <= 0)
-                return _connection.End("closed by client amid a write");
-            left -= count;
+            left -= Math.Max(0, count);
+            if (count < scratch.Length && !MayGoOnReceiving(count))
+                return false;
         }
 
+        if (!_isSendBlocked)
+            _stall.Stop();
         return true;
     }
 
@@ -286,7 +301,6 @@ internal sealed partial class Session
     private bool TryStart(in NbdRequest request, int bufferLength, out SlowRequest slow)
     {
         slow = null!;
-        _wakeUp ??= new LinuxEvent();
         if (InFlight >= ServerLimits.MaxInFlight
             && !(FlushReplies() && WaitUntilFinished(ServerLimits.MaxInFlight - 1)))
             return false;
@@ -299,15 +313,23 @@ internal sealed partial class Session
             _services.Budget.Acquire(bufferLength);
         }
 
-        lock (_finished)
-            _inFlight++;
-        slow = SlowRequest.Rent(this, request);
-        if (bufferLength > 0)
+        NativeBuffer? buffer = null;
+        try
         {
-            slow.ClaimedBytes = bufferLength;
-            slow.Buffer = _services.Buffers.Rent(bufferLength);
+            if (bufferLength > 0)
+                buffer = _services.Buffers.Rent(bufferLength);
+        }
+        catch (OutOfMemoryException)
+        {
+            _services.Budget.Release(bufferLength);
+            throw;
         }
 
+        slow = SlowRequest.Rent(this, request);
+        slow.ClaimedBytes = bufferLength;
+        slow.Buffer = buffer;
+        lock (_finished)
+            _inFlight++;
         return true;
     }
 
@@ -470,11 +492,5 @@ internal sealed partial class Session
             return NbdError.NotSupported; // the usual answer to a fast zero: nothing went wrong
         _services.Failures.Log(_connection.Peer, request.Command, failure.Message);
         return failure is DiskException known ? ErrorMap.ToNbd(known.Error) : NbdError.Io;
-    }
-
-    private bool FlushBlocked()
-    {
-        lock (_sending)
-            return SendFinishedWaiting();
     }
 }

@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 
@@ -17,7 +16,8 @@ internal sealed partial class Session
     private bool _awaitsFinished;
     private volatile bool _isSendBlocked;
     private volatile bool _isBroken; // nothing can be sent any more
-    private LinuxEvent? _wakeUp; // exists once there has been a slow request
+    private readonly LinuxEvent _wakeUp = new();
+    private readonly StallClock _stall;
 
     private NativeBuffer? _output;
     private int _outputLength;
@@ -43,23 +43,58 @@ internal sealed partial class Session
     /// <returns>False when the connection is broken.</returns>
     private bool FlushReplies(bool more = false)
     {
-        if (_outputLength == 0)
-            return true;
-        bool sent;
-        lock (_sending)
-            sent = SendFinishedWaiting() && SendOutput(more);
+        bool sent = true;
+        if (_outputLength > 0)
+        {
+            lock (_sending)
+                sent = SendFinishedWaiting() && SendOutput(more);
+        }
+
         SendFinished(); // what others left while this thread was sending
         return sent;
     }
 
     /// <summary>Sends gathered replies, then a part of a file, with nothing in between.</summary>
-    private bool FlushRepliesAndFile(SafeFileHandle file, long offset, int length)
+    /// <param name="file">The file.</param>
+    /// <param name="offset">Of the part, in bytes.</param>
+    /// <param name="length">Of the part, in bytes.</param>
+    /// <param name="padded">Bytes at the end that could not be had from the file: zeroes went out in their place.</param>
+    private bool FlushRepliesAndFile(SafeFileHandle file, long offset, int length, out int padded)
     {
         bool sent;
+        padded = 0;
         lock (_sending)
-            sent = SendFinishedWaiting() && SendOutput(more: true) && SendFile(file, offset, length);
+        {
+            sent = SendFinishedWaiting() && SendOutput(more: true) && SendFile(file, offset, length, out padded);
+            if (sent && padded > 0)
+                sent = _structured ? SendZeroes(padded) : GiveUp();
+        }
+
         SendFinished();
         return sent;
+
+        bool GiveUp()
+        {
+            // A simple reply's header is out, and cannot become an error: only a disconnect says that its data failed.
+            _isBroken = true;
+            _connection.Abort("the image failed amid a reply");
+            return false;
+        }
+    }
+
+    private bool SendZeroes(int length)
+    {
+        while (length > 0)
+        {
+            int part = Math.Min(length, _output!.Length);
+            _output.Slice(0, part).Clear();
+            _outputLength = part;
+            if (!SendOutput(more: true))
+                return false;
+            length -= part;
+        }
+
+        return true;
     }
 
     /// <summary>Takes a finished request's reply, on any thread, and sends it if nobody else is sending.</summary>
@@ -91,15 +126,16 @@ internal sealed partial class Session
                 }
 
                 if (isBlocked)
+                {
+                    // Inside the lock: the session cannot end, and dispose of the event, before it has had the lock itself.
                     _isSendBlocked = true;
+                    _wakeUp.Signal();
+                }
             }
             finally
             {
                 Monitor.Exit(_sending);
             }
-
-            if (isBlocked)
-                _wakeUp!.Signal();
         }
     }
 
@@ -107,13 +143,10 @@ internal sealed partial class Session
     /// <returns>False when the connection is broken.</returns>
     private bool SendFinishedWaiting()
     {
-        long stalledSince = Stopwatch.GetTimestamp();
         while (TryPeekFinished(out SlowRequest? slow))
         {
-            if (Progress(slow, _isBroken ? 0 : LinuxSocket.Send(_connection.Handle, slow.UnsentBytes, more: false)))
-                stalledSince = Stopwatch.GetTimestamp();
-            else if (IsStalled(stalledSince))
-                _isBroken = true;
+            if (!Progress(slow, _isBroken ? 0 : LinuxSocket.Send(_connection.Handle, slow.UnsentBytes, more: false)))
+                _ = IsStalled();
         }
 
         _isSendBlocked = false;
@@ -129,11 +162,17 @@ internal sealed partial class Session
         if (count < 0)
             Broken((Errno)(-count));
 
+        _stall.Moved(count);
         slow.Sent(_isBroken ? slow.Unsent.Length : (int)count);
         if (slow.Unsent.Length == 0)
         {
             lock (_finished)
+            {
                 _finished.Dequeue();
+                if (_finished.Count == 0)
+                    _stall.Stop();
+            }
+
             Release(slow);
         }
 
@@ -151,50 +190,50 @@ internal sealed partial class Session
     {
         ReadOnlySpan<byte> data = _output!.Slice(0, _outputLength);
         _outputLength = 0;
-        long stalledSince = Stopwatch.GetTimestamp();
         while (data.Length > 0)
         {
             long count = LinuxSocket.Send(_connection.Handle, data, more);
             if (count == -(long)Errno.EAGAIN)
             {
-                if (InFlight > 0 && IsStalled(stalledSince))
+                if (InFlight > 0 && IsStalled())
                     return false;
                 continue;
             }
 
             if (count < 0)
                 return Broken((Errno)(-count));
+            _stall.Moved(count);
             data = data[(int)count..];
-            stalledSince = Stopwatch.GetTimestamp();
         }
 
         return true;
     }
 
-    private bool SendFile(SafeFileHandle file, long offset, int length)
+    /// <param name="file">The file.</param>
+    /// <param name="offset">Of the part, in bytes.</param>
+    /// <param name="length">Of the part, in bytes.</param>
+    /// <param name="missing">Bytes at the end that the file did not give.</param>
+    /// <returns>False when the connection is broken.</returns>
+    private bool SendFile(SafeFileHandle file, long offset, int length, out int missing)
     {
-        long stalledSince = Stopwatch.GetTimestamp();
-        while (length > 0)
+        missing = length;
+        while (missing > 0)
         {
-            long count = LinuxSocket.SendFile(_connection.Handle, file, offset, length);
+            long count = LinuxSocket.SendFile(_connection.Handle, file, offset, missing);
             if (count == -(long)Errno.EAGAIN)
             {
-                if (InFlight > 0 && IsStalled(stalledSince))
+                if (InFlight > 0 && IsStalled())
                     return false;
                 continue;
             }
 
+            if (count < 0 && LinuxSocket.IsOfSocket((Errno)(-count)))
+                return Broken((Errno)(-count));
             if (count <= 0)
-            {
-                // The reply's header is out, so it cannot become an error: only a disconnect says that its data failed.
-                Broken(count == 0 ? Errno.EIO : (Errno)(-count));
-                _connection.Abort("sending from the image failed");
-                return false;
-            }
-
+                return true; // the end of a file that became shorter, or a medium that failed
+            _stall.Moved(count);
             offset += count;
-            length -= (int)count;
-            stalledSince = Stopwatch.GetTimestamp();
+            missing -= (int)count;
         }
 
         return true;
@@ -251,11 +290,14 @@ internal sealed partial class Session
                     Monitor.Wait(_finished);
                 _awaitsFinished = false;
                 if (_inFlight <= mostInFlight)
-                    return !_isBroken;
+                    break;
             }
 
             lock (_sending)
                 SendFinishedWaiting();
         }
+
+        SendFinished(); // what came while others were being sent
+        return !_isBroken;
     }
 }

@@ -44,6 +44,7 @@ internal sealed partial class Session
         _disk = agreement.Export.Disk;
         _services = services;
         _structured = agreement.StructuredReplies;
+        _stall = new StallClock(services.Budget);
     }
 
     /// <summary>Requests answered so far.</summary>
@@ -67,7 +68,7 @@ internal sealed partial class Session
             if (WaitUntilFinished(mostInFlight: 0))
                 FlushReplies();
             ReleaseBuffers();
-            _wakeUp?.Dispose();
+            _wakeUp.Dispose();
         }
     }
 
@@ -75,7 +76,14 @@ internal sealed partial class Session
     public void Stop()
     {
         _isStopping = true;
-        _connection.StopReceiving();
+        try
+        {
+            _wakeUp.Signal();
+        }
+        catch (ObjectDisposedException)
+        {
+            // It has ended by itself.
+        }
     }
 
     /// <returns>False when the session is over.</returns>
@@ -139,24 +147,21 @@ internal sealed partial class Session
     /// <summary>Blocks until the client sends; meanwhile sends what other threads could not.</summary>
     private bool WaitForInput()
     {
-        long stalledSince = Stopwatch.GetTimestamp();
         while (true)
         {
             bool isBlocked = _isSendBlocked;
             Readiness ready = LinuxSocket.Wait(
                 _connection.Handle, forReading: true, forWriting: isBlocked, _wakeUp, isBlocked ? 1000 : -1);
             if ((ready & Readiness.Woken) != 0)
-                _wakeUp!.Reset();
+                _wakeUp.Reset();
             if ((ready & Readiness.Writable) != 0)
             {
                 _isSendBlocked = false;
                 SendFinished();
-                stalledSince = Stopwatch.GetTimestamp();
             }
-            else if (isBlocked && IsStalled(stalledSince))
-            {
+
+            if (isBlocked && IsStalled())
                 return false;
-            }
 
             if ((ready & (Readiness.Readable | Readiness.Broken)) != 0 || _isStopping)
                 return true; // the next receive tells what it is
@@ -196,12 +201,13 @@ internal sealed partial class Session
         ReleaseIdleBuffers();
     }
 
-    /// <summary>Whether a client that moves no bytes keeps others from theirs; then the connection is ended.</summary>
-    private bool IsStalled(long since)
+    /// <summary>Whether a client that hardly moves bytes keeps others from theirs; then the connection is ended.</summary>
+    private bool IsStalled()
     {
-        if (!_services.Budget.IsContended || Stopwatch.GetElapsedTime(since) < ServerLimits.StallTime)
+        if (!_stall.IsStalled())
             return false;
-        _connection.Abort("client moves no data while others wait");
+        _isBroken = true;
+        _connection.Abort("too slow, while others wait for the memory that it holds");
         return true;
     }
 }

@@ -11,7 +11,8 @@ namespace Xnbd.Storage;
 /// completed is visible to every one that starts later, whichever session it belongs to.</item>
 /// <item><see cref="FlushAsync"/> makes durable every write, zeroing and trim that had <em>completed</em> when it was
 /// called. A durable operation completes only when it is durable itself.</item>
-/// <item>An operation that fails throws <see cref="DiskException"/>; then a part of it may have happened.</item>
+/// <item>An operation that fails throws <see cref="DiskException"/> (the async ones through their task, never at the
+/// call); then a part of it may have happened.</item>
 /// <item>A disk that is read-only is never asked to write, zero or trim.</item>
 /// </list>
 /// Reads and writes have a fast form, <c>Try...</c>, which completes on the calling thread without waiting for a

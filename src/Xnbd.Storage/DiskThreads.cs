@@ -8,54 +8,88 @@ internal interface IDiskWork
 }
 
 /// <summary>
-/// Threads that wait for disks, so that a session's thread need not. Started when there is more work than idle
-/// threads, up to <see cref="MaxThreads"/>; they stay. Shared by all images of the process.
+/// Threads that wait for disks, so that a session's thread need not. They are started when there is more work than
+/// idle threads, up to <see cref="MaxThreads"/>, and stay. Shared by all images of the process.
 /// </summary>
-internal static class DiskThreads
+internal sealed class DiskThreads
 {
     /// <summary>
-    /// The most requests that wait for disks at the same time. Measured with cold random reads at depth 32: 16 threads
-    /// beat both 8 and 32.
+    /// The most requests of one kind that wait for disks at the same time. Measured with cold random reads at depth 32:
+    /// 16 threads beat both 8 and 32.
     /// </summary>
     private const int MaxThreads = 16;
 
     private const int StackBytes = 256 * 1024;
 
-    private static readonly object Gate = new();
-    private static readonly Queue<IDiskWork> Waiting = new();
-    private static int s_threads;
-    private static int s_idle;
+    private readonly object _gate = new();
+    private readonly Queue<IDiskWork> _waiting = new();
+    private readonly string _name;
+    private int _threads;
+    private int _idle;
+
+    private DiskThreads(string name) => _name = name;
+
+    /// <summary>For reads: they never queue up behind a slow flush, or a long zeroing.</summary>
+    public static DiskThreads Readers { get; } = new("disk reader");
+
+    /// <summary>For all that changes or syncs.</summary>
+    public static DiskThreads Writers { get; } = new("disk writer");
 
     /// <summary>Hands work over. Callers bound how much: the queue itself has no limit.</summary>
-    public static void Enqueue(IDiskWork work)
+    public void Enqueue(IDiskWork work)
     {
-        lock (Gate)
+        lock (_gate)
         {
-            Waiting.Enqueue(work);
-            if (s_idle >= Waiting.Count || s_threads == MaxThreads)
+            _waiting.Enqueue(work);
+            if (_idle >= _waiting.Count || _threads == MaxThreads)
             {
-                Monitor.Pulse(Gate);
+                Monitor.Pulse(_gate);
                 return;
             }
 
-            s_threads++;
+            _threads++;
         }
 
-        new Thread(Work, StackBytes) { IsBackground = true, Name = "disk" }.Start();
+        try
+        {
+            new Thread(Work, StackBytes) { IsBackground = true, Name = _name }.Start();
+        }
+        catch (OutOfMemoryException)
+        {
+            // The system has no thread to give. Those that there are will come to it; without any, it is done here.
+            lock (_gate)
+            {
+                _threads--;
+                if (_threads > 0 || !_waiting.TryDequeue(out work!))
+                    return;
+            }
+
+            work.Run();
+        }
     }
 
-    private static void Work()
+    /// <summary>Whether others wait: then long work gives its place up from time to time.</summary>
+    public bool HasWaiting
+    {
+        get
+        {
+            lock (_gate)
+                return _waiting.Count > 0;
+        }
+    }
+
+    private void Work()
     {
         while (true)
         {
             IDiskWork? work;
-            lock (Gate)
+            lock (_gate)
             {
-                while (!Waiting.TryDequeue(out work))
+                while (!_waiting.TryDequeue(out work))
                 {
-                    s_idle++;
-                    Monitor.Wait(Gate);
-                    s_idle--;
+                    _idle++;
+                    Monitor.Wait(_gate);
+                    _idle--;
                 }
             }
 

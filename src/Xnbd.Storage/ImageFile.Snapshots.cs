@@ -47,6 +47,7 @@ public sealed partial class ImageFile
             try
             {
                 bool isReflink = Fill(target, begun, progress, cancel);
+                cancel.ThrowIfCancellationRequested();
                 Check(LinuxFile.Sync(target), "sync", partial);
                 string path = PutInPlace(partial, now.ToUnixTimeSeconds());
                 _ = LinuxFile.Status(target, out FileStatus status);
@@ -101,14 +102,36 @@ public sealed partial class ImageFile
         return removed;
     }
 
-    private static SafeFileHandle CreatePartial(string partial)
+    /// <summary>
+    /// Creates and locks the file. Between the two another server of the same image may take it for a leftover and
+    /// remove it: then it is created anew. It belongs to whom the image belongs to: a snapshot shows as much as that.
+    /// </summary>
+    private SafeFileHandle CreatePartial(string partial)
     {
-        Check(LinuxFile.Open(partial, OpenMode.ReadWrite | OpenMode.CreateNew, out SafeFileHandle? target), "create", partial);
-        Errno errno = LinuxFile.TryLock(target!);
-        if (errno == Errno.None)
-            return target!;
-        target!.Dispose();
-        throw new DiskException(DiskException.Classify(errno), $"cannot lock '{partial}': {errno.Describe()}");
+        while (true)
+        {
+            Check(LinuxFile.Open(partial, OpenMode.ReadWrite | OpenMode.CreateNew, out SafeFileHandle? target), "create", partial);
+            Errno errno = LinuxFile.TryLock(target!);
+            FileStatus status = default;
+            if (errno == Errno.None)
+                errno = LinuxFile.Status(target!, out status);
+            if (errno == Errno.None
+                && (LinuxFile.Status(partial, out FileStatus atPath) != Errno.None || !atPath.IsSameFile(status)))
+            {
+                target!.Dispose();
+                continue;
+            }
+
+            if (errno == Errno.None)
+                errno = LinuxFile.Status(_file, out status);
+            if (errno == Errno.None)
+                errno = LinuxFile.SetOwner(target!, status);
+            if (errno == Errno.None)
+                return target!;
+            target!.Dispose();
+            _ = LinuxFile.Unlink(partial);
+            throw new DiskException(DiskException.Classify(errno), $"cannot prepare '{partial}': {errno.Describe()}");
+        }
     }
 
     private static void Check(Errno errno, string operation, string path)

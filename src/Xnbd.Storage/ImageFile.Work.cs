@@ -6,6 +6,9 @@ namespace Xnbd.Storage;
 /// <content>The async operations: each is one piece of work for the disk threads.</content>
 public sealed partial class ImageFile
 {
+    /// <summary>One request to prefetch brings in at most this much: it must not push everybody else's data out of memory.</summary>
+    private const long MaxPrefetchBytes = 64 << 20;
+
     private enum Operation
     {
         Read,
@@ -13,6 +16,7 @@ public sealed partial class ImageFile
         Zero,
         Trim,
         Flush,
+        Prefetch,
         Extents,
     }
 
@@ -37,10 +41,7 @@ public sealed partial class ImageFile
 
     /// <inheritdoc/>
     public override ValueTask PrefetchAsync(long offset, long length)
-    {
-        LinuxFile.AdviseWillNeed(_file, offset, length);
-        return ValueTask.CompletedTask;
-    }
+        => Work.Rent(this, Operation.Prefetch, offset, Math.Min(length, MaxPrefetchBytes)).Start();
 
     /// <inheritdoc/>
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
@@ -93,9 +94,12 @@ public sealed partial class ImageFile
             _mode = mode;
             _extents = extents;
             var task = new ValueTask(this, _completion.Version);
-            DiskThreads.Enqueue(this);
+            Threads.Enqueue(this);
             return task;
         }
+
+        private DiskThreads Threads
+            => _operation is Operation.Read or Operation.Extents or Operation.Prefetch ? DiskThreads.Readers : DiskThreads.Writers;
 
         public void Run()
         {
@@ -106,9 +110,19 @@ public sealed partial class ImageFile
                 {
                     case Operation.Read: image.Read(_offset, _buffer.Span); break;
                     case Operation.Write: image.Write(_offset, _data.Span, _durable); break;
-                    case Operation.Zero: image.Zero(_offset, _length, _mode, _durable); break;
+                    case Operation.Zero:
+                        while (!image.ZeroPart(ref _offset, ref _length, _mode, _durable))
+                        {
+                            if (!Threads.HasWaiting)
+                                continue;
+                            Threads.Enqueue(this); // zeroes may take minutes: others come in between
+                            return;
+                        }
+
+                        break;
                     case Operation.Trim: image.Trim(_offset, _length, _durable); break;
                     case Operation.Flush: image.Flush(); break;
+                    case Operation.Prefetch: LinuxFile.AdviseWillNeed(image._file, _offset, _length); break;
                     case Operation.Extents: image.GetExtents(_offset, _length, _extents!); break;
                 }
             }

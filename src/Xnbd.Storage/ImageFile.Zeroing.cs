@@ -14,35 +14,39 @@ public sealed partial class ImageFile
     private bool _cannotPunch;
     private bool _cannotZeroRange;
 
-    private void Zero(long offset, long length, ZeroMode mode, bool durable)
+    /// <summary>Zeroes a range's beginning, and takes that off the range.</summary>
+    /// <returns>True when nothing is left of it, and it is durable if it has to be.</returns>
+    private bool ZeroPart(ref long offset, ref long length, ZeroMode mode, bool durable)
     {
         ThrowIfSyncFailed(durable);
         if ((mode & ZeroMode.FastOnly) != 0 && length > 0 && !IsFastToZero(offset, length))
             throw NoFastZero(offset, length);
-        while (length > 0)
-        {
-            _gate.Enter();
-            try
-            {
-                long piece = length;
-                if (_saving is { } saving)
-                {
-                    piece = Math.Min(length, SnapshotCopy.BlockSize - (offset % SnapshotCopy.BlockSize));
-                    saving.Save(offset, piece);
-                }
 
-                piece = ZeroPiece(offset, piece, mode);
-                offset += piece;
-                length -= piece;
-            }
-            finally
+        _gate.Enter();
+        try
+        {
+            long part = length;
+            if (_saving is { } saving && length > 0)
             {
-                _gate.Leave();
+                part = Math.Min(length, SnapshotCopy.BlockSize - (offset % SnapshotCopy.BlockSize));
+                saving.Save(offset, part);
             }
+
+            if (part > 0)
+                part = ZeroPiece(offset, part, mode);
+            offset += part;
+            length -= part;
+        }
+        finally
+        {
+            _gate.Leave();
         }
 
+        if (length > 0)
+            return false;
         if (durable)
             Flush();
+        return true;
     }
 
     /// <summary>
@@ -128,13 +132,13 @@ public sealed partial class ImageFile
                 Volatile.Write(ref isImpossible, true);
                 return false;
             case Errno errno:
-                throw Failure("zeroing", offset, length, errno, wasSync: false);
+                throw new DiskException("zeroing", Path, offset, length, errno);
         }
     }
 
     private long WriteZeroes(long offset, long length)
     {
-        WriteRaw(offset, s_zeroes.AsSpan(0, (int)length), durable: false);
+        WriteRaw(offset, s_zeroes.AsSpan(0, (int)length));
         return length;
     }
 }

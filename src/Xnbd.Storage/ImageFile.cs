@@ -26,6 +26,11 @@ public sealed partial class ImageFile : Disk
     private readonly bool _inMemory;
     private readonly bool _canReadNoWait;
     private readonly WriteGate _gate = new();
+
+    // Syncs, numbered in the order of their start; one at a time runs, under the lock.
+    private readonly Lock _syncing = new();
+    private long _syncsStarted;
+    private long _lastSync; // that has succeeded
     private volatile DiskException? _syncFailure;
 
     private ImageFile(string path, SafeFileHandle file, FileKind kind, long length, bool readOnly)
@@ -111,7 +116,7 @@ public sealed partial class ImageFile : Disk
         {
             if (_saving is { } saving && !saving.IsSaved(offset, data.Length))
                 return false;
-            WriteRaw(offset, data, durable: false);
+            WriteRaw(offset, data);
             return true;
         }
         finally
@@ -178,7 +183,7 @@ public sealed partial class ImageFile : Disk
                     saving.Save(offset, length);
                 }
 
-                WriteRaw(offset, data[..length], durable);
+                WriteRaw(offset, data[..length]);
                 offset += length;
                 data = data[length..];
             }
@@ -187,32 +192,40 @@ public sealed partial class ImageFile : Disk
                 _gate.Leave();
             }
         }
+
+        if (durable)
+            Flush();
     }
 
-    private void WriteRaw(long offset, ReadOnlySpan<byte> data, bool durable)
+    private void WriteRaw(long offset, ReadOnlySpan<byte> data)
     {
-        long count = LinuxFile.Write(_file, data, offset, durable);
+        long count = LinuxFile.Write(_file, data, offset);
         if (count < 0)
-            throw Failure("write", offset, data.Length, (Errno)(-count), wasSync: durable);
+            throw new DiskException("write", Path, offset, data.Length, (Errno)(-count));
     }
 
-    private void Flush()
+    /// <summary>
+    /// Makes durable what has completed. Those who ask while a sync is under way share the next one: it starts after they
+    /// asked, so it covers what they mean. (A write is never synced on its own: the kernel reports a failed write-back to
+    /// the first sync that looks, and that one must be known to be a sync.)
+    /// </summary>
+    /// <exception cref="DiskException">The sync failed, or an earlier one did.</exception>
+    public void Flush()
     {
         if ((Features & DiskFeatures.ReadOnly) != 0)
             return;
-        ThrowIfSyncFailed(durable: true);
-        Errno errno = LinuxFile.SyncData(_file);
-        if (errno != Errno.None)
-            throw Failure("flush", 0, Length, errno, wasSync: true);
-    }
-
-    private DiskException Failure(string operation, long offset, long length, Errno errno, bool wasSync)
-    {
-        var failure = new DiskException(operation, Path, offset, length, errno);
-        // ENOSPC and the like come from the write itself; what else fails may be a write-back that lost data.
-        if (wasSync && failure.Error is not (DiskError.NoSpace or DiskError.Permission) || operation == "flush")
-            _syncFailure = failure;
-        return failure;
+        long startedBefore = Volatile.Read(ref _syncsStarted);
+        lock (_syncing)
+        {
+            ThrowIfSyncFailed(durable: true);
+            if (_lastSync > startedBefore)
+                return;
+            long number = ++_syncsStarted;
+            Errno errno = LinuxFile.SyncData(_file);
+            if (errno != Errno.None)
+                throw _syncFailure = new DiskException("flush", Path, 0, Length, errno);
+            _lastSync = number;
+        }
     }
 
     private void ThrowIfSyncFailed(bool durable)

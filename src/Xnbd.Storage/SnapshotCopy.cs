@@ -89,8 +89,8 @@ internal sealed class SnapshotCopy
             // A hole that is passed over here is still a hole in the copy; whoever writes there later saves it first,
             // and finds zeroes, which are not written.
             long data = LinuxFile.NextData(_image, offset);
-            if (data == -(long)Errno.ENXIO)
-                break;
+            if (data == -(long)Errno.ENXIO || data >= _length)
+                break; // a hole to the end, or to what somebody has appended since
             if (data > offset)
                 offset = data / BlockSize * BlockSize;
             Save(offset, 1);

@@ -1,12 +1,16 @@
+using System.Collections.Concurrent;
 using System.Globalization;
+using System.Text;
 using Microsoft.Extensions.Logging;
+using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 
 namespace Xnbd.Programs;
 
 /// <summary>
-/// Where log lines go: stderr, a file, the system log, or several of them. A log that cannot be written (a full disk)
-/// never stops the service.
+/// Where log lines go: stderr, a file, the system log, or several of them. A thread of its own writes them, so that a
+/// log that cannot be written, or that nobody reads, never stops the service: lines for which there is no room are
+/// counted and dropped.
 /// </summary>
 /// <param name="program">Named at the start of each line on stderr.</param>
 /// <param name="toStderr">Log to stderr.</param>
@@ -14,8 +18,14 @@ namespace Xnbd.Programs;
 /// <param name="toSyslog">Log to the system log.</param>
 internal sealed class LogOutput(string program, bool toStderr, string? path, bool toSyslog) : ILogger
 {
-    private readonly Lock _lock = new();
-    private StreamWriter? _file;
+    /// <summary>Lines that may wait to be written: a burst of a thousand clients.</summary>
+    private const int MaxWaiting = 4096;
+
+    private readonly BlockingCollection<(LogLevel Level, DateTime Time, string Message)> _lines = new(MaxWaiting);
+    private readonly Lock _fileLock = new();
+    private Thread? _writer;
+    private SafeFileHandle? _file;
+    private long _dropped;
 
     /// <summary>Lines go somewhere else than stderr.</summary>
     public bool IsElsewhere => path is not null || toSyslog;
@@ -26,32 +36,36 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     {
         if (toSyslog)
             LinuxSyslog.Open(program);
-        try
-        {
-            _file = OpenFile();
-        }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
-        {
-            throw new FailureException($"cannot open the log file: {failure.Message}");
-        }
+        if (path is not null && LinuxFile.Open(path, OpenMode.Append, out _file) is var errno and not Errno.None)
+            throw new FailureException($"cannot open the log file '{path}': {errno.Describe()}");
+        _writer = new Thread(WriteLines) { IsBackground = true, Name = "log" };
+        _writer.Start();
     }
 
     /// <summary>Opens the log file anew, after it was moved away; keeps the old one when that fails.</summary>
     public void Reopen()
     {
-        try
+        if (path is null)
+            return;
+        Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
+        if (errno != Errno.None)
         {
-            StreamWriter? file = OpenFile();
-            lock (_lock)
-            {
-                _file?.Dispose();
-                _file = file;
-            }
+            this.LogError("cannot reopen the log file: {Cause}", errno.Describe());
+            return;
         }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+
+        lock (_fileLock)
         {
-            this.LogError("cannot reopen the log file: {Cause}", failure.Message);
+            _file?.Dispose();
+            _file = file;
         }
+    }
+
+    /// <summary>Writes what is waiting, if that takes no longer than a moment. Nothing can be logged afterwards.</summary>
+    public void Close()
+    {
+        _lines.CompleteAdding();
+        _writer?.Join(TimeSpan.FromSeconds(1));
     }
 
     /// <inheritdoc/>
@@ -65,22 +79,44 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     public void Log<TState>(
         LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
     {
-        if (!IsEnabled(logLevel))
+        if (!IsEnabled(logLevel) || _lines.IsAddingCompleted)
             return;
-        string message = formatter(state, exception);
-        (string word, SyslogSeverity severity) = logLevel switch
+        try
+        {
+            if (!_lines.TryAdd((logLevel, DateTime.Now, formatter(state, exception))))
+                Interlocked.Increment(ref _dropped);
+        }
+        catch (InvalidOperationException)
+        {
+            // Closed a moment ago.
+        }
+    }
+
+    private void WriteLines()
+    {
+        foreach ((LogLevel level, DateTime time, string message) in _lines.GetConsumingEnumerable())
+        {
+            Write(level, time, message);
+            long dropped = Interlocked.Exchange(ref _dropped, 0);
+            if (dropped > 0)
+                Write(LogLevel.Warning, DateTime.Now, $"{dropped} log lines were dropped, for want of room");
+        }
+    }
+
+    private void Write(LogLevel level, DateTime time, string message)
+    {
+        (string word, SyslogSeverity severity) = level switch
         {
             LogLevel.Information => ("info", SyslogSeverity.Information),
             LogLevel.Warning => ("warning", SyslogSeverity.Warning),
             _ => ("error", SyslogSeverity.Error),
         };
-        lock (_lock)
+        message = message.ReplaceLineEndings(" | "); // one event, one line
+        if (toStderr)
         {
             try
             {
-                if (toStderr)
-                    Console.Error.WriteLine($"{program}: {message}");
-                _file?.WriteLine($"{DateTime.Now.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture)} {word}: {message}");
+                Console.Error.WriteLine($"{program}: {message}");
             }
             catch (IOException)
             {
@@ -88,14 +124,16 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             }
         }
 
+        lock (_fileLock)
+        {
+            if (_file is not null)
+            {
+                string stamp = time.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture);
+                _ = LinuxFile.Append(_file, Encoding.UTF8.GetBytes($"{stamp} {word}: {message}\n"));
+            }
+        }
+
         if (toSyslog)
             LinuxSyslog.Write(severity, message);
     }
-
-    private StreamWriter? OpenFile() => path is null
-        ? null
-        : new StreamWriter(new FileStream(path, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, bufferSize: 1))
-        {
-            AutoFlush = true,
-        };
 }

@@ -16,7 +16,7 @@ internal sealed class ServerProgram
     public const string Name = "xnbd-server";
 
     /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
-    private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(9.5);
+    private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(8.5); // and a second for the log
 
     private readonly ServerOptions _options;
     private readonly LogOutput _log;
@@ -33,6 +33,9 @@ internal sealed class ServerProgram
     public static int Run(string[] args)
     {
         bool isDaemon = Daemon.IsChild();
+        bool isInetd = args.Contains("--inetd");
+        if (isInetd)
+            KeepStdinClean(); // before the first word can be said
         LogOutput? log = null;
         try
         {
@@ -40,9 +43,6 @@ internal sealed class ServerProgram
                 return ExitCode.Success;
             if (options.Daemonize && !isDaemon)
                 return Daemon.Start(Name, args);
-            if (options.Inetd)
-                KeepStdinClean();
-
             options = options with
             {
                 Image = Path.GetFullPath(options.Image),
@@ -51,24 +51,42 @@ internal sealed class ServerProgram
             };
             bool isDetached = options.Daemonize || options.Inetd;
             bool isElsewhere = options.LogPath is not null || options.Syslog;
-            log = new LogOutput(
+            var output = new LogOutput(
                 Name, toStderr: !isDetached && !isElsewhere, options.LogPath, toSyslog: options.Syslog || (isDetached && !isElsewhere));
-            log.Open();
+            output.Open();
+            log = output;
             new ServerProgram(options, log).Serve();
             return ExitCode.Success;
         }
         catch (UsageException failure)
         {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            Report(failure.Message, log, isInetd);
             Console.Error.WriteLine($"Try '{Name} --help' for more information.");
             return ExitCode.Usage;
         }
         catch (Exception failure) when (failure is FailureException or DiskException)
         {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
-            if (log is { IsElsewhere: true })
-                log.LogError("cannot start: {Cause}", failure.Message);
+            Report(failure.Message, log, isInetd);
             return ExitCode.Failure;
+        }
+        finally
+        {
+            log?.Close();
+        }
+    }
+
+    /// <summary>Says why the program ends: to stderr, and to where the log goes if that is elsewhere.</summary>
+    private static void Report(string message, LogOutput? log, bool isInetd)
+    {
+        Console.Error.WriteLine($"{Name}: {message}");
+        if (log is { IsElsewhere: true })
+        {
+            log.LogError("{Cause}", message);
+        }
+        else if (isInetd)
+        {
+            LinuxSyslog.Open(Name); // a super-server shows stderr to nobody
+            LinuxSyslog.Write(SyslogSeverity.Error, message);
         }
     }
 
@@ -82,7 +100,7 @@ internal sealed class ServerProgram
         foreach (int descriptor in (ReadOnlySpan<int>)[1, 2])
         {
             using var other = new SafeFileHandle(descriptor, ownsHandle: false);
-            if (LinuxFile.Status(other, out FileStatus status) != Errno.None || status == connection)
+            if (LinuxFile.Status(other, out FileStatus status) != Errno.None || status.IsSameFile(connection))
                 LinuxProcess.RedirectToNull(descriptor);
         }
     }
@@ -135,24 +153,29 @@ internal sealed class ServerProgram
 
     private void End(NbdServer server, ImageFile image, SnapshotSignal snapshots)
     {
+        bool isSynced = false;
         using var watchdog = new Timer(_ =>
         {
-            _log.LogWarning("not everything ended in time; what the kernel holds of the image it will still write");
-            Environment.Exit(ExitCode.Success);
+            _log.LogWarning(Volatile.Read(ref isSynced)
+                ? "not everything ended in time"
+                : "the image was not synced in time; the kernel goes on writing what it holds of it");
+            _log.Close();
+            Environment.Exit(Volatile.Read(ref isSynced) ? ExitCode.Success : ExitCode.Failure);
         });
         watchdog.Change(s_longestStop, Timeout.InfiniteTimeSpan);
 
         server.Stop();
-        snapshots.WaitUntilEnded();
         try
         {
-            image.FlushAsync().AsTask().GetAwaiter().GetResult();
+            image.Flush();
         }
         catch (DiskException failure)
         {
             throw new FailureException($"the image could not be synced: {failure.Message}");
         }
 
+        Volatile.Write(ref isSynced, true);
+        snapshots.WaitUntilEnded();
         _log.LogInformation("ended");
     }
 
@@ -208,7 +231,7 @@ internal sealed class ServerProgram
         {
             server.Listen(new IPEndPoint(Resolve(_options.Address), port));
         }
-        catch (SocketException failure)
+        catch (Exception failure) when (failure is SocketException or ArgumentException)
         {
             throw new FailureException($"cannot listen on {place}: {failure.Message}");
         }
@@ -218,6 +241,9 @@ internal sealed class ServerProgram
     {
         if (address is null)
             return IPAddress.IPv6Any;
-        return IPAddress.TryParse(address, out IPAddress? parsed) ? parsed : Dns.GetHostAddresses(address)[0];
+        if (IPAddress.TryParse(address, out IPAddress? parsed))
+            return parsed;
+        IPAddress[] found = Dns.GetHostAddresses(address);
+        return found.Length > 0 ? found[0] : throw new ArgumentException("the name has no address");
     }
 }

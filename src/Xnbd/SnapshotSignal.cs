@@ -26,8 +26,16 @@ internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationT
                 return;
             }
 
-            _thread = new Thread(Make) { IsBackground = true, Name = "snapshot" };
-            _thread.Start();
+            try
+            {
+                _thread = new Thread(Make) { IsBackground = true, Name = "snapshot" };
+                _thread.Start();
+            }
+            catch (OutOfMemoryException failure)
+            {
+                _thread = null;
+                log.LogError("no snapshot was made: {Cause}", failure.Message);
+            }
         }
     }
 
@@ -63,13 +71,14 @@ internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationT
                 result.AllocatedBytes,
                 Stopwatch.GetElapsedTime(start).TotalSeconds);
         }
-        catch (DiskException failure)
-        {
-            log.LogError("no snapshot was made: {Cause}", failure.Message);
-        }
         catch (OperationCanceledException)
         {
             log.LogWarning("the snapshot was given up, because the server ends");
+        }
+        catch (Exception failure)
+        {
+            // Whatever it is: the service matters more than the snapshot.
+            log.LogError("no snapshot was made: {Cause}", failure is DiskException ? failure.Message : failure.ToString());
         }
     }
 }

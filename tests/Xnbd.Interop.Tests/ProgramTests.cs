@@ -262,7 +262,8 @@ public sealed class ProgramTests : IDisposable
             "python3", ["-c", superServer, socket, ServerProcess.Executable, "--target", "--inetd", image]))!;
         try
         {
-            Wait.Until(() => File.Exists(socket), "the super-server listens");
+            Wait.Until(() => File.Exists(socket), "the super-server is there");
+            Thread.Sleep(50); // it takes three connections: a probe would be one of them
             await Tool.Succeed("nbdcopy", $"nbd+unix:///?socket={socket}", _folder.File("back")); // two connections
             await Tool.Succeed("cmp", image, _folder.File("back"));
             using (NbdTestClient client = NbdTestClient.Open(socket))
@@ -302,6 +303,70 @@ public sealed class ProgramTests : IDisposable
             sys.exit(p.wait(10))
             """;
         await Tool.Succeed("python3", "-c", script, ServerProcess.Executable, image);
+    }
+
+    [Fact]
+    public void An_image_that_becomes_shorter_amid_a_large_read_is_an_error_and_the_session_stays_up()
+    {
+        using var memory = new TempFolder("/dev/shm");
+        string image = memory.Random("disk.img", 2 << 20);
+        using ServerProcess server = ServerProcess.Start(memory, image);
+        using NbdTestClient client = server.Open();
+        using NbdTestClient old = server.Open(structured: false);
+        using (FileStream file = File.OpenWrite(image))
+            file.SetLength((1 << 20) + 4096);
+        Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20, NbdCommandFlags.Df)); // sendfile was under way
+        Assert.Equal(File.ReadAllBytes(image)[..4096], client.Read(0, 4096));
+        old.SendRequest(NbdCommand.Read, 1 << 20, 1 << 20);
+        Assert.Throws<EndOfStreamException>(old.ReceiveReply); // a simple reply can only be broken off
+        Assert.False(server.HasExited);
+    }
+
+    [Fact]
+    public void A_log_that_nobody_reads_stops_nothing()
+    {
+        string image = _folder.Sparse("disk.img", 1 << 20);
+        string socket = _folder.File("s");
+        using var server = Process.Start(new ProcessStartInfo(
+            ServerProcess.Executable, ["--target", "--unix", socket, image])
+        { RedirectStandardError = true })!;
+        try
+        {
+            Wait.Until(() => ServerProcess.Listens(socket), "it listens");
+            for (int i = 0; i < 2000; i++)
+                NbdTestClient.Open(socket).Dispose(); // 64 KiB of log lines fill the pipe
+            using NbdTestClient client = NbdTestClient.Open(socket);
+            Assert.Equal(16, client.Read(0, 16).Length);
+            long start = Stopwatch.GetTimestamp();
+            using (Process.Start("kill", Text(server.Id)))
+                Assert.True(server.WaitForExit(12_000));
+            Assert.Equal(0, server.ExitCode);
+            Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 10);
+        }
+        finally
+        {
+            if (!server.HasExited)
+                server.Kill();
+        }
+    }
+
+    [Fact]
+    public void Servers_share_a_log_file()
+    {
+        string image = _folder.Sparse("disk.img", 1 << 20);
+        string log = _folder.File("log");
+        using ServerProcess first = ServerProcess.Start(_folder, image, "--logpath", log);
+        using ServerProcess second = ServerProcess.Start(_folder, image, "--logpath", log);
+        for (int i = 0; i < 50; i++)
+        {
+            first.Open().Dispose();
+            second.Open().Dispose();
+        }
+
+        Assert.Equal((0, 0), (first.Stop(), second.Stop()));
+        string[] lines = File.ReadAllLines(log);
+        Assert.All(lines, l => Assert.Matches(@"^\d{4}-\d\d-\d\dT\S+ (info|warning|error): ", l));
+        Assert.Equal(100, lines.Count(l => l.Contains("serving export", StringComparison.Ordinal)));
     }
 
     [Fact]

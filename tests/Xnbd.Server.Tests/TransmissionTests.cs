@@ -194,6 +194,25 @@ public sealed class TransmissionTests : IDisposable
         }
     }
 
+    [Theory]
+    [InlineData(65535, 4040, 1)]
+    [InlineData(65535, 8136, 1)]
+    [InlineData(65535, 65480, 1)]
+    [InlineData(65533, 4040, 3)]
+    [InlineData(65536 - 4037, 4040, -3)]
+    public void A_short_hole_beside_data_fits_its_reply(int offset, int length, int zeroes)
+    {
+        _disk.Slow = true;
+        using NbdTestClient client = _server.Open();
+        byte[] data = new byte[length];
+        data.AsSpan().Fill(1);
+        (zeroes > 0 ? data.AsSpan(0, zeroes) : data.AsSpan(length + zeroes)).Clear();
+        client.Write((ulong)offset, data);
+        List<Reply> reply = client.Call(NbdCommand.Read, (ulong)offset, (uint)length);
+        Assert.Equal(2, reply.Count);
+        Assert.Equal(data, NbdTestClient.Assemble(reply, (ulong)offset, (uint)length));
+    }
+
     [Fact]
     public void A_large_read_is_cut_at_holes_unless_it_must_not_be()
     {
@@ -405,6 +424,52 @@ public sealed class TransmissionTests : IDisposable
         finally
         {
             hoarders.ForEach(h => h.Dispose());
+        }
+    }
+
+    [Fact]
+    public void A_client_that_trickles_is_no_better()
+    {
+        // As above, but each sends a byte now and then: one, of the rest of a write; one, of a write that is refused.
+        using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)));
+        using var stop = new CancellationTokenSource();
+        NbdTestClient[] hoarders = [.. Enumerable.Range(0, 4).Select(_ => server.Open())];
+        try
+        {
+            for (int i = 0; i < 4; i++)
+            {
+                if (i % 2 == 1)
+                {
+                    // Its replies hold what it does not read.
+                    ((FaultDisk)server.Disk).Slow = true;
+                    hoarders[i].SendRequest(NbdCommand.Read, 0, 31u << 20, NbdCommandFlags.Df);
+                    Thread.Sleep(200);
+                    hoarders[i].SendRequest(NbdCommand.Write, 1ul << 40, 1u << 31);
+                }
+                else
+                {
+                    hoarders[i].SendRequest(NbdCommand.Write, 0, 32u << 20);
+                }
+            }
+
+            Task trickle = Task.Run(() =>
+            {
+                while (!stop.Token.WaitHandle.WaitOne(500))
+                {
+                    foreach (NbdTestClient hoarder in hoarders)
+                        _ = Record.Exception(() => hoarder.Send([0]));
+                }
+            });
+            using NbdTestClient honest = server.Open();
+            Assert.Equal(NbdError.None, honest.Write(0, new byte[16 << 20]));
+            stop.Cancel();
+            Assert.True(Task.WaitAny([trickle], 10_000) == 0);
+        }
+        finally
+        {
+            stop.Cancel();
+            foreach (NbdTestClient hoarder in hoarders)
+                hoarder.Dispose();
         }
     }
 

@@ -176,6 +176,33 @@ public sealed class SnapshotTests : IDisposable
     }
 
     [Fact]
+    public void A_snapshot_is_for_the_same_eyes_as_its_image()
+    {
+        string path = _folder.Sparse("image", 4096);
+        File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        SnapshotResult snapshot = image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
+        Assert.Equal(UnixFileMode.UserRead | UnixFileMode.UserWrite, File.GetUnixFileMode(snapshot.Path));
+    }
+
+    [Fact]
+    public void An_image_that_has_grown_is_copied_as_far_as_it_is_served()
+    {
+        string path = _folder.Random("image", 1 << 20);
+        byte[] before = File.ReadAllBytes(path);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        using (FileStream file = File.OpenWrite(path))
+        {
+            file.Position = 100 << 20;
+            file.Write([1]);
+        }
+
+        SnapshotResult snapshot = image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
+        Assert.SkipWhen(snapshot.IsReflink, "this file system shares blocks");
+        Assert.Equal(before, File.ReadAllBytes(snapshot.Path));
+    }
+
+    [Fact]
     public void A_cancelled_snapshot_leaves_nothing_behind()
     {
         string path = _folder.Random("image", 8 << 20);

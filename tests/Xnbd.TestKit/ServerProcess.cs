@@ -61,7 +61,7 @@ public sealed class ServerProcess : IDisposable
             Process.Start(new ProcessStartInfo(Executable, args) { RedirectStandardError = true })!, socketPath);
         try
         {
-            Wait.Until(() => File.Exists(socketPath) || server.HasExited, "the server listens");
+            Wait.Until(() => Listens(socketPath) || server.HasExited, "the server listens");
             if (server.HasExited)
                 throw new InvalidOperationException($"the server did not start: {server.Log}");
             return server;
@@ -70,6 +70,20 @@ public sealed class ServerProcess : IDisposable
         {
             server.Dispose();
             throw;
+        }
+    }
+
+    /// <summary>Somebody listens on a Unix socket; that its file is there says less.</summary>
+    public static bool Listens(string socketPath)
+    {
+        try
+        {
+            NbdTestClient.Connect(socketPath).Dispose();
+            return true;
+        }
+        catch (SocketException)
+        {
+            return false;
         }
     }
 

@@ -1,0 +1,135 @@
+using System.Diagnostics;
+using Xnbd.TestKit;
+
+namespace Xnbd.Bench;
+
+/// <summary>A server under test: how it is started on an image and a Unix socket.</summary>
+/// <param name="Name">As it stands in the table.</param>
+/// <param name="Program">The program that must be there.</param>
+/// <param name="Arguments">Its arguments, of image, socket, and a folder for its files.</param>
+public sealed record Peer(string Name, string Program, Func<string, string, string, string[]> Arguments)
+{
+    /// <summary>xNBD, and every server that Debian packages.</summary>
+    public static readonly IReadOnlyList<Peer> All =
+    [
+        new("xnbd", ServerProcess.Executable, (image, socket, _) => ["--target", "--logpath", "/dev/null", "--unix", socket, image]),
+        new("nbdkit", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "file", image]),
+        new("qemu-nbd threads", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "threads")),
+        new("qemu-nbd io_uring", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "io_uring")),
+        new("nbd-server", "nbd-server", NbdServer),
+    ];
+
+    public bool IsPresent => Program.StartsWith('/') || Tool.Find(Program) is not null;
+
+    private static string[] Qemu(string image, string socket, string aio)
+        => ["-k", socket, "-f", "raw", "--cache=writeback", $"--aio={aio}", "--discard=unmap", "--shared=0", "-t", image];
+
+    private static string[] NbdServer(string image, string socket, string folder)
+    {
+        string configuration = Path.Combine(folder, "nbd-server.conf");
+        File.WriteAllText(configuration, $"[generic]\nunixsock = {socket}\nport = 0\nallowlist = true\n[bench]\nexportname = {image}\n");
+        return ["-d", "-C", configuration];
+    }
+
+    /// <summary>The name of the export to ask for.</summary>
+    public string ExportName => Name == "nbd-server" ? "bench" : "";
+}
+
+/// <summary>A server that runs.</summary>
+public sealed class RunningPeer : IDisposable
+{
+    private static readonly double s_ticksPerSecond = 100; // USER_HZ
+
+    private readonly Process _process;
+
+    private RunningPeer(Process process, Peer peer, string socket)
+    {
+        _process = process;
+        Socket = socket;
+        Uri = $"nbd+unix:///{peer.ExportName}?socket={socket}";
+        ExportName = peer.ExportName;
+    }
+
+    public string Uri { get; }
+
+    public string Socket { get; }
+
+    public string ExportName { get; }
+
+    /// <summary>From its start until it took a connection, in milliseconds.</summary>
+    public double StartMilliseconds { get; private init; }
+
+    public static RunningPeer Start(Peer peer, string image, string folder)
+    {
+        string socket = Path.Combine(folder, "socket");
+        File.Delete(socket);
+        long start = Stopwatch.GetTimestamp();
+        Process process = Process.Start(new ProcessStartInfo(Tool.Find(peer.Program) ?? peer.Program, peer.Arguments(image, socket, folder))
+        {
+            RedirectStandardError = true,
+            RedirectStandardOutput = true,
+        })!;
+        process.ErrorDataReceived += (_, _) => { };
+        process.OutputDataReceived += (_, _) => { };
+        process.BeginErrorReadLine();
+        process.BeginOutputReadLine();
+        try
+        {
+            while (!ServerProcess.Listens(socket))
+            {
+                if (process.HasExited || Stopwatch.GetElapsedTime(start).TotalSeconds > 10)
+                    throw new InvalidOperationException($"{peer.Name} did not start");
+                Thread.SpinWait(1000);
+            }
+        }
+        catch
+        {
+            process.Kill(entireProcessTree: true);
+            throw;
+        }
+
+        return new RunningPeer(process, peer, socket) { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
+    }
+
+    /// <summary>Processor time used so far, user and system, children included, in seconds.</summary>
+    public double CpuSeconds => Tree().Sum(id =>
+    {
+        string[] stat = ReadOrEmpty($"/proc/{id}/stat").Split(')') is [_, var rest] ? rest.Split(' ', StringSplitOptions.RemoveEmptyEntries) : [];
+        return stat.Length < 15 ? 0 : stat[11..15].Sum(t => double.Parse(t, System.Globalization.CultureInfo.InvariantCulture)) / s_ticksPerSecond;
+    });
+
+    /// <summary>A figure of /proc/PID/status summed over the server and its children, in KiB: VmHWM is the peak, VmRSS the present resident size.</summary>
+    public long Kibibytes(string name) => Tree().Sum(id => ReadOrEmpty($"/proc/{id}/status").Split('\n')
+        .Where(l => l.StartsWith(name + ":", StringComparison.Ordinal))
+        .Sum(l => long.Parse(l.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries)[1], System.Globalization.CultureInfo.InvariantCulture)));
+
+    public void Dispose()
+    {
+        _process.Kill(entireProcessTree: true);
+        _process.WaitForExit();
+        _process.Dispose();
+    }
+
+    private IEnumerable<int> Tree()
+    {
+        var waiting = new Queue<int>([_process.Id]);
+        while (waiting.TryDequeue(out int id))
+        {
+            yield return id;
+            foreach (string child in ReadOrEmpty($"/proc/{id}/task/{id}/children").Split(' ', StringSplitOptions.RemoveEmptyEntries))
+                waiting.Enqueue(int.Parse(child, System.Globalization.CultureInfo.InvariantCulture));
+        }
+    }
+
+    private static string ReadOrEmpty(string path)
+    {
+        try
+        {
+            return File.ReadAllText(path);
+        }
+        catch (IOException)
+        {
+            return ""; // it has ended
+        }
+    }
+}

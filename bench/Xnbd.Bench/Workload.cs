@@ -1,0 +1,106 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Text.Json;
+using Xnbd.TestKit;
+
+namespace Xnbd.Bench;
+
+/// <summary>What one run of a workload on one server came to.</summary>
+/// <param name="Rate">Requests, or MiB, in a second.</param>
+/// <param name="P50">Median latency in microseconds; 0 when the client does not tell.</param>
+/// <param name="P99">99th percentile of the latency in microseconds; 0 when the client does not tell.</param>
+/// <param name="CpuMicroseconds">Processor time of the server for each request.</param>
+/// <param name="PeakKibibytes">The server's peak resident size.</param>
+public sealed record Measurement(double Rate, double P50, double P99, double CpuMicroseconds, double PeakKibibytes);
+
+/// <summary>Where the image is and what state its cache is in.</summary>
+public enum Medium
+{
+    /// <summary>In memory, on a tmpfs.</summary>
+    Memory,
+
+    /// <summary>On the disk's file system, with nothing of it in memory.</summary>
+    ColdDisk,
+}
+
+/// <summary>Something that a client does with a server.</summary>
+/// <param name="Name">As it stands in the table.</param>
+/// <param name="Medium">Of the image.</param>
+/// <param name="Unit">Of the rate.</param>
+/// <param name="IsQuick">Part of the short form.</param>
+/// <param name="Run">Does it: server, image, seconds.</param>
+public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run)
+{
+    public static readonly IReadOnlyList<Workload> All =
+    [
+        Fio("random read 4 KiB, depth 1", "randread", "4k", 1, 1, quick: true),
+        Fio("random read 4 KiB, depth 32", "randread", "4k", 32, 1, quick: true),
+        Fio("random read 4 KiB, 4 x 16", "randread", "4k", 16, 4, quick: true),
+        Fio("random write 4 KiB, depth 32", "randwrite", "4k", 32, 1, quick: true),
+        Fio("random read/write 4 KiB, 4 x 16", "randrw", "4k", 16, 4),
+        Fio("unaligned write 512 B, depth 32", "randwrite", "512", 32, 1),
+        Fio("sequential read 256 KiB, depth 16", "read", "256k", 16, 1, quick: true),
+        Fio("sequential write 256 KiB, depth 16", "write", "256k", 16, 1, quick: true),
+        Fio("random read 4 KiB, 64 connections x 1", "randread", "4k", 1, 64),
+        Copy("nbdcopy to null, 1 connection", toNull: true, 1),
+        Copy("nbdcopy to null, 4 connections", toNull: true, 4),
+        Copy("nbdcopy from a file, 1 connection", toNull: false, 1),
+        Copy("nbdcopy from a file, 4 connections", toNull: false, 4),
+        Fio("cold random read 4 KiB, depth 1", "randread", "4k", 1, 1, Medium.ColdDisk),
+        Fio("cold random read 4 KiB, depth 32", "randread", "4k", 32, 1, Medium.ColdDisk),
+        Fio("cold sequential read 256 KiB, depth 16", "read", "256k", 16, 1, Medium.ColdDisk),
+    ];
+
+    private static string Text(double number) => number.ToString(CultureInfo.InvariantCulture);
+
+    private static Workload Fio(
+        string name, string pattern, string blockSize, int depth, int jobs, Medium medium = Medium.Memory, bool quick = false)
+    {
+        bool isSequential = blockSize == "256k";
+        return new Workload(name, medium, isSequential ? "MiB/s" : "IOPS", quick, async (server, image, seconds) =>
+        {
+            List<string> args =
+            [
+                "--name=bench", "--ioengine=nbd", $"--uri={server.Uri}", $"--rw={pattern}", $"--bs={blockSize}", $"--iodepth={depth}",
+                $"--numjobs={jobs}", "--thread", "--group_reporting", $"--size={new FileInfo(image).Length}", $"--runtime={Text(seconds)}",
+                "--randrepeat=0", "--output-format=json",
+            ];
+            if (medium == Medium.Memory)
+                args.Add("--time_based"); // on the disk each block is read once: then it is no longer cold
+            if (blockSize == "512")
+                args.AddRange(["--blockalign=512", "--norandommap"]);
+
+            double cpu = server.CpuSeconds;
+            string output = await Tool.Succeed("fio", [.. args]);
+            cpu = server.CpuSeconds - cpu;
+            using JsonDocument document = JsonDocument.Parse(output[output.IndexOf('{', StringComparison.Ordinal)..]);
+            JsonElement job = document.RootElement.GetProperty("jobs")[0];
+            JsonElement[] sides = [job.GetProperty("read"), job.GetProperty("write")];
+            double requests = sides.Sum(s => s.GetProperty("total_ios").GetDouble());
+            double iops = sides.Sum(s => s.GetProperty("iops").GetDouble());
+            double rate = isSequential ? sides.Sum(s => s.GetProperty("bw_bytes").GetDouble()) / (1 << 20) : iops;
+            return new Measurement(
+                rate, sides.Max(s => Percentile(s, "50.000000")), sides.Max(s => Percentile(s, "99.000000")), cpu * 1e6 / requests, server.Kibibytes("VmHWM"));
+        });
+    }
+
+    private static double Percentile(JsonElement side, string name)
+        => side.GetProperty("clat_ns").TryGetProperty("percentile", out JsonElement percentiles)
+            ? percentiles.GetProperty(name).GetDouble() / 1000
+            : 0;
+
+    private static Workload Copy(string name, bool toNull, int connections) => new(name, Medium.Memory, "MiB/s", IsQuick: false, async (server, image, _) =>
+    {
+        const int requestBytes = 256 * 1024; // nbdcopy's default
+        long length = new FileInfo(image).Length;
+        string source = toNull ? server.Uri : image + ".source";
+        if (!toNull && !File.Exists(source))
+            File.Copy(image, source);
+        double cpu = server.CpuSeconds;
+        long start = Stopwatch.GetTimestamp();
+        await Tool.Succeed("nbdcopy", $"--connections={connections}", source, toNull ? "null:" : server.Uri);
+        double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
+        cpu = server.CpuSeconds - cpu;
+        return new Measurement(length / seconds / (1 << 20), 0, 0, cpu * 1e6 / (length / requestBytes), server.Kibibytes("VmHWM"));
+    });
+}
