@@ -27,12 +27,20 @@ public sealed record Peer(string Name, string Program, Func<string, string, stri
     private static string[] NbdServer(string image, string socket, string folder)
     {
         string configuration = Path.Combine(folder, "nbd-server.conf");
-        File.WriteAllText(configuration, $"[generic]\nunixsock = {socket}\nport = 0\nallowlist = true\n[bench]\nexportname = {image}\n");
-        return ["-d", "-C", configuration];
+        int port = ServerProcess.FreePort(); // it listens there as well, whether one likes it or not
+        File.WriteAllText(
+            configuration,
+            $"[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = {port}\n[bench]\nexportname = {image}\nfilesize = {new FileInfo(image).Length}\n");
+        return ["-C", configuration, "-p", PidFile(folder)]; // in the foreground it would serve one client only
     }
 
     /// <summary>The name of the export to ask for.</summary>
-    public string ExportName => Name == "nbd-server" ? "bench" : "";
+    public string ExportName => IsDaemon ? "bench" : "";
+
+    /// <summary>It goes into the background by itself, and leaves its process id in a file.</summary>
+    public bool IsDaemon => Name == "nbd-server";
+
+    public static string PidFile(string folder) => Path.Combine(folder, "pid");
 }
 
 /// <summary>A server that runs.</summary>
@@ -42,9 +50,11 @@ public sealed class RunningPeer : IDisposable
 
     private readonly Process _process;
 
-    private RunningPeer(Process process, Peer peer, string socket)
+    private RunningPeer(Process process, Peer peer, string socket, string folder)
     {
-        _process = process;
+        _process = peer.IsDaemon
+            ? Process.GetProcessById(int.Parse(File.ReadAllText(Peer.PidFile(folder)), System.Globalization.CultureInfo.InvariantCulture))
+            : process;
         Socket = socket;
         Uri = $"nbd+unix:///{peer.ExportName}?socket={socket}";
         ExportName = peer.ExportName;
@@ -77,7 +87,7 @@ public sealed class RunningPeer : IDisposable
         {
             while (!ServerProcess.Listens(socket))
             {
-                if (process.HasExited || Stopwatch.GetElapsedTime(start).TotalSeconds > 10)
+                if ((process.HasExited && !peer.IsDaemon) || Stopwatch.GetElapsedTime(start).TotalSeconds > 10)
                     throw new InvalidOperationException($"{peer.Name} did not start");
                 Thread.SpinWait(1000);
             }
@@ -88,7 +98,7 @@ public sealed class RunningPeer : IDisposable
             throw;
         }
 
-        return new RunningPeer(process, peer, socket) { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
+        return new RunningPeer(process, peer, socket, folder) { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
     }
 
     /// <summary>Processor time used so far, user and system, children included, in seconds.</summary>

@@ -28,7 +28,8 @@ for (int round = 0; round < rounds; round++)
         for (int i = 0; i < peers.Length; i++)
         {
             Peer peer = peers[(i + round) % peers.Length];
-            Console.Error.Write($"\r\e[Kround {round + 1} of {rounds}: {workload.Name}: {peer.Name}");
+            if (!Console.IsErrorRedirected)
+                Console.Error.Write($"\r\e[Kround {round + 1} of {rounds}: {workload.Name}: {peer.Name}");
             string image = workload.Medium == Medium.Memory ? warmImage : await ColdImage();
             try
             {
@@ -47,7 +48,8 @@ for (int round = 0; round < rounds; round++)
 }
 
 Dictionary<Peer, double[]> idle = only is null ? MeasureIdle() : [];
-Console.Error.Write("\r\e[K");
+if (!Console.IsErrorRedirected)
+    Console.Error.Write("\r\e[K");
 if (isJson)
     PrintJson();
 else
