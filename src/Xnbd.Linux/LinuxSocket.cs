@@ -40,6 +40,10 @@ public static unsafe class LinuxSocket
     /// <returns>Bytes received; 0 when the peer has closed its side; -EAGAIN when nothing is there.</returns>
     public static long ReceiveNow(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, DontWait);
 
+    /// <summary>Receives what is there, waiting for the first byte, at most for the socket's receive timeout.</summary>
+    /// <returns>Bytes received; 0 when the peer has closed its side; -EAGAIN when the time ran out.</returns>
+    public static long Receive(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, 0);
+
     /// <summary>Receives, waiting until the buffer is full, the peer closes, or the socket's receive timeout passes.</summary>
     /// <returns>Bytes received, fewer than asked for if the stream ended or the time ran out; 0 when it had ended; -EAGAIN when the time ran out with nothing.</returns>
     public static long ReceiveFull(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, WaitAll);

@@ -8,7 +8,8 @@ namespace Xnbd.Server;
 /// Polls a socket for a short time before its thread blocks. Blocking and waking costs a client that sends one
 /// request at a time more than the request itself; polling for a client that is slow costs processor time for
 /// nothing. So a session polls only while it has credit: earned when data came within the poll's time (polled or
-/// not), lost at each poll in vain.
+/// not), lost at each poll in vain. And only while there are fewer sessions at work than processors: otherwise the
+/// poll would take its processor from those for whom it waits.
 /// </summary>
 internal struct AdaptivePoll
 {
@@ -16,26 +17,27 @@ internal struct AdaptivePoll
     private const int CreditToPoll = 4;
     private const int LossInVain = 4;
 
-    /// <summary>Half of the processors may poll at a time: the other half is for those for whom they wait.</summary>
-    private static readonly int s_maxPolling = Math.Max(1, Environment.ProcessorCount / 2);
+    /// <summary>A poll needs a processor, and those for whom it waits another one.</summary>
+    private static readonly int s_maxAwake = Math.Max(1, Environment.ProcessorCount / 2);
 
     private static readonly long s_pollTicks = (long)(ServerLimits.PollTime.TotalSeconds * Stopwatch.Frequency);
-    private static int s_polling;
+    private static int s_awake; // sessions that are not blocked
 
     private int _credit;
 
-    /// <summary>Polls, if that has been paying off.</summary>
+    /// <summary>Whether polling has been paying off.</summary>
+    public readonly bool IsWorthwhile => _credit >= CreditToPoll && Volatile.Read(ref s_awake) <= s_maxAwake;
+
+    /// <summary>A session's thread goes to work.</summary>
+    public static void NoteAwake() => Interlocked.Increment(ref s_awake);
+
+    /// <summary>A session's thread blocks, or ends.</summary>
+    public static void NoteBlocked() => Interlocked.Decrement(ref s_awake);
+
+    /// <summary>Polls.</summary>
     /// <returns>As <see cref="LinuxSocket.ReceiveNow"/>; -EAGAIN when nothing came.</returns>
     public long Poll(SafeHandle socket, Span<byte> buffer)
     {
-        if (_credit < CreditToPoll)
-            return -(long)Errno.EAGAIN;
-        if (Interlocked.Increment(ref s_polling) > s_maxPolling)
-        {
-            Interlocked.Decrement(ref s_polling);
-            return -(long)Errno.EAGAIN;
-        }
-
         long count;
         long start = Stopwatch.GetTimestamp();
         do
@@ -43,7 +45,6 @@ internal struct AdaptivePoll
             count = LinuxSocket.ReceiveNow(socket, buffer);
         }
         while (count == -(long)Errno.EAGAIN && Stopwatch.GetTimestamp() - start < s_pollTicks);
-        Interlocked.Decrement(ref s_polling);
 
         _credit = count == -(long)Errno.EAGAIN ? _credit - LossInVain : Math.Min(MaxCredit, _credit + 1);
         return count;

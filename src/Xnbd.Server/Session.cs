@@ -53,6 +53,7 @@ internal sealed partial class Session
     /// <summary>Serves the client until it leaves, breaks the protocol, or the session is stopped.</summary>
     public void Run()
     {
+        AdaptivePoll.NoteAwake();
         try
         {
             while (ServeBufferedRequests() && FlushReplies() && ReceiveMore())
@@ -67,6 +68,7 @@ internal sealed partial class Session
         {
             if (WaitUntilFinished(mostInFlight: 0))
                 FlushReplies();
+            AdaptivePoll.NoteBlocked();
             ReleaseBuffers();
             _wakeUp.Dispose();
         }
@@ -107,24 +109,23 @@ internal sealed partial class Session
         return true;
     }
 
-    /// <summary>Waits for more input: polls for a short time while that pays off, then gives its buffers back and blocks.</summary>
+    /// <summary>
+    /// Waits for more input: polls for a short time while that pays off; then blocks in the receive itself, the cheapest
+    /// way to wait; after a while without input, or when slow requests may need this thread, gives its buffers back and
+    /// waits for all that may happen.
+    /// </summary>
     /// <returns>False when no more will come.</returns>
     private bool ReceiveMore()
     {
-        long blockedSince = 0;
+        bool isIdle = false;
         while (!_isStopping)
         {
-            if (_input is null)
-                _input = _services.Buffers.Rent(ServerLimits.InputBuffer);
+            _input ??= _services.Buffers.Rent(ServerLimits.InputBuffer);
             CompactInput();
 
             // After a large write the next one is likely: its header alone first, so that its payload lands in place.
             int room = _expectsLargeWrite && _tail < NbdSize.Request ? NbdSize.Request - _tail : _input.Length - _tail;
-            long count = LinuxSocket.ReceiveNow(_connection.Handle, _input.Slice(_tail, room));
-            if (count == -(long)Errno.EAGAIN && blockedSince == 0)
-                count = _poll.Poll(_connection.Handle, _input.Slice(_tail, room));
-            if (blockedSince != 0)
-                _poll.NoteBlockedTime(Stopwatch.GetElapsedTime(blockedSince));
+            long count = Receive(_input.Slice(_tail, room), mayBlock: !isIdle && InFlight == 0);
             if (count > 0)
             {
                 _tail += (int)count;
@@ -134,14 +135,34 @@ internal sealed partial class Session
             if (count != -(long)Errno.EAGAIN)
                 return _connection.End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
 
+            isIdle = true;
             _expectsLargeWrite = false;
             ReleaseIdleBuffers();
-            blockedSince = Stopwatch.GetTimestamp();
             if (!WaitForInput())
                 return false;
         }
 
         return _connection.End("server is stopping");
+    }
+
+    /// <returns>As <see cref="LinuxSocket.ReceiveNow"/>.</returns>
+    private long Receive(Span<byte> buffer, bool mayBlock)
+    {
+        if (_poll.IsWorthwhile)
+        {
+            long count = _poll.Poll(_connection.Handle, buffer);
+            if (count != -(long)Errno.EAGAIN)
+                return count;
+        }
+
+        if (!mayBlock)
+            return LinuxSocket.ReceiveNow(_connection.Handle, buffer);
+        long start = Stopwatch.GetTimestamp();
+        AdaptivePoll.NoteBlocked();
+        long received = LinuxSocket.Receive(_connection.Handle, buffer);
+        AdaptivePoll.NoteAwake();
+        _poll.NoteBlockedTime(Stopwatch.GetElapsedTime(start));
+        return received;
     }
 
     /// <summary>Blocks until the client sends; meanwhile sends what other threads could not.</summary>
@@ -150,8 +171,10 @@ internal sealed partial class Session
         while (true)
         {
             bool isBlocked = _isSendBlocked;
+            AdaptivePoll.NoteBlocked();
             Readiness ready = LinuxSocket.Wait(
                 _connection.Handle, forReading: true, forWriting: isBlocked, _wakeUp, isBlocked ? 1000 : -1);
+            AdaptivePoll.NoteAwake();
             if ((ready & Readiness.Woken) != 0)
                 _wakeUp.Reset();
             if ((ready & Readiness.Writable) != 0)
