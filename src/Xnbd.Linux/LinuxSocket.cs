@@ -30,7 +30,6 @@ public enum Readiness
 public static unsafe class LinuxSocket
 {
     private const int DontWait = 0x40;
-    private const int WaitAll = 0x100;
     private const int NoSignal = 0x4000;
     private const int More = 0x8000;
 
@@ -43,10 +42,6 @@ public static unsafe class LinuxSocket
     /// <summary>Receives what is there, waiting for the first byte, at most for the socket's receive timeout.</summary>
     /// <returns>Bytes received; 0 when the peer has closed its side; -EAGAIN when the time ran out.</returns>
     public static long Receive(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, 0);
-
-    /// <summary>Receives, waiting until the buffer is full, the peer closes, or the socket's receive timeout passes.</summary>
-    /// <returns>Bytes received, fewer than asked for if the stream ended or the time ran out; 0 when it had ended; -EAGAIN when the time ran out with nothing.</returns>
-    public static long ReceiveFull(SafeHandle socket, Span<byte> buffer) => Receive(socket, buffer, WaitAll);
 
     /// <summary>Sends, waiting while the peer's window is full, at most for the socket's send timeout.</summary>
     /// <param name="socket">The socket.</param>

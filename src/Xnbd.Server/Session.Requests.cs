@@ -233,7 +233,7 @@ internal sealed partial class Session
             return false;
         while (payload.Length > 0)
         {
-            long count = LinuxSocket.ReceiveFull(_connection.Handle, payload);
+            long count = Receive(payload, mayBlock: true);
             if (count > 0)
                 payload = payload[(int)count..];
             if (payload.Length > 0 && !MayGoOnReceiving(count))
@@ -282,7 +282,7 @@ internal sealed partial class Session
         while (left > 0)
         {
             Span<byte> scratch = _input!.Slice(0, (int)Math.Min(left, _input.Length));
-            long count = LinuxSocket.ReceiveFull(_connection.Handle, scratch);
+            long count = Receive(scratch, mayBlock: true);
             left -= Math.Max(0, count);
             if (count < scratch.Length && !MayGoOnReceiving(count))
                 return false;
