@@ -42,6 +42,7 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
         Fio("sequential read 256 KiB, depth 16", "read", "256k", 16, 1, quick: true),
         Fio("sequential write 256 KiB, depth 16", "write", "256k", 16, 1, quick: true),
         Fio("random read 4 KiB, 64 connections x 1", "randread", "4k", 1, 64),
+        Fio("random read 4 KiB, 100 a second", "randread", "4k", 1, 1, ratePerSecond: 100),
         Copy("nbdcopy to null, 1 connection", toNull: true, 1),
         Copy("nbdcopy to null, 4 connections", toNull: true, 4),
         Copy("nbdcopy from a file, 1 connection", toNull: false, 1),
@@ -57,7 +58,7 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
     private static string Text(double number) => number.ToString(CultureInfo.InvariantCulture);
 
     private static Workload Fio(
-        string name, string pattern, string blockSize, int depth, int jobs, Medium medium = Medium.Memory, bool quick = false)
+        string name, string pattern, string blockSize, int depth, int jobs, Medium medium = Medium.Memory, bool quick = false, int ratePerSecond = 0)
     {
         bool isSequential = blockSize == "256k";
         return new Workload(name, medium, isSequential ? "MiB/s" : "IOPS", quick, async (server, image, seconds) =>
@@ -70,6 +71,8 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
             ];
             if (medium == Medium.Memory)
                 args.Add("--time_based"); // on the disk each block is read once: then it is no longer cold
+            if (ratePerSecond > 0)
+                args.Add($"--rate_iops={ratePerSecond}");
             if (blockSize == "512")
                 args.AddRange(["--blockalign=512", "--norandommap"]);
 

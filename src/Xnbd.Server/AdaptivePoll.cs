@@ -25,8 +25,11 @@ internal struct AdaptivePoll
 
     private int _credit;
 
-    /// <summary>Whether polling has been paying off.</summary>
-    public readonly bool IsWorthwhile => _credit >= CreditToPoll && Volatile.Read(ref s_awake) <= s_maxAwake;
+    /// <summary>Polling has been paying off.</summary>
+    public readonly bool HasCredit => _credit >= CreditToPoll;
+
+    /// <summary>Polling has been paying off, and there is a processor for it.</summary>
+    public readonly bool IsWorthwhile => HasCredit && Volatile.Read(ref s_awake) <= s_maxAwake;
 
     /// <summary>A session's thread goes to work.</summary>
     public static void NoteAwake() => Interlocked.Increment(ref s_awake);

@@ -13,6 +13,9 @@ internal sealed class Connection : IDisposable
     /// <summary>A blocked send or receive comes back this often, to see whether it may go on waiting.</summary>
     private const int PatienceMilliseconds = 1000;
 
+    /// <summary>On a Unix socket: room for two large reads. The kernel takes it down to what the system allows.</summary>
+    private const int SendBuffer = 1024 * 1024;
+
     private readonly Socket _socket;
     private string? _endReason;
 
@@ -26,6 +29,9 @@ internal sealed class Connection : IDisposable
             socket.NoDelay = true;
             socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true); // or a vanished peer stays for ever
         }
+
+        if (socket.AddressFamily == AddressFamily.Unix)
+            socket.SendBufferSize = SendBuffer; // TCP's grows by itself
 
         socket.SendTimeout = PatienceMilliseconds;
         socket.ReceiveTimeout = PatienceMilliseconds;
