@@ -5,6 +5,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 # Quiet, reproducible, and without a build server that outlives the script.
+export DOTNET_SYSTEM_GLOBALIZATION_INVARIANT=1 # needs no libicu
 export DOTNET_CLI_TELEMETRY_OPTOUT=1 DOTNET_NOLOGO=1 DOTNET_CLI_USE_MSBUILD_SERVER=0 MSBUILDDISABLENODEREUSE=1
 
 say() { printf '%s\n' "$*" >&2; }
@@ -12,6 +13,15 @@ die() { say "$(basename "$0"): $*"; exit 1; }
 
 as_root() {
   if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# confirm TEXT: asks, if there is somebody to ask; without, it goes on.
+confirm() {
+  if [ -t 0 ] && [ -t 2 ] && [ -z "${CI:-}" ]; then
+    local answer
+    read -r -p "$1 Go on? [Y/n] " answer
+    case $answer in [nN]*) return 1 ;; esac
+  fi
 }
 
 # need PROGRAM PACKAGE [PROGRAM PACKAGE ...]: installs the Debian packages of the programs that are absent.
@@ -31,23 +41,25 @@ need_file() {
 
 install_packages() {
   command -v apt-get >/dev/null || die "please install: $*"
-  if [ -t 0 ] && [ -t 2 ] && [ -z "${CI:-}" ]; then
-    local answer
-    read -r -p "To be installed with apt: $*. Go on? [Y/n] " answer
-    case $answer in [nN]*) die "please install: $*" ;; esac
-  fi
+  confirm "To be installed with apt: $*." || die "please install: $*"
   say "installing $*"
   as_root apt-get update -qq >&2
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 
+# Debian does not package the .NET SDK: Microsoft's own script puts it into the user's home.
+install_dotnet() {
+  local script=https://dot.net/v1/dotnet-install.sh
+  confirm "To be installed with $script: the .NET SDK 10, into $HOME/.dotnet." \
+    || die "the .NET SDK 10 is needed: see https://learn.microsoft.com/dotnet/core/install/linux-debian"
+  need curl curl
+  curl -fsSL "$script" | bash -s -- --channel 10.0 --install-dir "$HOME/.dotnet" >&2 || die "the .NET SDK could not be installed"
+}
+
 # What the native build needs.
 need_build_tools() {
-  if ! command -v dotnet >/dev/null; then
-    [ -x "$HOME/.dotnet/dotnet" ] && PATH="$HOME/.dotnet:$PATH"
-  fi
-  command -v dotnet >/dev/null || install_packages dotnet-sdk-10.0 \
-    || die "the .NET SDK 10 is needed: see https://learn.microsoft.com/dotnet/core/install/linux-debian"
+  command -v dotnet >/dev/null || PATH="$HOME/.dotnet:$PATH"
+  command -v dotnet >/dev/null || install_dotnet
   command -v clang >/dev/null || command -v gcc >/dev/null || install_packages clang
   need_file /usr/include/zlib.h zlib1g-dev
 }

@@ -41,13 +41,13 @@ internal sealed partial class Session
 
     /// <summary>Sends all gathered replies, waiting for the client as long as it takes.</summary>
     /// <returns>False when the connection is broken.</returns>
-    private bool FlushReplies(bool more = false)
+    private bool FlushReplies()
     {
         bool sent = true;
         if (_outputLength > 0)
         {
             lock (_sending)
-                sent = SendFinishedWaiting() && SendOutput(more);
+                sent = SendFinishedWaiting() && SendOutput(more: false);
         }
 
         SendFinished(); // what others left while this thread was sending

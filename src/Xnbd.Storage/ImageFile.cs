@@ -27,10 +27,11 @@ public sealed partial class ImageFile : Disk
     private readonly bool _canReadNoWait;
     private readonly WriteGate _gate = new();
 
-    // Syncs, numbered in the order of their start; one at a time runs, under the lock.
-    private readonly Lock _syncing = new();
+    // Syncs, numbered in the order of their start; one at a time runs. Guarded by _syncing.
+    private readonly object _syncing = new();
+    private bool _isSyncing;
     private long _syncsStarted;
-    private long _lastSync; // that has succeeded
+    private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
 
     private ImageFile(string path, SafeFileHandle file, FileKind kind, long length, bool readOnly)
@@ -53,6 +54,9 @@ public sealed partial class ImageFile : Disk
 
     /// <inheritdoc/>
     public override DiskFeatures Features { get; }
+
+    /// <summary>Syncs that were started; fewer than were asked for, since those who wait share them.</summary>
+    internal long SyncCount => Volatile.Read(ref _syncsStarted);
 
     /// <summary>Opens an image.</summary>
     /// <param name="path">A regular file or a block device.</param>
@@ -214,17 +218,28 @@ public sealed partial class ImageFile : Disk
     {
         if ((Features & DiskFeatures.ReadOnly) != 0)
             return;
-        long startedBefore = Volatile.Read(ref _syncsStarted);
+        long number;
         lock (_syncing)
         {
+            long needed = _syncsStarted + 1; // one that starts from now on
+            while (_isSyncing && _lastSync < needed)
+                Monitor.Wait(_syncing);
             ThrowIfSyncFailed(durable: true);
-            if (_lastSync > startedBefore)
+            if (_lastSync >= needed)
                 return;
-            long number = ++_syncsStarted;
-            Errno errno = LinuxFile.SyncData(_file);
-            if (errno != Errno.None)
-                throw _syncFailure = new DiskException("flush", Path, 0, Length, errno);
+            _isSyncing = true;
+            number = ++_syncsStarted;
+        }
+
+        Errno errno = LinuxFile.SyncData(_file);
+        lock (_syncing)
+        {
+            _isSyncing = false;
             _lastSync = number;
+            if (errno != Errno.None)
+                _syncFailure = new DiskException("flush", Path, 0, Length, errno);
+            Monitor.PulseAll(_syncing);
+            ThrowIfSyncFailed(durable: true);
         }
     }
 

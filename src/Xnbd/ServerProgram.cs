@@ -115,10 +115,6 @@ internal sealed class ServerProgram
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log);
-        Socket? connection = OpenConnection();
-        if (connection is null)
-            Listen(server);
-
         var snapshots = new SnapshotSignal(image, _log, _stop.Token);
         List<PosixSignalRegistration> signals =
         [
@@ -129,6 +125,9 @@ internal sealed class ServerProgram
             On((PosixSignal)12, () => _log.LogInformation("SIGUSR2 has no meaning in the target mode")),
         ];
 
+        Socket? connection = OpenConnection();
+        if (connection is null)
+            Listen(server);
         _log.LogInformation(
             "serving '{Image}', {Length} bytes, {Access}", image.Path, image.Length, _options.ReadOnly ? "read-only" : "read-write");
         if (connection is not null)
@@ -210,6 +209,19 @@ internal sealed class ServerProgram
     }
 
     private void Listen(NbdServer server)
+    {
+        try
+        {
+            OpenListeners(server);
+        }
+        catch (FailureException)
+        {
+            server.Stop(); // the first of two sockets may be open already
+            throw;
+        }
+    }
+
+    private void OpenListeners(NbdServer server)
     {
         if (_options.UnixPath is { } path)
         {

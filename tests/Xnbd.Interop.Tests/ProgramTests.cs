@@ -127,6 +127,46 @@ public sealed class ProgramTests : IDisposable
     }
 
     [Fact]
+    public void What_was_replied_to_survives_the_death_of_the_server()
+    {
+        const int size = 4 << 20;
+        string image = _folder.Sparse("disk.img", size);
+        byte[] model = new byte[size];
+        var random = new Random(77);
+        for (int round = 0; round < 10; round++)
+        {
+            using ServerProcess server = ServerProcess.Start(_folder, image);
+            using NbdTestClient client = server.Open();
+            using var killer = new Timer(_ => server.Signal(9), null, random.Next(5, 60), Timeout.Infinite);
+            var unknown = new HashSet<int>(); // blocks whose last write was not replied to
+            try
+            {
+                while (true)
+                {
+                    int block = random.Next(size / 4096);
+                    byte[] data = new byte[4096];
+                    random.NextBytes(data);
+                    unknown.Add(block);
+                    Assert.Equal(NbdError.None, client.Write((ulong)block * 4096, data));
+                    data.CopyTo(model, block * 4096);
+                    unknown.Remove(block);
+                }
+            }
+            catch (Exception failure) when (failure is EndOfStreamException or SocketException)
+            {
+                // Killed.
+            }
+
+            server.WaitForExit();
+            byte[] found = File.ReadAllBytes(image);
+            foreach (int block in unknown)
+                found.AsSpan(block * 4096, 4096).CopyTo(model.AsSpan(block * 4096));
+            Assert.True(unknown.Count <= 1);
+            Assert.Equal(model, found);
+        }
+    }
+
+    [Fact]
     public void It_ends_in_time_whatever_its_clients_do()
     {
         string image = _folder.Random("disk.img", 32 << 20);

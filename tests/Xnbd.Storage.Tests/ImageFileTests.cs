@@ -274,6 +274,59 @@ public sealed class ImageFileTests : IDisposable
     }
 
     [Fact]
+    public async Task After_a_sync_that_failed_nothing_is_called_durable()
+    {
+        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
+        // A loop device whose file has no room: writes go to the page cache, and are lost at the write-back.
+        string mount = Directory.CreateDirectory(_disk.File("small")).FullName;
+        await Tool.Succeed("mount", "-t", "tmpfs", "-o", "size=1m", "none", mount);
+        try
+        {
+            string backing = Path.Combine(mount, "backing");
+            using (FileStream file = File.Create(backing))
+                file.SetLength(8 << 20);
+            ToolResult loop = await Tool.Run("losetup", "--find", "--show", backing);
+            Assert.SkipUnless(loop.ExitCode == 0, $"no loop device: {loop.Errors}");
+            try
+            {
+                using ImageFile image = ImageFile.Open(loop.Output.Trim(), readOnly: false);
+                await image.FlushAsync();
+                byte[] data = new byte[4 << 20];
+                new Random(1).NextBytes(data);
+                await image.WriteAsync(0, data, durable: false);
+                await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
+
+                // The kernel reports a failure once; this image does not forget it.
+                await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
+                await Assert.ThrowsAsync<DiskException>(async () => await image.WriteAsync(0, new byte[4096], durable: true));
+                await Assert.ThrowsAsync<DiskException>(async () => await image.ZeroAsync(0, 4096, ZeroMode.None, durable: true));
+                await image.WriteAsync(0, new byte[4096], durable: false);
+                await image.ReadAsync(0, new byte[4096]);
+            }
+            finally
+            {
+                await Tool.Succeed("losetup", "-d", loop.Output.Trim());
+            }
+        }
+        finally
+        {
+            await Tool.Succeed("umount", "--lazy", mount);
+        }
+    }
+
+    [Fact]
+    public async Task Many_who_ask_for_a_sync_share_one()
+    {
+        string path = _disk.Random("image", 1 << 20);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        var writes = new List<Task>();
+        for (int i = 0; i < 200; i++)
+            writes.Add(image.WriteAsync(i * 4096, new byte[4096], durable: true).AsTask());
+        await Task.WhenAll(writes).WaitAsync(TimeSpan.FromSeconds(30));
+        Assert.InRange(image.SyncCount, 1, 150);
+    }
+
+    [Fact]
     public async Task Sixteen_reads_wait_for_the_disk_at_once_and_more_queue_up()
     {
         string path = _disk.Random("image", 1 << 20);
