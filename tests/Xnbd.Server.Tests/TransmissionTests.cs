@@ -433,6 +433,8 @@ public sealed class TransmissionTests : IDisposable
         // As above, but each sends a byte now and then: one, of the rest of a write; one, of a write that is refused.
         using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)));
         using var stop = new CancellationTokenSource();
+        using (NbdTestClient writer = server.Open())
+            Assert.Equal(NbdError.None, writer.Write(0, [1])); // or what is read is one short hole
         NbdTestClient[] hoarders = [.. Enumerable.Range(0, 4).Select(_ => server.Open())];
         try
         {
@@ -461,7 +463,9 @@ public sealed class TransmissionTests : IDisposable
                 }
             });
             using NbdTestClient honest = server.Open();
+            long start = Environment.TickCount64;
             Assert.Equal(NbdError.None, honest.Write(0, new byte[16 << 20]));
+            Assert.InRange(Environment.TickCount64 - start, 5000, 25_000); // it did have to wait
             stop.Cancel();
             Assert.True(Task.WaitAny([trickle], 10_000) == 0);
         }
