@@ -97,9 +97,6 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "dup2", SetLastError = true)]
     internal static partial int Dup2(int from, int to);
 
-    [LibraryImport(Name, EntryPoint = "close", SetLastError = true)]
-    internal static partial int Close(int descriptor);
-
     [LibraryImport(Name, EntryPoint = "mmap64")]
     internal static partial byte* MMap(byte* address, nuint length, int protection, int flags, int descriptor, long offset);
 

@@ -13,9 +13,6 @@ public static class LinuxProcess
     public static Errno Duplicate(SafeHandle from, int to)
         => LibC.Outcome(LibC.Dup2((int)from.DangerousGetHandle(), to));
 
-    /// <summary>Closes a descriptor that no handle owns.</summary>
-    public static void Close(int descriptor) => _ = LibC.Close(descriptor);
-
     /// <summary>Makes standard descriptors read nothing and write nowhere.</summary>
     /// <param name="descriptors">Which of 0, 1 and 2.</param>
     public static void RedirectToNull(params ReadOnlySpan<int> descriptors)

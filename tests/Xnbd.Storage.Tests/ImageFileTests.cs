@@ -196,42 +196,33 @@ public sealed class ImageFileTests : IDisposable
     [Fact]
     public async Task A_full_file_system_is_an_error_of_the_write_alone()
     {
-        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
-        string mount = Directory.CreateDirectory(_disk.File("full")).FullName;
-        await Tool.Succeed("mount", "-t", "tmpfs", "-o", "size=1m", "none", mount);
-        try
+        using TmpfsMount mount = await TmpfsMount.Create(_disk, "1m");
+        string path = mount.File("image");
+        using (FileStream file = File.Create(path))
+            file.SetLength(8 << 20);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        byte[] data = new byte[65536];
+        data.AsSpan().Fill(7);
+        Assert.True(image.TryWrite(0, data));
+        DiskError error = default;
+        for (int i = 1; i < 100 && error == default; i++)
         {
-            string path = Path.Combine(mount, "image");
-            using (FileStream file = File.Create(path))
-                file.SetLength(8 << 20);
-            using ImageFile image = ImageFile.Open(path, readOnly: false);
-            byte[] data = new byte[65536];
-            data.AsSpan().Fill(7);
-            Assert.True(image.TryWrite(0, data));
-            DiskError error = default;
-            for (int i = 1; i < 100 && error == default; i++)
+            try
             {
-                try
-                {
-                    await image.WriteAsync(i * 65536, data, durable: false);
-                }
-                catch (DiskException failure)
-                {
-                    error = failure.Error;
-                }
+                await image.WriteAsync(i * 65536, data, durable: false);
             }
+            catch (DiskException failure)
+            {
+                error = failure.Error;
+            }
+        }
 
-            Assert.Equal(DiskError.NoSpace, error);
-            byte[] read = new byte[65536];
-            Assert.True(image.TryRead(0, read));
-            Assert.Equal(data, read);
-            await image.TrimAsync(0, 1 << 20, durable: false);
-            await image.WriteAsync(0, data, durable: true); // the image serves on
-        }
-        finally
-        {
-            await Tool.Succeed("umount", mount);
-        }
+        Assert.Equal(DiskError.NoSpace, error);
+        byte[] read = new byte[65536];
+        Assert.True(image.TryRead(0, read));
+        Assert.Equal(data, read);
+        await image.TrimAsync(0, 1 << 20, durable: false);
+        await image.WriteAsync(0, data, durable: true); // the image serves on
     }
 
     [Fact]
@@ -276,41 +267,32 @@ public sealed class ImageFileTests : IDisposable
     [Fact]
     public async Task After_a_sync_that_failed_nothing_is_called_durable()
     {
-        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
         // A loop device whose file has no room: writes go to the page cache, and are lost at the write-back.
-        string mount = Directory.CreateDirectory(_disk.File("small")).FullName;
-        await Tool.Succeed("mount", "-t", "tmpfs", "-o", "size=1m", "none", mount);
+        using TmpfsMount mount = await TmpfsMount.Create(_disk, "1m");
+        string backing = mount.File("backing");
+        using (FileStream file = File.Create(backing))
+            file.SetLength(8 << 20);
+        ToolResult loop = await Tool.Run("losetup", "--find", "--show", backing);
+        Assert.SkipUnless(loop.ExitCode == 0, $"no loop device: {loop.Errors}");
         try
         {
-            string backing = Path.Combine(mount, "backing");
-            using (FileStream file = File.Create(backing))
-                file.SetLength(8 << 20);
-            ToolResult loop = await Tool.Run("losetup", "--find", "--show", backing);
-            Assert.SkipUnless(loop.ExitCode == 0, $"no loop device: {loop.Errors}");
-            try
-            {
-                using ImageFile image = ImageFile.Open(loop.Output.Trim(), readOnly: false);
-                await image.FlushAsync();
-                byte[] data = new byte[4 << 20];
-                new Random(1).NextBytes(data);
-                await image.WriteAsync(0, data, durable: false);
-                await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
+            using ImageFile image = ImageFile.Open(loop.Output.Trim(), readOnly: false);
+            await image.FlushAsync();
+            byte[] data = new byte[4 << 20];
+            new Random(1).NextBytes(data);
+            await image.WriteAsync(0, data, durable: false);
+            await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
 
-                // The kernel reports a failure once; this image does not forget it.
-                await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
-                await Assert.ThrowsAsync<DiskException>(async () => await image.WriteAsync(0, new byte[4096], durable: true));
-                await Assert.ThrowsAsync<DiskException>(async () => await image.ZeroAsync(0, 4096, ZeroMode.None, durable: true));
-                await image.WriteAsync(0, new byte[4096], durable: false);
-                await image.ReadAsync(0, new byte[4096]);
-            }
-            finally
-            {
-                await Tool.Succeed("losetup", "-d", loop.Output.Trim());
-            }
+            // The kernel reports a failure once; this image does not forget it.
+            await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
+            await Assert.ThrowsAsync<DiskException>(async () => await image.WriteAsync(0, new byte[4096], durable: true));
+            await Assert.ThrowsAsync<DiskException>(async () => await image.ZeroAsync(0, 4096, ZeroMode.None, durable: true));
+            await image.WriteAsync(0, new byte[4096], durable: false);
+            await image.ReadAsync(0, new byte[4096]);
         }
         finally
         {
-            await Tool.Succeed("umount", "--lazy", mount);
+            await Tool.Succeed("losetup", "-d", loop.Output.Trim());
         }
     }
 

@@ -133,26 +133,17 @@ public sealed class SnapshotTests : IDisposable
     [Fact]
     public async Task A_snapshot_without_room_leaves_the_service_running_and_nothing_behind()
     {
-        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
-        string mount = Directory.CreateDirectory(_folder.File("small")).FullName;
-        await Tool.Succeed("mount", "-t", "tmpfs", "-o", "size=3m", "none", mount);
-        try
-        {
-            string path = Path.Combine(mount, "image");
-            byte[] data = new byte[2 << 20];
-            new Random(4).NextBytes(data);
-            File.WriteAllBytes(path, data);
-            using ImageFile image = ImageFile.Open(path, readOnly: false);
-            DiskException failure = Assert.Throws<DiskException>(
-                () => image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None));
-            Assert.Equal(DiskError.NoSpace, failure.Error);
-            Assert.Equal([path], Directory.GetFiles(mount));
-            Assert.True(image.TryWrite(0, new byte[4096]));
-        }
-        finally
-        {
-            await Tool.Succeed("umount", mount);
-        }
+        using TmpfsMount mount = await TmpfsMount.Create(_folder, "3m");
+        string path = mount.File("image");
+        byte[] data = new byte[2 << 20];
+        new Random(4).NextBytes(data);
+        File.WriteAllBytes(path, data);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        DiskException failure = Assert.Throws<DiskException>(
+            () => image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None));
+        Assert.Equal(DiskError.NoSpace, failure.Error);
+        Assert.Equal([path], Directory.GetFiles(mount.Path));
+        Assert.True(image.TryWrite(0, new byte[4096]));
     }
 
     [Fact]
