@@ -48,8 +48,17 @@ public enum FileKind
 /// <param name="Permissions">Who may do what, as <c>chmod</c> has it.</param>
 /// <param name="User">Its owner.</param>
 /// <param name="Group">Its group.</param>
+/// <param name="ModifiedNanoseconds">When its contents were last changed, since 1970.</param>
 public readonly record struct FileStatus(
-    FileKind Kind, long Length, long AllocatedBytes, ulong Inode, ulong Device, uint Permissions, uint User, uint Group)
+    FileKind Kind,
+    long Length,
+    long AllocatedBytes,
+    ulong Inode,
+    ulong Device,
+    uint Permissions,
+    uint User,
+    uint Group,
+    long ModifiedNanoseconds)
 {
     /// <summary>Whether both are one and the same file.</summary>
     public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
@@ -78,6 +87,10 @@ public static unsafe class LinuxFile
 {
     private const int OpenCloseOnExec = 0x80000;
     private const int RwfNoWait = 8;
+
+    private const int LockShared = 1;
+    private const int LockExclusive = 2;
+    private const int LockNonBlocking = 4;
 
     private const int SeekData = 3;
     private const int SeekHole = 4;
@@ -218,9 +231,12 @@ public static unsafe class LinuxFile
     public static void AdviseWillNeed(SafeFileHandle file, long offset, long length)
         => _ = LibC.FAdvise(file, offset, length, AdviceWillNeed);
 
-    /// <summary>Takes an exclusive lock on the open file, without waiting.</summary>
+    /// <summary>Takes a lock on the open file, without waiting; it ends with the last descriptor of this opening.</summary>
+    /// <param name="file">The file.</param>
+    /// <param name="shared">Others may hold it as well, if they share it too.</param>
     /// <returns><see cref="Errno.EAGAIN"/> when somebody else holds it.</returns>
-    public static Errno TryLock(SafeFileHandle file) => LibC.Outcome(LibC.FLock(file, 2 | 4));
+    public static Errno TryLock(SafeFileHandle file, bool shared = false)
+        => LibC.Outcome(LibC.FLock(file, (shared ? LockShared : LockExclusive) | LockNonBlocking));
 
     /// <summary>Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).</summary>
     public static Errno Clone(SafeFileHandle source, SafeFileHandle target)
@@ -262,6 +278,15 @@ public static unsafe class LinuxFile
         return LibC.FStatFs(file, buffer) == 0 && (*(long*)buffer & 0xffffffff) is tmpfs or ramfs;
     }
 
+    /// <summary>Makes the entries of the directory in which a file stands durable, as far as the file system can.</summary>
+    public static void SyncDirectoryOf(string path)
+    {
+        if (Open(Path.GetDirectoryName(Path.GetFullPath(path))!, OpenMode.ReadOnly, out SafeFileHandle? directory) != Errno.None)
+            return;
+        using (directory)
+            _ = Sync(directory!);
+    }
+
     /// <summary>Renames a file; fails with <see cref="Errno.EEXIST"/> when the new name is taken.</summary>
     public static Errno RenameNoReplace(string oldPath, string newPath)
     {
@@ -291,6 +316,6 @@ public static unsafe class LinuxFile
         uint permissions = *(ushort*)(buffer + 28) & 0xfffu;
         return new FileStatus(
             kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
-            *(uint*)(buffer + 20), *(uint*)(buffer + 24));
+            *(uint*)(buffer + 20), *(uint*)(buffer + 24), (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120));
     }
 }

@@ -6,6 +6,9 @@ namespace Xnbd.Linux;
 /// <summary>The process itself: session and standard descriptors.</summary>
 public static class LinuxProcess
 {
+    /// <summary>Tells this run of the machine from all others.</summary>
+    public static Guid BootId { get; } = Guid.Parse(File.ReadAllText("/proc/sys/kernel/random/boot_id").Trim());
+
     /// <summary>Leaves the session of the terminal that started this process.</summary>
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
 

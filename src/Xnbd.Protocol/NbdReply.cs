@@ -73,13 +73,16 @@ public static class NbdReply
     }
 
     /// <summary>Bytes of a block-status chunk with <paramref name="extentCount"/> extents.</summary>
-    public static int BlockStatusLength(int extentCount) => NbdSize.StructuredReply + 4 + (8 * extentCount);
+    public static int BlockStatusLength(int extentCount) => NbdSize.StructuredReply + 4 + (ExtentLength * extentCount);
+
+    /// <summary>What one extent takes in a block-status chunk, in bytes.</summary>
+    public const int ExtentLength = 8;
 
     /// <summary>Writes the header and context id of a block-status chunk; the extents follow through <see cref="WriteExtent"/>.</summary>
     public static int WriteBlockStatus(
         Span<byte> destination, NbdChunkFlags flags, ulong cookie, uint contextId, int extentCount)
     {
-        int at = WriteChunkHeader(destination, flags, NbdChunkType.BlockStatus, cookie, 4 + (8 * extentCount));
+        int at = WriteChunkHeader(destination, flags, NbdChunkType.BlockStatus, cookie, 4 + (ExtentLength * extentCount));
         BinaryPrimitives.WriteUInt32BigEndian(destination[at..], contextId);
         return at + 4;
     }
@@ -89,6 +92,6 @@ public static class NbdReply
     {
         BinaryPrimitives.WriteUInt32BigEndian(destination, length);
         BinaryPrimitives.WriteUInt32BigEndian(destination[4..], status);
-        return 8;
+        return ExtentLength;
     }
 }

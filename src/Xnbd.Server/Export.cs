@@ -12,6 +12,9 @@ public sealed record Export(string Name, string Description, Disk Disk)
     /// <summary>Writing is refused.</summary>
     public bool IsReadOnly => (Disk.Features & DiskFeatures.ReadOnly) != 0;
 
+    /// <summary>Its disk consists of layers, and tells which of them holds what.</summary>
+    public bool HasLayers => (Disk.Features & DiskFeatures.Layered) != 0;
+
     /// <summary>
     /// The transmission flags of a connection. All connections share one disk, which keeps nothing back from another:
     /// hence CAN_MULTI_CONN.

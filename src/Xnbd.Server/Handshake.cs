@@ -19,8 +19,22 @@ public enum HandshakeStyle
 /// <summary>What a handshake agreed on.</summary>
 /// <param name="Export">What the client chose.</param>
 /// <param name="StructuredReplies">Reads are answered with structured replies.</param>
-/// <param name="BaseAllocation">The context <c>base:allocation</c> was selected, with id <see cref="Handshake.BaseAllocationId"/>.</param>
-internal sealed record Agreement(Export Export, bool StructuredReplies, bool BaseAllocation);
+/// <param name="Contexts">The metadata contexts that were selected.</param>
+internal sealed record Agreement(Export Export, bool StructuredReplies, MetaContexts Contexts);
+
+/// <summary>Metadata contexts; each one's value is also its id in replies.</summary>
+[Flags]
+internal enum MetaContexts
+{
+    /// <summary>None.</summary>
+    None = 0,
+
+    /// <summary><c>base:allocation</c>: data or hole (section "base:allocation metadata context").</summary>
+    BaseAllocation = 1,
+
+    /// <summary><c>qemu:allocation-depth</c>: which layer holds a block; only of disks that have layers.</summary>
+    AllocationDepth = 2,
+}
 
 /// <summary>
 /// The server's side of the handshake (section "Handshake"): greet, then answer options one by one until the client
@@ -29,9 +43,11 @@ internal sealed record Agreement(Export Export, bool StructuredReplies, bool Bas
 /// </summary>
 internal sealed class Handshake
 {
-    public const uint BaseAllocationId = 1;
-
-    private const string BaseAllocationName = "base:allocation";
+    private static readonly (MetaContexts Context, string Namespace, string Name)[] s_contexts =
+    [
+        (MetaContexts.BaseAllocation, "base:", "base:allocation"),
+        (MetaContexts.AllocationDepth, "qemu:", "qemu:allocation-depth"),
+    ];
 
     private readonly Connection _connection;
     private readonly ExportTable _exports;
@@ -40,7 +56,8 @@ internal sealed class Handshake
     // What has been negotiated so far; STARTTLS would forget it all.
     private bool _noZeroes;
     private bool _structuredReplies;
-    private string? _metaContextExport; // the export for which base:allocation is selected; null when it is not
+    private MetaContexts _contexts; // that are selected,
+    private string? _contextsExport; // for the export of this name; null for none
     private Agreement? _agreement;
 
     private Handshake(Connection connection, ExportTable exports)
@@ -69,7 +86,8 @@ internal sealed class Handshake
     }
 
     private Agreement Agree(Export export, string? name = null)
-        => _agreement = new Agreement(export, _structuredReplies, name is not null && name == _metaContextExport);
+        => _agreement = new Agreement(
+            export, _structuredReplies, name is not null && name == _contextsExport ? _contexts : MetaContexts.None);
 
     private bool Greet()
     {
@@ -118,7 +136,7 @@ internal sealed class Handshake
         if (header.Option == NbdOption.ExportName || header.Length > ServerLimits.MaxDrainedOptionData)
             return _connection.End($"option with {header.Length} bytes of data");
         if (header.Option == NbdOption.SetMetaContext)
-            _metaContextExport = null; // a failed selection replaces the former one too
+            _contextsExport = null; // a failed selection replaces the former one too
         Span<byte> scratch = stackalloc byte[4096];
         for (uint left = header.Length; left > 0;)
         {
@@ -210,25 +228,28 @@ internal sealed class Handshake
     {
         bool isSelection = option == NbdOption.SetMetaContext;
         if (isSelection)
-            _metaContextExport = null; // it replaces the former one, also when it fails
+            _contextsExport = null; // it replaces the former one, also when it fails
         if (!_structuredReplies)
             return Reply(option, NbdOptionReplyType.ErrInvalid, "structured replies must be negotiated first");
         if (!NbdMetaContextRequest.TryRead(data, out NbdMetaContextRequest? request))
             return Reply(option, NbdOptionReplyType.ErrInvalid, "malformed metadata query");
-        if (_exports.Find(request.ExportName) is null)
+        if (_exports.Find(request.ExportName) is not { } export)
             return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
 
-        bool isFound = request.Queries.Contains(BaseAllocationName)
-            || (!isSelection && (request.Queries.Count == 0 || request.Queries.Contains("base:")));
-        if (isFound)
+        MetaContexts found = MetaContexts.None;
+        foreach ((MetaContexts context, string space, string name) in s_contexts)
         {
-            uint id = isSelection ? BaseAllocationId : 0;
-            if (!Reply(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, BaseAllocationName)))
+            bool isAsked = request.Queries.Contains(name)
+                || (!isSelection && (request.Queries.Count == 0 || request.Queries.Contains(space)));
+            if (!isAsked || (context == MetaContexts.AllocationDepth && !export.HasLayers))
+                continue;
+            if (!Reply(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(isSelection ? (uint)context : 0, name)))
                 return false;
-            if (isSelection)
-                _metaContextExport = request.ExportName;
+            found |= context;
         }
 
+        if (isSelection)
+            (_contexts, _contextsExport) = (found, request.ExportName);
         return Reply(option, NbdOptionReplyType.Ack);
     }
 

@@ -60,9 +60,9 @@ internal static class RequestRules
             return request.Command is NbdCommand.Write or NbdCommand.WriteZeroes ? NbdError.NoSpace : NbdError.Invalid;
         }
 
-        if (request.Command == NbdCommand.BlockStatus && (!agreement.BaseAllocation || request.Length == 0))
+        if (request.Command == NbdCommand.BlockStatus && (agreement.Contexts == MetaContexts.None || request.Length == 0))
         {
-            message = agreement.BaseAllocation ? "block status of nothing" : "no metadata context was negotiated";
+            message = agreement.Contexts == MetaContexts.None ? "no metadata context was negotiated" : "block status of nothing";
             return NbdError.Invalid;
         }
 

@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Numerics;
 using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
@@ -214,7 +215,8 @@ internal sealed partial class Session
     private bool ServeBlockStatus(in NbdRequest request)
     {
         int most = (request.Flags & NbdCommandFlags.ReqOne) != 0 ? 1 : ServerLimits.MaxExtents;
-        if (!TryStart(request, NbdReply.BlockStatusLength(most), out SlowRequest? slow))
+        int chunks = BitOperations.PopCount((uint)_agreement.Contexts);
+        if (!TryStart(request, chunks * NbdReply.BlockStatusLength(most), out SlowRequest? slow))
             return false;
         slow.Extents = new ExtentList(most);
         return Begin(slow, _disk.GetExtentsAsync((long)request.Offset, request.Length, slow.Extents));
@@ -440,16 +442,34 @@ internal sealed partial class Session
             => (int)Math.Min(length - at, HoleGrain - (long)((offset + (ulong)at) % HoleGrain));
     }
 
-    private static void BuildBlockStatusReply(SlowRequest slow)
+    /// <summary>One chunk for each context; in each, neighbours of equal status are one extent.</summary>
+    private void BuildBlockStatusReply(SlowRequest slow)
     {
         Span<byte> buffer = slow.Buffer!.GetSpan();
-        IReadOnlyList<Extent> extents = slow.Extents!.Extents;
-        int at = NbdReply.WriteBlockStatus(
-            buffer, NbdChunkFlags.Done, slow.Request.Cookie, Handshake.BaseAllocationId, extents.Count);
-        foreach (Extent extent in extents)
+        int at = 0;
+        for (MetaContexts left = _agreement.Contexts; left != MetaContexts.None;)
         {
-            NbdAllocation status = extent.IsHole ? NbdAllocation.Hole | NbdAllocation.Zero : NbdAllocation.Data;
-            at += NbdReply.WriteExtent(buffer[at..], (uint)extent.Length, (uint)status);
+            MetaContexts context = left & ~(left - 1); // the lowest bit
+            left &= ~context;
+            int chunk = at, count = 0;
+            at += NbdReply.BlockStatusLength(0);
+            uint lastStatus = 0, lastLength = 0;
+            foreach (Extent extent in slow.Extents!.Extents)
+            {
+                uint status = context == MetaContexts.AllocationDepth ? (uint)extent.Depth
+                    : (uint)(extent.IsHole ? NbdAllocation.Hole | NbdAllocation.Zero : NbdAllocation.Data);
+                bool joins = count > 0 && status == lastStatus;
+                lastLength = (uint)extent.Length + (joins ? lastLength : 0);
+                lastStatus = status;
+                if (joins)
+                    at -= NbdReply.ExtentLength;
+                else
+                    count++;
+                at += NbdReply.WriteExtent(buffer[at..], lastLength, status);
+            }
+
+            NbdChunkFlags flags = left == MetaContexts.None ? NbdChunkFlags.Done : NbdChunkFlags.None;
+            NbdReply.WriteBlockStatus(buffer[chunk..], flags, slow.Request.Cookie, (uint)context, count);
         }
 
         slow.ReplyFromBuffer(0, at);

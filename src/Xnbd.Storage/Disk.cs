@@ -66,7 +66,7 @@ public abstract class Disk : IDisposable
     /// <summary>Hints that a range will be read soon; may complete before the data is there.</summary>
     public abstract ValueTask PrefetchAsync(long offset, long length);
 
-    /// <summary>Tells data from holes.</summary>
+    /// <summary>Tells data from holes, and which file holds them.</summary>
     /// <param name="offset">The first byte.</param>
     /// <param name="length">At least 1; the answer may cover less, but at least one extent.</param>
     /// <param name="extents">Receives the extents, in order from <paramref name="offset"/> on, at most its capacity.</param>
@@ -95,6 +95,9 @@ public enum DiskFeatures
 
     /// <summary>Trimming gives space back.</summary>
     Trim = 2,
+
+    /// <summary>Its extents are of several files: their depth is worth asking for.</summary>
+    Layered = 4,
 }
 
 /// <summary>How a range is made zero.</summary>

@@ -21,11 +21,11 @@ public sealed partial class ImageFile
             long at = offset + done;
             if (findHoles)
             {
-                long data = LinuxFile.NextData(_file, at);
+                long data = NextData(at);
                 if (data == -(long)Errno.ENXIO)
                     data = Length;
                 if (data > at) // a hole: it ends the data before it, or is the answer
-                    return done > 0 ? new FileRange(_file, offset, done) : FileRange.Hole((int)Math.Min(length, data - at));
+                    return done > 0 ? new FileRange(_file, _start + offset, done) : FileRange.Hole((int)Math.Min(length, data - at));
             }
 
             int part = (int)Math.Min(length - done, LocateBytes - (at % LocateBytes));
@@ -34,7 +34,7 @@ public sealed partial class ImageFile
             done += part;
         }
 
-        return new FileRange(_file, offset, length);
+        return new FileRange(_file, _start + offset, length);
     }
 
     private void GetExtents(long offset, long length, ExtentList extents)
@@ -42,7 +42,7 @@ public sealed partial class ImageFile
         long end = offset + length;
         while (offset < end)
         {
-            long data = LinuxFile.NextData(_file, offset);
+            long data = NextData(offset);
             if (data == -(long)Errno.ENXIO)
                 data = end; // nothing but a hole follows
             if (data < 0)
@@ -57,11 +57,18 @@ public sealed partial class ImageFile
             if (data == end)
                 return;
 
-            long hole = LinuxFile.NextHole(_file, data);
+            long hole = LinuxFile.NextHole(_file, _start + data) - _start;
             hole = hole > data ? Math.Min(hole, end) : end;
             if (!extents.Add(hole - data, isHole: false))
                 return;
             offset = hole;
         }
+    }
+
+    /// <returns>Where data begins, at or after an offset of this image; negative as the kernel's answer is.</returns>
+    private long NextData(long offset)
+    {
+        long data = LinuxFile.NextData(_file, _start + offset);
+        return data < 0 ? data : data - _start;
     }
 }

@@ -34,8 +34,8 @@ public sealed partial class ImageFile
     /// <exception cref="DiskException">It could not be made; nothing is left behind, and the image is untouched.</exception>
     public SnapshotResult TakeSnapshot(DateTimeOffset now, Action begun, Action<long> progress, CancellationToken cancel)
     {
-        if (_kind != FileKind.Regular)
-            throw new DiskException(DiskError.NotSupported, "snapshots of a block device are not supported");
+        if (_kind != FileKind.Regular || _start != 0)
+            throw new DiskException(DiskError.NotSupported, "only snapshots of a whole regular file are supported");
         if (!_oneSnapshot.Wait(0, CancellationToken.None))
             throw new DiskException(DiskError.NotSupported, "a snapshot is being made already");
         try
@@ -67,77 +67,26 @@ public sealed partial class ImageFile
 
     /// <summary>Removes what a killed server left of this image's unfinished snapshots.</summary>
     /// <returns>The files removed.</returns>
-    public IReadOnlyList<string> RemoveAbandonedSnapshots()
-    {
-        string full = System.IO.Path.GetFullPath(Path);
-        string directory = System.IO.Path.GetDirectoryName(full)!;
-        string prefix = System.IO.Path.GetFileName(full) + SnapshotInfix;
-        var removed = new List<string>();
-        IEnumerable<string> names;
-        try
-        {
-            names = Directory.EnumerateFiles(directory).ToList();
-        }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
-        {
-            return removed; // a directory that cannot be listed holds nothing that this server could have left
-        }
+    public IReadOnlyList<string> RemoveAbandonedSnapshots() => LockedFile.RemoveAbandoned(Path + SnapshotInfix, PartialSuffix, _ => true);
 
-        foreach (string candidate in names)
-        {
-            string name = System.IO.Path.GetFileName(candidate);
-            if (!name.StartsWith(prefix, StringComparison.Ordinal)
-                || !name.EndsWith(PartialSuffix, StringComparison.Ordinal)
-                || !name[prefix.Length..^PartialSuffix.Length].All(char.IsAsciiDigit))
-                continue;
-            if (LinuxFile.Open(candidate, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
-                continue;
-            using (file)
-            {
-                if (LinuxFile.TryLock(file!) == Errno.None && LinuxFile.Unlink(candidate) == Errno.None)
-                    removed.Add(candidate);
-            }
-        }
-
-        return removed;
-    }
-
-    /// <summary>
-    /// Creates and locks the file. Between the two another server of the same image may take it for a leftover and
-    /// remove it: then it is created anew. It belongs to whom the image belongs to: a snapshot shows as much as that.
-    /// </summary>
+    /// <summary>Creates and locks the file. It belongs to whom the image belongs to: a snapshot shows as much as that.</summary>
     private SafeFileHandle CreatePartial(string partial)
     {
-        while (true)
-        {
-            Check(LinuxFile.Open(partial, OpenMode.ReadWrite | OpenMode.CreateNew, out SafeFileHandle? target), "create", partial);
-            Errno errno = LinuxFile.TryLock(target!);
-            FileStatus status = default;
-            if (errno == Errno.None)
-                errno = LinuxFile.Status(target!, out status);
-            if (errno == Errno.None
-                && (LinuxFile.Status(partial, out FileStatus atPath) != Errno.None || !atPath.IsSameFile(status)))
-            {
-                target!.Dispose();
-                continue;
-            }
-
-            if (errno == Errno.None)
-                errno = LinuxFile.Status(_file, out status);
-            if (errno == Errno.None)
-                errno = LinuxFile.SetOwner(target!, status);
-            if (errno == Errno.None)
-                return target!;
-            target!.Dispose();
-            _ = LinuxFile.Unlink(partial);
-            throw new DiskException(DiskException.Classify(errno), $"cannot prepare '{partial}': {errno.Describe()}");
-        }
+        SafeFileHandle target = LockedFile.Create(partial);
+        Errno errno = LinuxFile.Status(_file, out FileStatus status);
+        if (errno == Errno.None)
+            errno = LinuxFile.SetOwner(target, status);
+        if (errno == Errno.None)
+            return target;
+        target.Dispose();
+        _ = LinuxFile.Unlink(partial);
+        throw LockedFile.Failure(errno, "prepare", partial);
     }
 
     private static void Check(Errno errno, string operation, string path)
     {
         if (errno != Errno.None)
-            throw new DiskException(DiskException.Classify(errno), $"cannot {operation} '{path}': {errno.Describe()}");
+            throw LockedFile.Failure(errno, operation, path);
     }
 
     /// <returns>True when the file system shares the blocks; false when they were copied.</returns>
@@ -178,13 +127,7 @@ public sealed partial class ImageFile
             if (errno == Errno.EEXIST)
                 continue;
             Check(errno, "put in place", path);
-            string directory = System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(path))!;
-            if (LinuxFile.Open(directory, OpenMode.ReadOnly, out SafeFileHandle? handle) == Errno.None)
-            {
-                using (handle)
-                    _ = LinuxFile.Sync(handle!);
-            }
-
+            LinuxFile.SyncDirectoryOf(path);
             return path;
         }
     }

@@ -87,6 +87,9 @@ public sealed partial class ImageFile
         return WriteZeroes(offset, Math.Min(length, ZeroPieceBytes));
     }
 
+    /// <summary>Gives all of the image's space back, if the file system can; it then reads as zeroes.</summary>
+    internal void Discard() => Trim(0, Length, durable: true);
+
     private void Trim(long offset, long length, bool durable)
     {
         ThrowIfSyncFailed(durable);
@@ -124,7 +127,7 @@ public sealed partial class ImageFile
     {
         if (Volatile.Read(ref isImpossible))
             return false;
-        switch (LinuxFile.Allocate(_file, mode, offset, length))
+        switch (LinuxFile.Allocate(_file, mode, _start + offset, length))
         {
             case Errno.None:
                 return true;

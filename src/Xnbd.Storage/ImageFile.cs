@@ -23,6 +23,7 @@ public sealed partial class ImageFile : Disk
 
     private readonly SafeFileHandle _file;
     private readonly FileKind _kind;
+    private readonly long _start; // where the image begins in its file, in bytes
     private readonly bool _inMemory;
     private readonly bool _canReadNoWait;
     private readonly WriteGate _gate = new();
@@ -34,16 +35,17 @@ public sealed partial class ImageFile : Disk
     private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
 
-    private ImageFile(string path, SafeFileHandle file, FileKind kind, long length, bool readOnly)
+    private ImageFile(string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly)
     {
         Path = path;
         _file = file;
         _kind = kind;
+        _start = start;
         Length = length;
         Features = readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim;
         _inMemory = kind == FileKind.Regular && LinuxFile.IsInMemory(file);
         Span<byte> probe = stackalloc byte[1];
-        _canReadNoWait = !_inMemory && LinuxFile.ReadNoWait(file, probe, 0) is >= 0 or -(long)Errno.EAGAIN;
+        _canReadNoWait = !_inMemory && LinuxFile.ReadNoWait(file, probe, start) is >= 0 or -(long)Errno.EAGAIN;
     }
 
     /// <summary>Where the image stands.</summary>
@@ -61,8 +63,9 @@ public sealed partial class ImageFile : Disk
     /// <summary>Opens an image.</summary>
     /// <param name="path">A regular file or a block device.</param>
     /// <param name="readOnly">Open it for reading only.</param>
-    /// <exception cref="DiskException">It is absent, may not be opened, or is neither file nor block device.</exception>
-    public static ImageFile Open(string path, bool readOnly)
+    /// <param name="exclusive">Nobody else may be using it. Otherwise any number of programs may, but none that asks for it alone.</param>
+    /// <exception cref="DiskException">It is absent, in use, may not be opened, or is neither file nor block device.</exception>
+    public static ImageFile Open(string path, bool readOnly, bool exclusive = false)
     {
         Errno errno = LinuxFile.Open(path, readOnly ? OpenMode.ReadOnly : OpenMode.ReadWrite, out SafeFileHandle? file);
         FileStatus status = default;
@@ -89,8 +92,24 @@ public sealed partial class ImageFile : Disk
             throw new DiskException(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
         }
 
-        return new ImageFile(path, file!, status.Kind, length, readOnly);
+        // Where there are no locks (some network file systems), only those who can take them keep out of each other's way.
+        if (LinuxFile.TryLock(file!, shared: !exclusive) == Errno.EAGAIN)
+        {
+            file!.Dispose();
+            throw new DiskException(DiskError.Permission, $"'{path}' is in use by another program");
+        }
+
+        return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly);
     }
+
+    /// <summary>A part of a regular file as a disk, such as the data of a layer. The disk owns the file from now on.</summary>
+    /// <param name="path">The file's name, for messages.</param>
+    /// <param name="file">The open file.</param>
+    /// <param name="start">Where the part begins, in bytes; a multiple of 4096.</param>
+    /// <param name="length">Its length in bytes; the file is long enough.</param>
+    /// <param name="readOnly">The file is open for reading only.</param>
+    internal static ImageFile OfPart(string path, SafeFileHandle file, long start, long length, bool readOnly)
+        => new(path, file, FileKind.Regular, start, length, readOnly);
 
     /// <inheritdoc/>
     public override bool TryRead(long offset, Span<byte> buffer)
@@ -103,7 +122,7 @@ public sealed partial class ImageFile : Disk
 
         if (!_canReadNoWait)
             return false; // a file system that cannot tell may wait for a network: that is for the disk threads
-        long count = LinuxFile.ReadNoWait(_file, buffer, offset);
+        long count = LinuxFile.ReadNoWait(_file, buffer, _start + offset);
         if (count == buffer.Length)
             return true;
         if (count < 0 && (Errno)(-count) is var errno and not (Errno.EAGAIN or Errno.EOPNOTSUPP))
@@ -156,12 +175,12 @@ public sealed partial class ImageFile : Disk
     private bool IsResident(long offset)
     {
         Span<byte> one = stackalloc byte[1];
-        return _inMemory || (_canReadNoWait && LinuxFile.ReadNoWait(_file, one, offset) == 1);
+        return _inMemory || (_canReadNoWait && LinuxFile.ReadNoWait(_file, one, _start + offset) == 1);
     }
 
     private void Read(long offset, Span<byte> buffer)
     {
-        long count = LinuxFile.Read(_file, buffer, offset);
+        long count = LinuxFile.Read(_file, buffer, _start + offset);
         if (count < 0)
             throw new DiskException("read", Path, offset, buffer.Length, (Errno)(-count));
         if (count < buffer.Length)
@@ -203,7 +222,7 @@ public sealed partial class ImageFile : Disk
 
     private void WriteRaw(long offset, ReadOnlySpan<byte> data)
     {
-        long count = LinuxFile.Write(_file, data, offset);
+        long count = LinuxFile.Write(_file, data, _start + offset);
         if (count < 0)
             throw new DiskException("write", Path, offset, data.Length, (Errno)(-count));
     }

@@ -22,6 +22,10 @@ internal sealed record ServerOptions
     public int? ConnectedDescriptor { get; init; }
     public string? LogPath { get; init; }
     public bool Syslog { get; init; }
+    public bool CowTarget { get; init; }
+    public string? CowDirectory { get; init; }
+    public IReadOnlyList<string> CowLayers { get; init; } = [];
+    public bool Force { get; init; }
     public string ExportName { get; init; } = "";
     public bool Oldstyle { get; init; }
 
@@ -31,7 +35,10 @@ internal sealed record ServerOptions
     public static ServerOptions? Parse(string[] args)
     {
         var target = new Option<bool>("--target") { Description = "Serve DISK_IMAGE itself: a regular file or a block device" };
-        var cowTarget = new Option<bool>("--cow-target") { Hidden = true };
+        var cowTarget = new Option<bool>("--cow-target")
+        {
+            Description = "Serve DISK_IMAGE, which never changes; writes go to a layer of their own",
+        };
         var proxy = new Option<bool>("--proxy") { Hidden = true };
         var port = new Option<string?>("--lport")
         {
@@ -61,14 +68,27 @@ internal sealed record ServerOptions
             DefaultValueFactory = _ => "",
         };
         var oldstyle = new Option<bool>("--oldstyle") { Description = "Greet in the old style, for clients from before 2013" };
+        var cowDirectory = new Option<string?>("--cow-dir")
+        {
+            Description = "With --cow-target: where the layer goes [default: beside DISK_IMAGE]",
+            HelpName = "DIR",
+        };
+        var cowLayer = new Option<string[]>("--cow-layer")
+        {
+            Description = "With --cow-target: a layer that is kept; given several times, from the bottom up, the last one is written",
+            HelpName = "FILE",
+            Arity = ArgumentArity.ZeroOrMore,
+            AllowMultipleArgumentsPerToken = false,
+        };
+        var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };
         var help = new HelpOption();
         var version = new Option<bool>("--version") { Description = "Show the version" };
         var image = new Argument<string[]>("DISK_IMAGE") { Description = "The image to serve", Arity = ArgumentArity.ZeroOrMore };
 
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
-            target, cowTarget, proxy, port, address, unix, exportName, readOnly, oldstyle, daemonize, inetd, connected, logPath,
-            syslog, help, version, image,
+            target, cowTarget, proxy, cowDirectory, cowLayer, force, port, address, unix, exportName, readOnly, oldstyle, daemonize,
+            inetd, connected, logPath, syslog, help, version, image,
         };
 
         ParseResult result = command.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
@@ -90,11 +110,11 @@ internal sealed record ServerOptions
         int modes = Convert.ToInt32(result.GetValue(target)) + Convert.ToInt32(result.GetValue(cowTarget))
             + Convert.ToInt32(result.GetValue(proxy));
         if (modes == 0)
-            throw new UsageException("no mode was given: use --target");
+            throw new UsageException("no mode was given: use --target or --cow-target");
         if (modes > 1)
             throw new UsageException("only one mode can be given");
-        if (!result.GetValue(target))
-            throw new FailureException($"{(result.GetValue(proxy) ? "--proxy" : "--cow-target")} is not supported yet");
+        if (result.GetValue(proxy))
+            throw new FailureException("--proxy is not supported yet");
 
         string[] images = result.GetValue(image) ?? [];
         foreach (string word in images)
@@ -118,6 +138,10 @@ internal sealed record ServerOptions
             ConnectedDescriptor = Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
             LogPath = result.GetValue(logPath),
             Syslog = result.GetValue(syslog),
+            CowTarget = result.GetValue(cowTarget),
+            CowDirectory = result.GetValue(cowDirectory),
+            CowLayers = result.GetValue(cowLayer) ?? [],
+            Force = result.GetValue(force),
             ExportName = result.GetValue(exportName)!,
             Oldstyle = result.GetValue(oldstyle),
         };
@@ -138,6 +162,15 @@ internal sealed record ServerOptions
     {
         if (Image.Length == 0)
             throw new UsageException("the disk image's name is empty");
+
+        if (!CowTarget && (CowDirectory is not null || CowLayers.Count > 0 || Force))
+            throw new UsageException("--cow-dir, --cow-layer and --force go with --cow-target only");
+        if (CowDirectory is not null && CowLayers.Count > 0)
+            throw new UsageException("--cow-dir is for layers that are not kept: give --cow-layer a path instead");
+        if (Force && CowLayers.Count == 0)
+            throw new UsageException("--force goes with --cow-layer only");
+        if (CowLayers.Contains("") || CowDirectory is "")
+            throw new UsageException("--cow-layer and --cow-dir: the name is empty");
 
         bool isOneConnection = Inetd || ConnectedDescriptor is not null;
         if (Inetd && Daemonize)

@@ -48,6 +48,8 @@ internal sealed class ServerProgram
                 Image = Path.GetFullPath(options.Image),
                 LogPath = options.LogPath is null ? null : Path.GetFullPath(options.LogPath),
                 UnixPath = options.UnixPath is null ? null : Path.GetFullPath(options.UnixPath),
+                CowDirectory = options.CowDirectory is null ? null : Path.GetFullPath(options.CowDirectory),
+                CowLayers = [.. options.CowLayers.Select(Path.GetFullPath)],
             };
             bool isDetached = options.Daemonize || options.Inetd;
             bool isElsewhere = options.LogPath is not null || options.Syslog;
@@ -107,29 +109,30 @@ internal sealed class ServerProgram
 
     private void Serve()
     {
-        using ImageFile image = ImageFile.Open(_options.Image, _options.ReadOnly);
-        foreach (string abandoned in _options.ReadOnly ? [] : image.RemoveAbandonedSnapshots())
-            _log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
-
-        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(image.Path), image));
+        using Disk disk = OpenDisk();
+        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log);
-        var snapshots = new SnapshotSignal(image, _log, _stop.Token);
+        SnapshotSignal? snapshots = disk is ImageFile image ? new SnapshotSignal(image, _log, _stop.Token) : null;
         List<PosixSignalRegistration> signals =
         [
             On(PosixSignal.SIGTERM, _stop.Cancel),
             On(PosixSignal.SIGINT, _stop.Cancel),
             On(PosixSignal.SIGHUP, _log.Reopen),
-            On((PosixSignal)10, snapshots.Take), // SIGUSR1
-            On((PosixSignal)12, () => _log.LogInformation("SIGUSR2 has no meaning in the target mode")),
+            On((PosixSignal)10, snapshots is null ? () => SayMeaningless("SIGUSR1") : snapshots.Take),
+            On((PosixSignal)12, () => SayMeaningless("SIGUSR2")),
         ];
 
         Socket? connection = OpenConnection();
         if (connection is null)
             Listen(server);
         _log.LogInformation(
-            "serving '{Image}', {Length} bytes, {Access}", image.Path, image.Length, _options.ReadOnly ? "read-only" : "read-write");
+            "serving '{Image}'{Layers}, {Length} bytes, {Access}",
+            _options.Image,
+            string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
+            disk.Length,
+            _options.ReadOnly ? "read-only" : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes go when the server ends" : "read-write");
         if (connection is not null)
         {
             new Thread(() =>
@@ -145,12 +148,36 @@ internal sealed class ServerProgram
             Daemon.SayReady();
         _stop.Token.WaitHandle.WaitOne();
 
-        End(server, image, snapshots);
+        End(server, disk, snapshots);
         foreach (PosixSignalRegistration signal in signals)
             signal.Dispose();
     }
 
-    private void End(NbdServer server, ImageFile image, SnapshotSignal snapshots)
+    /// <summary>Composes what is served: the modes of the server are here.</summary>
+    private Disk OpenDisk()
+    {
+        if (_options.CowLayers.Count > 0)
+        {
+            return LayerStack.OpenKept(
+                _options.Image, _options.CowLayers, _options.ReadOnly, _options.Force, what => _log.LogWarning("{What}; used all the same, as --force says", what));
+        }
+
+        if (_options.CowTarget)
+        {
+            return LayerStack.OpenDisposable(
+                _options.Image,
+                _options.CowDirectory,
+                _options.ReadOnly,
+                path => _log.LogWarning("removed a layer that a killed server left: {Path}", path));
+        }
+
+        ImageFile image = ImageFile.Open(_options.Image, _options.ReadOnly);
+        foreach (string abandoned in _options.ReadOnly ? [] : image.RemoveAbandonedSnapshots())
+            _log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
+        return image;
+    }
+
+    private void End(NbdServer server, Disk disk, SnapshotSignal? snapshots)
     {
         bool isSynced = false;
         using var watchdog = new Timer(_ =>
@@ -159,6 +186,7 @@ internal sealed class ServerProgram
                 ? "not everything ended in time"
                 : "the image was not synced in time; the kernel goes on writing what it holds of it");
             _log.Close();
+            LayerStack.Abandon(disk);
             Environment.Exit(Volatile.Read(ref isSynced) ? ExitCode.Success : ExitCode.Failure);
         });
         watchdog.Change(s_longestStop, Timeout.InfiniteTimeSpan);
@@ -166,7 +194,7 @@ internal sealed class ServerProgram
         server.Stop();
         try
         {
-            image.Flush();
+            disk.FlushAsync().AsTask().GetAwaiter().GetResult();
         }
         catch (DiskException failure)
         {
@@ -174,9 +202,13 @@ internal sealed class ServerProgram
         }
 
         Volatile.Write(ref isSynced, true);
-        snapshots.WaitUntilEnded();
+        snapshots?.WaitUntilEnded();
         _log.LogInformation("ended");
     }
+
+    private void SayMeaningless(string signal)
+        => _log.LogInformation(
+            "{Signal} has no meaning in this mode{Hint}", signal, signal == "SIGUSR1" ? ": snapshots are made of the target mode's images" : "");
 
     private static PosixSignalRegistration On(PosixSignal signal, Action action)
         => PosixSignalRegistration.Create(signal, context =>

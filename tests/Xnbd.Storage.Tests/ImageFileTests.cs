@@ -124,11 +124,11 @@ public sealed class ImageFileTests : IDisposable
         var extents = new ExtentList(10);
         await image.GetExtentsAsync(1000, (1 << 20) - 1000, extents);
         Assert.Equal(
-            [new((256 * 1024) - 1000, true), new(65536, false), new((1 << 20) - (320 * 1024), true)], extents.Extents);
+            [new((256 * 1024) - 1000, true, 1), new(65536, false, 1), new((1 << 20) - (320 * 1024), true, 1)], extents.Extents);
 
         var few = new ExtentList(2);
         await image.GetExtentsAsync(0, 1 << 20, few);
-        Assert.Equal(2, few.Count);
+        Assert.Equal(2, few.Extents.Count);
         Assert.Equal(320 * 1024, few.Length);
     }
 

@@ -1,0 +1,238 @@
+using System.Globalization;
+using System.Runtime.InteropServices;
+
+namespace Xnbd.Storage.Tests;
+
+/// <summary>
+/// A layer on a file that loses what was not synced. Seeded schedules: random operations, a death of the machine or of the
+/// process at a random system call (in the middle of a commit, too), opening again, comparing, and so on.
+/// What may be found in a sector after the machine died: what the last flush or durable write covered, or anything
+/// written since. After the process died: the last completed write, or what was under way.
+/// </summary>
+public sealed class CrashTests
+{
+    private const int Sector = LossyFile.Sector;
+    private const int SectorsPerBlock = BlockRange.BlockSize / Sector;
+    private const long Blocks = (2L * BlockMap.BlocksPerPage) + 5;
+    private const long Length = (Blocks * BlockRange.BlockSize) - (3 * Sector); // a short last block
+
+    // Operations stay near the start, a border of the map's pages, and the end.
+    private static readonly long[] s_places = [0, (BlockMap.BlocksPerPage - 3) * SectorsPerBlock, (Length / Sector) - 40];
+    private const int PlaceSectors = 40;
+
+    private static readonly MemoryDisk s_base = MakeBase();
+
+    [Fact]
+    public void No_schedule_of_deaths_loses_what_was_promised_or_shows_what_was_never_written()
+    {
+        int schedules = int.Parse(Environment.GetEnvironmentVariable("XNBD_CRASH_SCHEDULES") ?? "20000", CultureInfo.InvariantCulture);
+        int seed = int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20264", CultureInfo.InvariantCulture);
+        int deaths = 0;
+        Parallel.For(0, schedules, i =>
+        {
+            var schedule = new Schedule(seed + i);
+            schedule.Run();
+            Interlocked.Add(ref deaths, schedule.Deaths);
+        });
+        TestContext.Current.TestOutputHelper?.WriteLine($"{schedules} schedules from seed {seed} on, {deaths} deaths");
+        Assert.True(deaths > schedules, "hardly any schedule died: the test tests nothing");
+    }
+
+    private static MemoryDisk MakeBase()
+    {
+        var disk = new MemoryDisk((int)Length);
+        foreach (long place in s_places)
+        {
+            for (long sector = place; sector < place + PlaceSectors; sector++)
+                disk.TryWrite(sector * Sector, Fill(BaseValue(sector)));
+        }
+
+        return disk;
+    }
+
+    private static ulong BaseValue(long sector) => 0xba5e_0000_0000_0000 | (ulong)sector;
+
+    private static byte[] Fill(ulong value)
+    {
+        byte[] bytes = new byte[Sector];
+        MemoryMarshal.Cast<byte, ulong>(bytes.AsSpan()).Fill(value);
+        return bytes;
+    }
+
+    private sealed class Schedule
+    {
+        private readonly int _seed;
+        private readonly Random _random;
+        private readonly LossyFile _file;
+        private readonly long _start = (BlockMap.FileLength(Length) + 0xfffff) & ~0xfffffL;
+        private readonly Dictionary<long, List<ulong>> _model = []; // what a sector may hold; the last one is what it holds
+        private Guid _boot = Guid.NewGuid();
+        private CowDisk _disk;
+        private ulong _nextValue = 1;
+
+        public Schedule(int seed)
+        {
+            _seed = seed;
+            _random = new Random(seed);
+            _file = new LossyFile(_random);
+            foreach (long place in s_places)
+            {
+                for (long sector = place; sector < place + PlaceSectors; sector++)
+                    _model.Add(sector, [BaseValue(sector)]);
+            }
+
+            var header = new MapHeader
+            {
+                Id = Guid.NewGuid(),
+                BootId = _boot,
+                Flags = MapFlags.None,
+                DataStart = _start,
+                Source = new SourceIdentity("base", Length, 0, 0),
+            };
+            _disk = new CowDisk(s_base, new LossyDisk(_file, _start, Length), BlockMap.Create(new LossyStore(_file), header), readOnly: false);
+        }
+
+        public int Deaths { get; private set; }
+
+        public void Run()
+        {
+            for (int life = 0; life < 3; life++)
+            {
+                _file.OperationsLeft = _random.Next(60);
+                try
+                {
+                    for (int i = 0; i < 40; i++)
+                        Operate();
+                    Check(isExact: true);
+                }
+                catch (CrashException)
+                {
+                    Deaths++;
+                }
+                catch (DiskException failure) when (failure.Message.Contains(nameof(CrashException), StringComparison.Ordinal))
+                {
+                    Deaths++; // amid a commit
+                }
+
+                _file.OperationsLeft = _random.Next(4) == 0 ? _random.Next(4) : int.MaxValue; // it may die again as it opens
+                bool isPowerLoss = Die();
+                while (true)
+                {
+                    try
+                    {
+                        var map = BlockMap.Open(new LossyStore(_file), _boot, readOnly: false);
+                        _disk = new CowDisk(s_base, new LossyDisk(_file, _start, Length), map, readOnly: false);
+                        Wait(_disk.SettleAsync());
+                        break;
+                    }
+                    catch (Exception failure) when (failure is CrashException or DiskException)
+                    {
+                        Deaths++;
+                        _file.OperationsLeft = int.MaxValue;
+                        isPowerLoss |= Die();
+                    }
+                }
+
+                _file.OperationsLeft = int.MaxValue;
+                Check(isExact: !isPowerLoss);
+            }
+        }
+
+        private bool Die()
+        {
+            bool isPowerLoss = _random.Next(3) > 0; // else only the process dies
+            if (isPowerLoss)
+            {
+                _file.LoseUnsynced();
+                _boot = Guid.NewGuid();
+            }
+
+            return isPowerLoss;
+        }
+
+        private void Operate()
+        {
+            long place = s_places[_random.Next(s_places.Length)];
+            int at = _random.Next(PlaceSectors), count = 1 + _random.Next(Math.Min(24, PlaceSectors - at));
+            long sector = place + at;
+            bool isDurable = _random.Next(8) == 0;
+            switch (_random.Next(10))
+            {
+                case < 5:
+                    ulong value = _nextValue++;
+                    byte[] data = new byte[count * Sector];
+                    for (int i = 0; i < count; i++)
+                        Fill(value << 8 | (uint)i).CopyTo(data, i * Sector);
+                    Change(sector, count, i => value << 8 | (uint)i, isDurable, () =>
+                    {
+                        if (isDurable || !_disk.TryWrite(sector * Sector, data))
+                            Wait(_disk.WriteAsync(sector * Sector, data, isDurable));
+                    });
+                    break;
+                case < 7:
+                    ZeroMode mode = _random.Next(2) == 0 ? ZeroMode.None : ZeroMode.MayPunch;
+                    Change(sector, count, _ => 0, isDurable, () => Wait(_disk.ZeroAsync(sector * Sector, (long)count * Sector, mode, isDurable)));
+                    break;
+                case 7:
+                    (long first, long end) = ((sector + SectorsPerBlock - 1) / SectorsPerBlock * SectorsPerBlock, sector + count);
+                    if (end * Sector < Length)
+                        end = end / SectorsPerBlock * SectorsPerBlock;
+                    if (end > first)
+                    {
+                        Change(first, (int)(end - first), _ => 0, isDurable,
+                            () => Wait(_disk.TrimAsync(first * Sector, (end - first) * Sector, isDurable)));
+                    }
+
+                    break;
+                default:
+                    Wait(_disk.FlushAsync());
+                    foreach (List<ulong> values in _model.Values)
+                        values.RemoveRange(0, values.Count - 1);
+                    break;
+            }
+        }
+
+        private void Change(long sector, int count, Func<int, ulong> value, bool isDurable, Action action)
+        {
+            _underWay = (sector, count);
+            for (int i = 0; i < count; i++)
+                _model[sector + i].Add(value(i));
+            action();
+            for (int i = 0; i < count && isDurable; i++)
+                _model[sector + i].RemoveRange(0, _model[sector + i].Count - 1);
+            _underWay = default;
+        }
+
+        private (long Sector, int Count) _underWay;
+
+        private static void Wait(ValueTask operation) => operation.AsTask().GetAwaiter().GetResult();
+
+        /// <param name="isExact">Nothing that was completed may be missing.</param>
+        private void Check(bool isExact)
+        {
+            byte[] bytes = new byte[Sector];
+            foreach ((long sector, List<ulong> values) in _model)
+            {
+                Assert.True(_disk.TryRead(sector * Sector, bytes));
+                ulong found = MemoryMarshal.Read<ulong>(bytes);
+                bool isWhole = !MemoryMarshal.Cast<byte, ulong>(bytes.AsSpan()).ContainsAnyExcept(found);
+                bool isUnderWay = sector >= _underWay.Sector && sector < _underWay.Sector + _underWay.Count;
+                IEnumerable<ulong> allowed = isExact ? values.TakeLast(isUnderWay ? 2 : 1) : values;
+
+                if (!isWhole || !allowed.Contains(found))
+                    Assert.Fail($"seed {_seed}: sector {sector} holds {found:x}, not one of {string.Join(", ", allowed.Select(v => v.ToString("x", CultureInfo.InvariantCulture)))}");
+                if (!isExact)
+                {
+                    values.Clear();
+                    values.Add(found);
+                }
+                else if (found != values[^1])
+                {
+                    values.RemoveAt(values.Count - 1); // it was under way, and has not happened
+                }
+            }
+
+            _underWay = default;
+        }
+    }
+}
