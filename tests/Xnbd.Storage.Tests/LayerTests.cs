@@ -1,0 +1,252 @@
+using Xnbd.TestKit;
+
+namespace Xnbd.Storage.Tests;
+
+/// <summary>Files of layers: made, opened, locked, refused, cleaned away.</summary>
+public sealed class LayerTests : IDisposable
+{
+    private readonly TempFolder _folder = new();
+    private readonly string _base;
+
+    public LayerTests() => _base = _folder.Random("base.img", 1 << 20);
+
+    public void Dispose() => _folder.Dispose();
+
+    private string Layer => _folder.File("layer");
+
+    private Disk Open(bool force = false, bool readOnly = false, params string[] layers)
+        => LayerStack.OpenKept(_base, layers.Length > 0 ? layers : [Layer], readOnly, force, _ => { });
+
+    [Fact]
+    public async Task A_kept_layer_is_used_again()
+    {
+        byte[] data = [.. Enumerable.Repeat((byte)9, 5000)];
+        using (Disk disk = Open())
+            await disk.WriteAsync(1000, data, durable: false);
+        byte[] seen = new byte[5000];
+        using (Disk disk = Open())
+        {
+            Assert.True(disk.TryRead(1000, seen));
+            Assert.Equal(data, seen);
+        }
+
+        using Disk readOnly = Open(readOnly: true);
+        Assert.True(readOnly.TryRead(1000, seen));
+        Assert.Equal(DiskFeatures.ReadOnly | DiskFeatures.Layered, readOnly.Features);
+    }
+
+    [Theory]
+    [InlineData("contents", "its contents differ")]
+    [InlineData("time", "modified 2001-01-01")]
+    [InlineData("length", "has 1052672 bytes")]
+    public void A_base_that_has_changed_is_refused_with_what_differs(string change, string message)
+    {
+        Open().Dispose();
+        byte[] before = File.ReadAllBytes(Layer);
+        DateTime time = File.GetLastWriteTimeUtc(_base);
+        switch (change)
+        {
+            case "contents":
+                using (FileStream file = File.OpenWrite(_base))
+                    file.WriteByte(77);
+                File.SetLastWriteTimeUtc(_base, time);
+                break;
+            case "time":
+                File.SetLastWriteTimeUtc(_base, new DateTime(2001, 1, 1, 0, 0, 0, DateTimeKind.Utc));
+                break;
+            default:
+                using (FileStream file = File.OpenWrite(_base))
+                    file.SetLength((1 << 20) + 4096);
+                break;
+        }
+
+        var failure = Assert.Throws<DiskException>(() => Open());
+        Assert.Contains(message, failure.Message, StringComparison.Ordinal);
+        Assert.Equal(before, File.ReadAllBytes(Layer));
+        if (change == "length")
+        {
+            Assert.Throws<DiskException>(() => Open(force: true));
+            return;
+        }
+
+        Open(force: true).Dispose();
+        Open().Dispose(); // force has bound it to the base as it is now
+    }
+
+    [Fact]
+    public void A_layer_in_use_is_refused_and_lower_ones_are_shared()
+    {
+        Open().Dispose();
+        string top1 = _folder.File("top1"), top2 = _folder.File("top2");
+        using (Open())
+            Assert.Contains("in use", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        using Disk first = Open(layers: [Layer, top1]);
+        using Disk second = Open(layers: [Layer, top2]);
+        Assert.Throws<DiskException>(() => Open());
+        Assert.Throws<DiskException>(() => Open(layers: [Layer, top2]));
+        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false, exclusive: true));
+    }
+
+    [Fact]
+    public void A_lower_layer_that_was_written_later_is_a_base_that_has_changed()
+    {
+        string top = _folder.File("top");
+        Open().Dispose();
+        Open(layers: [Layer, top]).Dispose();
+        using (Disk disk = Open())
+            Assert.True(disk.TryWrite(0, new byte[4096]));
+        Assert.Contains("is not as it was", Assert.Throws<DiskException>(() => Open(layers: [Layer, top])).Message, StringComparison.Ordinal);
+        string swapped = Assert.Throws<DiskException>(() => Open(layers: [top, Layer])).Message;
+        Assert.Contains("it is an image, and was a layer", swapped, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void A_file_that_is_no_layer_is_refused_and_untouched()
+    {
+        foreach (byte[] content in (byte[][])[[], new byte[100], new byte[100_000], File.ReadAllBytes(_base)])
+        {
+            File.WriteAllBytes(Layer, content);
+            Assert.Contains("no xNBD layer", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+            Assert.Equal(content, File.ReadAllBytes(Layer));
+        }
+    }
+
+    [Fact]
+    public async Task A_damaged_layer_is_refused_and_untouched_and_one_torn_copy_is_no_damage()
+    {
+        using (Disk disk = Open())
+            await disk.WriteAsync(0, new byte[] { 1, 2, 3 }, durable: true);
+        byte[] whole = File.ReadAllBytes(Layer);
+
+        // Two copies of the header, at 0 and 4096. The newer one is at 4096: its sequence is 1.
+        byte[] damaged = [.. whole];
+        damaged[4096 + 60] ^= 1;
+        File.WriteAllBytes(Layer, damaged);
+        Assert.Contains("no xNBD layer", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        damaged[0] = (byte)'x';
+        "xNBD-MAP"u8.CopyTo(damaged);
+        File.WriteAllBytes(Layer, damaged);
+        Assert.Contains("damaged", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        Assert.Equal(damaged, File.ReadAllBytes(Layer));
+
+        File.WriteAllBytes(Layer, whole[..^5000]);
+        Assert.Contains("too short", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+
+        // The durable map's only page: copy 0 was never written, copy 1 is the newest.
+        int slot = (int)(BlockMap.FileLength(1 << 20) - 4096);
+        damaged = [.. whole];
+        damaged[slot + 40] ^= 1;
+        File.WriteAllBytes(Layer, damaged);
+        Open().Dispose(); // its live part is right
+        damaged[slot - 4096] ^= 1;
+        damaged[slot] ^= 1;
+        File.WriteAllBytes(Layer, damaged);
+        Assert.Contains("both copies of page 0", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        Assert.Equal(damaged, File.ReadAllBytes(Layer));
+    }
+
+    [Fact]
+    public async Task Disposable_layers_stand_side_by_side_and_go()
+    {
+        string Name(int n) => $"{_base}.cow{n}.layer1";
+        File.WriteAllBytes(Name(1), [1, 2, 3]); // somebody's file
+        var removed = new List<string>();
+        using (Disk first = LayerStack.OpenDisposable(_base, null, readOnly: false, removed.Add))
+        using (Disk second = LayerStack.OpenDisposable(_base, null, readOnly: false, removed.Add))
+        {
+            Assert.True(File.Exists(Name(0)) && File.Exists(Name(2)));
+            Assert.True(first.TryWrite(0, [.. Enumerable.Repeat((byte)1, 4096)]));
+            byte[] seen = new byte[4096];
+            Assert.True(second.TryRead(0, seen));
+            Assert.Equal(File.ReadAllBytes(_base)[..4096], seen);
+            await Tool.Succeed("cp", Name(0), Name(3)); // what a killed server leaves: nobody holds it
+            await Tool.Succeed("cp", Name(0), Name(5) + "x");
+            File.WriteAllBytes(Name(4), []); // and one that was killed before it had a header
+            using Disk third = LayerStack.OpenDisposable(_base, null, readOnly: false, removed.Add);
+            Assert.Equal([Name(3), Name(4)], removed.Order());
+        }
+
+        Assert.Equal([Name(1), Name(5) + "x"], Directory.GetFiles(_folder.Path, "*.layer1*").Order());
+
+        string elsewhere = Directory.CreateDirectory(_folder.File("layers")).FullName;
+        using Disk disk = LayerStack.OpenDisposable(_base, elsewhere, readOnly: false, removed.Add);
+        Assert.Equal([Path.Combine(elsewhere, "base.img.cow0.layer1")], Directory.GetFiles(elsewhere));
+    }
+
+    [Fact]
+    public void A_kept_layer_of_a_disposable_ones_name_is_not_cleaned_away()
+    {
+        string name = $"{_base}.cow0.layer1";
+        Open(layers: [name]).Dispose();
+        using (Disk disk = LayerStack.OpenDisposable(_base, null, readOnly: false, _ => Assert.Fail("it was removed")))
+            Assert.True(File.Exists($"{_base}.cow1.layer1"));
+        Assert.True(File.Exists(name));
+    }
+
+    [Fact]
+    public void A_layer_that_cannot_be_made_leaves_nothing()
+    {
+        Assert.Throws<DiskException>(() => Open(layers: [_folder.File("no/such/folder")]));
+        Assert.Throws<DiskException>(() => Open(readOnly: true)); // absent, and not to be made
+        Assert.Throws<DiskException>(() => LayerStack.OpenKept(_folder.File("nothing"), [Layer], false, false, _ => { }));
+        Assert.Equal([_base], Directory.GetFiles(_folder.Path));
+        File.WriteAllBytes(Layer + ".partial", [1]); // what a process that was killed while it made the layer left
+        Open().Dispose();
+        Assert.Equal([_base, Layer], Directory.GetFiles(_folder.Path).Order());
+    }
+
+    [Theory]
+    [InlineData(1)]
+    [InlineData(2)]
+    public void The_map_equals_an_array_and_finds_itself_again(int seed)
+    {
+        const long blocks = (3L * BlockMap.BlocksPerPage) + 77;
+        var random = new Random(seed);
+        var file = new LossyFile(random);
+        Guid boot = Guid.NewGuid();
+        var map = BlockMap.Create(new LossyStore(file), new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = boot,
+            Flags = MapFlags.None,
+            DataStart = 0,
+            Source = new SourceIdentity("x", blocks * 4096, 5, 6),
+        });
+        var model = new BlockState[blocks];
+        for (int i = 0; i < 3000; i++)
+        {
+            long first = random.NextInt64(blocks);
+            var range = new BlockRange(first, 1 + random.NextInt64(Math.Min(blocks - first, 1L << random.Next(16))));
+            BlockRange run = map.Run(range, out BlockState state);
+            Span<BlockState> expected = model.AsSpan((int)range.First, (int)range.Count);
+            int same = expected.IndexOfAnyExcept(state);
+            Assert.Equal(range with { Count = same < 0 ? range.Count : same }, run);
+            Assert.Equal(state, expected[0]);
+            if (random.Next(2) == 0)
+            {
+                BlockState changed = (BlockState)random.Next(4);
+                map.Set(range, changed);
+                expected.Fill(changed);
+            }
+
+            if (i % 500 == 0)
+                map.Commit(map.Collect());
+        }
+
+        foreach (BlockState state in Enum.GetValues<BlockState>())
+            Assert.Equal(model.LongCount(s => s == state), map.Count(state));
+        Assert.False(map.IsCommitted);
+        Check(BlockMap.Open(new LossyStore(file), boot, readOnly: false)); // the live part
+        map = BlockMap.Open(new LossyStore(file), boot, readOnly: false);
+        map.Commit(map.Collect());
+        file.LoseUnsynced();
+        Check(BlockMap.Open(new LossyStore(file), Guid.NewGuid(), readOnly: true)); // the durable part
+
+        void Check(BlockMap opened)
+        {
+            for (long block = 0; block < blocks; block++)
+                Assert.Equal(model[block], opened[block]);
+            Assert.Equal(map.Header.Source, opened.Header.Source);
+        }
+    }
+}
