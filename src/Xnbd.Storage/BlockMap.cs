@@ -183,6 +183,17 @@ internal sealed class BlockMap
         return range with { Count = Math.Max(1, Math.Min(block, range.End) - range.First) };
     }
 
+    /// <summary>All blocks, in order, as runs of one state.</summary>
+    public IEnumerable<(BlockRange Run, BlockState State)> Runs()
+    {
+        for (var left = new BlockRange(0, BlockCount); left.Count > 0;)
+        {
+            BlockRange run = Run(left, out BlockState state);
+            yield return (run, state);
+            left = new BlockRange(run.End, left.End - run.End);
+        }
+    }
+
     /// <summary>Changes the state of blocks. What the new state promises of the file has been done.</summary>
     /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some pages.</exception>
     public void Set(BlockRange range, BlockState state)

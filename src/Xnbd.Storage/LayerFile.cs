@@ -42,7 +42,7 @@ internal sealed class LayerFile : IDisposable
     public static LayerFile Create(string path, SourceIdentity source, MapFlags flags)
     {
         string partial = path + PartialSuffix;
-        RemoveIfAbandoned(partial);
+        LockedFile.RemoveIfAbandoned(partial);
         SafeFileHandle file = LockedFile.Create(partial);
         try
         {
@@ -85,14 +85,21 @@ internal sealed class LayerFile : IDisposable
     /// <param name="path">The file.</param>
     /// <param name="readOnly">It is only read, and others may read it as well.</param>
     /// <exception cref="DiskException">It is absent, in use, no layer, or damaged; it is untouched.</exception>
-    public static LayerFile Open(string path, bool readOnly)
+    public static LayerFile Open(string path, bool readOnly) => Open(path, readOnly, mayBeInUse: false, out _);
+
+    /// <summary>Opens a layer to look at it, even while somebody writes it: then what is found is of that moment.</summary>
+    /// <exception cref="DiskException">It is absent, no layer, or damaged.</exception>
+    public static LayerFile OpenUnlocked(string path, out bool isInUse) => Open(path, readOnly: true, mayBeInUse: true, out isInUse);
+
+    private static LayerFile Open(string path, bool readOnly, bool mayBeInUse, out bool isInUse)
     {
         Errno errno = LinuxFile.Open(path, readOnly ? OpenMode.ReadOnly : OpenMode.ReadWrite, out SafeFileHandle? file);
         if (errno != Errno.None)
             throw LockedFile.Failure(errno, "open layer", path);
         try
         {
-            if (LinuxFile.TryLock(file!, shared: readOnly) == Errno.EAGAIN)
+            isInUse = LinuxFile.TryLock(file!, shared: readOnly) == Errno.EAGAIN;
+            if (isInUse && !mayBeInUse)
                 throw new DiskException(DiskError.Permission, $"layer '{path}' is in use");
             _ = LinuxFile.Status(file!, out FileStatus status);
             var store = new FileMapStore(path, file!);
@@ -194,16 +201,5 @@ internal sealed class LayerFile : IDisposable
         long length = header.Source.Length;
         return length is >= 0 and <= MaxDiskLength && header.DataStart >= BlockMap.FileLength(length)
             && status.Length >= header.DataStart && status.Length - header.DataStart >= length ? header : null;
-    }
-
-    private static void RemoveIfAbandoned(string partial)
-    {
-        if (LinuxFile.Open(partial, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
-            return;
-        using (file)
-        {
-            if (LinuxFile.TryLock(file!) == Errno.None && LockedFile.IsAt(partial, file!))
-                _ = LinuxFile.Unlink(partial);
-        }
     }
 }

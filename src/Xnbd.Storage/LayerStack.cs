@@ -102,9 +102,7 @@ public static class LayerStack
             MapHeader header = layer.Map.Header;
             string below = basePath ?? header.Source.Path;
             long modified = ModifiedNanoseconds(below);
-            disk = (header.Flags & MapFlags.BaseIsLayer) != 0
-                ? OpenByHeader(below, readOnly: !writableBase)
-                : ImageFile.Open(below, readOnly: !writableBase, exclusive: writableBase);
+            disk = OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, writableBase);
             if (!resumes || (header.Flags & MapFlags.Committing) == 0)
                 CheckBase(layer, Identify(below, disk, modified), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
             return Compose(disk, layer, readOnly);
@@ -116,6 +114,10 @@ public static class LayerStack
             throw;
         }
     }
+
+    /// <summary>What a layer stands on: an image, or a layer on a base of its own.</summary>
+    internal static Disk OpenBase(string path, bool isLayer, bool writable = false)
+        => isLayer ? OpenByHeader(path, readOnly: !writable) : ImageFile.Open(path, readOnly: !writable, exclusive: writable);
 
     private static CowDisk Compose(Disk below, LayerFile layer, bool readOnly)
     {

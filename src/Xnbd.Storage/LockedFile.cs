@@ -78,6 +78,18 @@ internal static class LockedFile
         return removed;
     }
 
+    /// <summary>Removes a file that nobody holds.</summary>
+    public static void RemoveIfAbandoned(string path)
+    {
+        if (LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+            return;
+        using (file)
+        {
+            if (LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!))
+                _ = LinuxFile.Unlink(path);
+        }
+    }
+
     /// <summary>Whether a path leads to an open file.</summary>
     public static bool IsAt(string path, SafeFileHandle file)
         => LinuxFile.Status(path, out FileStatus there) == Errno.None

@@ -5,6 +5,7 @@ using Xnbd.Programs;
 var programs = new Dictionary<string, Func<string[], int>>
 {
     [ServerProgram.Name] = ServerProgram.Run,
+    [LayerProgram.Name] = LayerProgram.Run,
 };
 
 string calledAs = Path.GetFileName(Environment.GetCommandLineArgs()[0]);

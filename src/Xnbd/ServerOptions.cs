@@ -1,5 +1,4 @@
 using System.CommandLine;
-using System.CommandLine.Help;
 using System.Globalization;
 
 namespace Xnbd.Programs;
@@ -81,31 +80,16 @@ internal sealed record ServerOptions
             AllowMultipleArgumentsPerToken = false,
         };
         var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };
-        var help = new HelpOption();
-        var version = new Option<bool>("--version") { Description = "Show the version" };
         var image = new Argument<string[]>("DISK_IMAGE") { Description = "The image to serve", Arity = ArgumentArity.ZeroOrMore };
 
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             target, cowTarget, proxy, cowDirectory, cowLayer, force, port, address, unix, exportName, readOnly, oldstyle, daemonize,
-            inetd, connected, logPath, syslog, help, version, image,
+            inetd, connected, logPath, syslog, image,
         };
 
-        ParseResult result = command.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
-        if (result.GetValue(version))
-        {
-            Console.WriteLine($"{ServerProgram.Name} (xNBD) {typeof(ServerOptions).Assembly.GetName().Version!.ToString(3)}");
+        if (CommandLine.Parse(command, args) is not { } result)
             return null;
-        }
-
-        if (result.Action is HelpAction)
-        {
-            result.Invoke();
-            return null;
-        }
-
-        if (result.Errors.Count > 0)
-            throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
 
         int modes = Convert.ToInt32(result.GetValue(target)) + Convert.ToInt32(result.GetValue(cowTarget))
             + Convert.ToInt32(result.GetValue(proxy));

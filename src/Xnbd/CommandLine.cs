@@ -1,0 +1,32 @@
+using System.CommandLine;
+using System.CommandLine.Help;
+
+namespace Xnbd.Programs;
+
+/// <summary>What the command lines of all programs have in common.</summary>
+internal static class CommandLine
+{
+    /// <summary>Reads a command line, and answers <c>--help</c> and <c>--version</c>, which every program has.</summary>
+    /// <returns>Null when help or version was asked for, and printed.</returns>
+    /// <exception cref="UsageException">The command line is wrong.</exception>
+    public static ParseResult? Parse(Command program, string[] args)
+    {
+        var version = new Option<bool>("--version") { Description = "Show the version" };
+        program.Add(new HelpOption());
+        program.Add(version);
+        ParseResult result = program.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
+        if (result.GetValue(version))
+        {
+            Console.WriteLine($"{program.Name} (xNBD) {typeof(CommandLine).Assembly.GetName().Version!.ToString(3)}");
+            return null;
+        }
+
+        if (result.Action is HelpAction)
+        {
+            result.Invoke();
+            return null;
+        }
+
+        return result.Errors.Count == 0 ? result : throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
+    }
+}

@@ -1,0 +1,48 @@
+using System.ComponentModel;
+using System.Diagnostics;
+using Microsoft.Extensions.Logging.Abstractions;
+using Xnbd.Server;
+using Xnbd.Storage;
+
+namespace Xnbd.Programs;
+
+/// <summary>Writes a disk as qcow2: by qemu-img, which reads it from a server in this process, on a socket of its own.</summary>
+internal static class LayerQcow2
+{
+    /// <summary>Runs <c>qemu-img convert</c>; it draws the progress itself.</summary>
+    /// <exception cref="FailureException">qemu-img is not there, or has failed; nothing is left behind.</exception>
+    public static void Export(Disk disk, string output, CancellationToken cancel)
+    {
+        if (Path.Exists(output))
+            throw new FailureException($"cannot write '{output}': it is there already");
+        string partial = output + ".partial";
+        string folder = Directory.CreateTempSubdirectory("xnbd-layer-").FullName;
+        string socket = Path.Combine(folder, "socket");
+        var server = new NbdServer(new ExportTable(new Export("", "", disk)), HandshakeStyle.FixedNewstyle, NullLogger.Instance);
+        try
+        {
+            server.Listen(socket);
+            server.Start();
+            List<string> arguments = ["convert", "-f", "raw", "-O", "qcow2", $"nbd+unix:///?socket={socket}", partial];
+            if (!Console.IsOutputRedirected)
+                arguments.Insert(1, "-p");
+            using Process process = Process.Start(new ProcessStartInfo("qemu-img", arguments) { UseShellExecute = false })!;
+            using (cancel.Register(() => process.Kill()))
+                process.WaitForExit();
+            cancel.ThrowIfCancellationRequested();
+            if (process.ExitCode != 0)
+                throw new FailureException($"qemu-img ended with exit code {process.ExitCode}");
+            File.Move(partial, output);
+        }
+        catch (Win32Exception failure)
+        {
+            throw new FailureException($"qcow2 is written by qemu-img, which cannot be run: {failure.Message}");
+        }
+        finally
+        {
+            server.Stop();
+            File.Delete(partial);
+            Directory.Delete(folder, recursive: true);
+        }
+    }
+}
