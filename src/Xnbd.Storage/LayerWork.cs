@@ -44,7 +44,7 @@ public static class LayerWork
     private const int PieceBytes = 1 << 20;
 
     /// <summary>How much is committed, in bytes, until it is made durable and noted, so that a resumed commit begins there.</summary>
-    private const long CheckpointBytes = 256L << 20;
+    private const long CheckpointBytes = 64L << 20;
 
     /// <summary>Tells what a layer holds. It may be in use.</summary>
     public static LayerInfo GetInfo(string path)

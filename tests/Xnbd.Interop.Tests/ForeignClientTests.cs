@@ -222,38 +222,9 @@ public sealed class ForeignClientTests : IDisposable
     [Fact]
     public async Task A_file_system_is_made_and_used_through_nbd()
     {
-        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
-        Need("nbdfuse", "nbdfuse");
-        Assert.SkipUnless(File.Exists("/dev/fuse"), "there is no FUSE here");
         string image = _folder.Sparse("disk.img", 64 << 20);
         using ServerProcess server = ServerProcess.Start(_folder, image);
-        string fuse = Directory.CreateDirectory(_folder.File("fuse")).FullName;
-        string mount = Directory.CreateDirectory(_folder.File("mount")).FullName;
-        using var nbdfuse = System.Diagnostics.Process.Start(Tool.Find("nbdfuse")!, [Path.Combine(fuse, "disk"), server.Uri]);
-        try
-        {
-            Wait.Until(() => File.Exists(Path.Combine(fuse, "disk")), "the disk is a file");
-            await Tool.Succeed("mkfs.ext4", "-q", "-F", Path.Combine(fuse, "disk"));
-            await Tool.Succeed("mount", "-o", "loop", Path.Combine(fuse, "disk"), mount);
-            try
-            {
-                for (int i = 0; i < 20; i++)
-                    File.WriteAllBytes(Path.Combine(mount, $"f{i}"), new byte[i * 10_000].Select((_, k) => (byte)(k + i)).ToArray());
-                File.Delete(Path.Combine(mount, "f3"));
-                await Tool.Run("fstrim", mount);
-            }
-            finally
-            {
-                await Tool.Succeed("umount", mount);
-            }
-        }
-        finally
-        {
-            await Tool.Run("umount", fuse);
-            if (!nbdfuse.WaitForExit(10_000))
-                nbdfuse.Kill();
-        }
-
+        await FileSystemUse.Run(_folder, server.Uri, make: true);
         Assert.Equal(0, server.Stop());
         await Tool.Succeed("e2fsck", "-fn", image);
         string listing = await Tool.Succeed("debugfs", "-R", "ls /", image);

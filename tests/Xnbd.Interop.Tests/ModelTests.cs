@@ -6,21 +6,43 @@ namespace Xnbd.Interop.Tests;
 /// <summary>Random operations from four connections against the native server, compared with a byte array.</summary>
 public sealed class ModelTests
 {
+    private const int Size = (16 << 20) + 333;
+
+    private static int Operations
+        => int.Parse(Environment.GetEnvironmentVariable("XNBD_MODEL_OPERATIONS") ?? "20000", CultureInfo.InvariantCulture);
+
+    private static int Seed => int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20261", CultureInfo.InvariantCulture);
+
     [Theory]
     [InlineData(null)] // the disk's file system
     [InlineData("/dev/shm")]
     public async Task The_disk_equals_the_model(string? root)
     {
-        int operations = int.Parse(Environment.GetEnvironmentVariable("XNBD_MODEL_OPERATIONS") ?? "20000", CultureInfo.InvariantCulture);
-        int seed = int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20261", CultureInfo.InvariantCulture);
-        const int size = (16 << 20) + 333;
         using var folder = new TempFolder(root);
-        string image = folder.Sparse("disk.img", size);
+        string image = folder.Sparse("disk.img", Size);
         using ServerProcess server = ServerProcess.Start(folder, image);
-        TestContext.Current.TestOutputHelper?.WriteLine($"seed {seed}, {operations} operations");
-        var run = new ModelRun(server.SocketPath, size, seed, operations);
+        TestContext.Current.TestOutputHelper?.WriteLine($"seed {Seed}, {Operations} operations");
+        var run = new ModelRun(server.SocketPath, Size, Seed, Operations);
         await run.Run();
         Assert.Equal(0, server.Stop());
         Assert.Equal(run.Model, File.ReadAllBytes(image));
+    }
+
+    [Theory]
+    [InlineData(null)]
+    [InlineData("/dev/shm")]
+    public async Task The_copy_on_write_disk_equals_the_model_and_the_base_stays(string? root)
+    {
+        using var folder = new TempFolder(root);
+        string image = folder.Random("disk.img", Size);
+        byte[] before = File.ReadAllBytes(image);
+        string layer = folder.File("layer");
+        using ServerProcess server = ServerProcess.StartMode("--cow-target", folder, image, "--cow-layer", layer);
+        var run = new ModelRun(server.SocketPath, Size, Seed, Operations) { Initial = before, TrimUnit = 4096 };
+        await run.Run();
+        Assert.Equal(0, server.Stop());
+        Assert.Equal(before, File.ReadAllBytes(image));
+        await Tool.Succeed(Layers.Program, "export", layer, folder.File("out"));
+        Assert.Equal(run.Model, File.ReadAllBytes(folder.File("out")));
     }
 }

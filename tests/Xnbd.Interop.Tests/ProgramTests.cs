@@ -33,7 +33,14 @@ public sealed class ProgramTests : IDisposable
     [InlineData(1, "Is a directory", "--target", "/tmp")]
     [InlineData(1, "Is a directory", "--target", "--readonly", "/tmp")]
     [InlineData(1, "neither", "--target", "/dev/null")]
-    [InlineData(1, "not supported yet", "--cow-target", "a")]
+    [InlineData(2, "only one mode", "--target", "--cow-target", "a")]
+    [InlineData(2, "go with --cow-target", "--target", "--cow-layer", "l", "a")]
+    [InlineData(2, "go with --cow-target", "--target", "--cow-dir", "/tmp", "a")]
+    [InlineData(2, "--force goes with --cow-layer", "--cow-target", "--force", "a")]
+    [InlineData(2, "--cow-dir is for layers", "--cow-target", "--cow-dir", "/tmp", "--cow-layer", "l", "a")]
+    [InlineData(2, "--cow-layer", "--cow-target", "a", "--cow-layer")]
+    [InlineData(1, "No such file", "--cow-target", "/nonexistent/image")]
+    [InlineData(1, "neither", "--cow-target", "/dev/null")]
     [InlineData(1, "not supported yet", "--proxy", "h", "1", "a", "b", "c")]
     public async Task A_wrong_call_gets_one_clear_line(int exitCode, string message, params string[] args)
     {

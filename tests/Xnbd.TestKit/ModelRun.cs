@@ -28,6 +28,9 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
         init => value.CopyTo(_model, 0);
     }
 
+    /// <summary>A trim makes zero what it covers of such units whole, in bytes; the rest stays.</summary>
+    public int TrimUnit { get; init; } = 1;
+
     /// <summary>What the disk must hold afterwards.</summary>
     public byte[] Model => _model;
 
@@ -105,8 +108,17 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
             Span<byte> range = _model.AsSpan(offset, length);
             byte[]? expected = command == NbdCommand.Read ? range.ToArray() : null;
             payload?.CopyTo(range);
-            if (command is NbdCommand.WriteZeroes or NbdCommand.Trim)
-                range.Clear(); // this server discards what is trimmed; a client could not rely on it
+            if (command == NbdCommand.WriteZeroes)
+                range.Clear();
+            if (command == NbdCommand.Trim)
+            {
+                // This server discards what is trimmed; a client could not rely on it.
+                int start = (offset + TrimUnit - 1) / TrimUnit * TrimUnit;
+                int end = offset + length == size ? size : (offset + length) / TrimUnit * TrimUnit;
+                if (end > start)
+                    _model.AsSpan(start, end - start).Clear();
+            }
+
             _underWay.Add((connection, client.NextCookie), new Operation(command, offset, length, expected));
         }
 

@@ -49,9 +49,13 @@ public sealed class ServerProcess : IDisposable
 
     /// <summary>Serves an image on a Unix socket in a folder.</summary>
     public static ServerProcess Start(TempFolder folder, string image, params string[] options)
+        => StartMode("--target", folder, image, options);
+
+    /// <summary>The same in another mode than the target mode.</summary>
+    public static ServerProcess StartMode(string mode, TempFolder folder, string image, params string[] options)
     {
         string socket = folder.File("s" + Guid.NewGuid().ToString("N")[..6]);
-        return Start(socket, ["--target", "--unix", socket, .. options, image]);
+        return Start(socket, [mode, "--unix", socket, .. options, image]);
     }
 
     /// <summary>Starts the server and waits until it listens on a Unix socket.</summary>
@@ -62,6 +66,8 @@ public sealed class ServerProcess : IDisposable
         try
         {
             Wait.Until(() => Listens(socketPath) || server.HasExited, "the server listens");
+            if (server.HasExited)
+                server.WaitForExit(); // until all that it said has been read
             if (server.HasExited)
                 throw new InvalidOperationException($"the server did not start: {server.Log}");
             return server;
@@ -92,6 +98,13 @@ public sealed class ServerProcess : IDisposable
 
     /// <summary>Sends a signal.</summary>
     public void Signal(int number) => _ = Kill(Id, number);
+
+    /// <summary>Ends it with SIGKILL, and waits until it is gone.</summary>
+    public void Kill()
+    {
+        Signal(9);
+        _process.WaitForExit();
+    }
 
     /// <summary>Ends it with SIGTERM.</summary>
     /// <returns>Its exit code.</returns>
