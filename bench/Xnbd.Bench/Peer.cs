@@ -3,15 +3,33 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Bench;
 
+/// <summary>What servers are compared in.</summary>
+public enum Mode
+{
+    /// <summary>Serving an image.</summary>
+    Target,
+
+    /// <summary>Serving an image that stays as it is, and changes beside it.</summary>
+    CopyOnWrite,
+}
+
 /// <summary>A server under test: how it is started on an image and a Unix socket.</summary>
 /// <param name="Name">As it stands in the table.</param>
 /// <param name="Program">The program that must be there.</param>
 /// <param name="Arguments">Its arguments, of image, socket, and a folder for its files.</param>
-public sealed record Peer(string Name, string Program, Func<string, string, string, string[]> Arguments)
+/// <param name="Mode">What it is compared in.</param>
+public sealed record Peer(string Name, string Program, Func<string, string, string, string[]> Arguments, Mode Mode = Mode.Target)
 {
     /// <summary>xNBD, and every server that Debian packages.</summary>
     public static readonly IReadOnlyList<Peer> All =
     [
+        new("xnbd", ServerProcess.Executable, (image, socket, folder) =>
+            ["--cow-target", "--cow-layer", Path.Combine(folder, "layer"), "--logpath", "/dev/null", "--unix", socket, image], Mode.CopyOnWrite),
+        new("xnbd --target", ServerProcess.Executable, (image, socket, _) =>
+            ["--target", "--logpath", "/dev/null", "--unix", socket, image], Mode.CopyOnWrite),
+        new("nbdkit cow", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "--filter=cow", "file", image], Mode.CopyOnWrite),
+        new("qemu-nbd qcow2", "qemu-nbd", (image, socket, folder) => Overlay(image, socket, folder, "threads"), Mode.CopyOnWrite),
+        new("qemu-nbd qcow2 io_uring", "qemu-nbd", (image, socket, folder) => Overlay(image, socket, folder, "io_uring"), Mode.CopyOnWrite),
         new("xnbd", ServerProcess.Executable, (image, socket, _) => ["--target", "--logpath", "/dev/null", "--unix", socket, image]),
         new("nbdkit", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "file", image]),
         new("qemu-nbd threads", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "threads")),
@@ -19,10 +37,23 @@ public sealed record Peer(string Name, string Program, Func<string, string, stri
         new("nbd-server", "nbd-server", NbdServer),
     ];
 
+    /// <summary>xNBD itself, as it is judged.</summary>
+    public bool IsOwn => Name == "xnbd";
+
+    /// <summary>Not a competitor: the target mode, which another mode is measured against.</summary>
+    public bool IsReference => Name == "xnbd --target";
+
     public bool IsPresent => Program.StartsWith('/') || Tool.Find(Program) is not null;
 
     private static string[] Qemu(string image, string socket, string aio)
         => ["-k", socket, "-f", "raw", "--cache=writeback", $"--aio={aio}", "--discard=unmap", "--shared=0", "-t", image];
+
+    private static string[] Overlay(string image, string socket, string folder, string aio)
+    {
+        string overlay = Path.Combine(folder, "overlay.qcow2");
+        Tool.Succeed("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay).GetAwaiter().GetResult();
+        return ["-k", socket, "-f", "qcow2", "--cache=writeback", $"--aio={aio}", "--discard=unmap", "--shared=0", "-t", overlay];
+    }
 
     private static string[] NbdServer(string image, string socket, string folder)
     {
@@ -78,6 +109,7 @@ public sealed class RunningPeer : IDisposable
         {
             RedirectStandardError = true,
             RedirectStandardOutput = true,
+            Environment = { ["TMPDIR"] = folder }, // where nbdkit's filters keep their files
         })!;
         process.ErrorDataReceived += (_, _) => { };
         process.OutputDataReceived += (_, _) => { };

@@ -14,9 +14,10 @@ using var disk = new TempFolder(Value("--disk") ?? Path.Combine(Repository.Root,
 string warmImage = memory.Random("image", 512 << 20);
 string coldImage = "";
 
-Peer[] peers = [.. Peer.All.Where(p => p.IsPresent)];
-foreach (Peer absent in Peer.All.Except(peers))
+Peer[] present = [.. Peer.All.Where(p => p.IsPresent)];
+foreach (Peer absent in Peer.All.Except(present))
     Console.Error.WriteLine($"absent: {absent.Name}");
+Peer[] PeersOf(Workload workload) => [.. present.Where(p => p.Mode == workload.Mode)];
 Workload[] workloads = [.. Workload.All.Where(w => (!isQuick || w.IsQuick) && (only is null || w.Name.Contains(only, StringComparison.Ordinal)))];
 
 // Round by round, workload by workload, server by server: what drifts on the machine drifts for all.
@@ -25,6 +26,7 @@ for (int round = 0; round < rounds; round++)
 {
     foreach (Workload workload in workloads)
     {
+        Peer[] peers = PeersOf(workload);
         for (int i = 0; i < peers.Length; i++)
         {
             Peer peer = peers[(i + round) % peers.Length];
@@ -33,7 +35,10 @@ for (int round = 0; round < rounds; round++)
             string image = workload.Medium == Medium.Memory ? warmImage : await ColdImage();
             try
             {
-                using RunningPeer server = RunningPeer.Start(peer, image, memory.Path);
+                using var files = new TempFolder("/dev/shm"); // a layer, an overlay: new for each run
+                if (workload.IsFirstWrite && peer.IsReference)
+                    image = files.Sparse("empty", new FileInfo(image).Length);
+                using RunningPeer server = RunningPeer.Start(peer, image, files.Path);
                 Measurement measurement = await workload.Run(server, image, seconds);
                 if (!results.TryGetValue((workload, peer), out List<Measurement>? list))
                     results.Add((workload, peer), list = []);
@@ -75,7 +80,7 @@ Dictionary<Peer, double[]> MeasureIdle()
 {
     const int clients = 1000;
     var figures = new Dictionary<Peer, double[]>();
-    foreach (Peer peer in peers)
+    foreach (Peer peer in present.Where(p => p.Mode == Mode.Target))
     {
         var starts = new List<double>();
         for (int i = 0; i < (isQuick ? 3 : 7); i++)
@@ -129,7 +134,7 @@ void PrintTable()
     foreach (Workload workload in workloads)
     {
         string name = workload.Name;
-        foreach (Peer peer in peers)
+        foreach (Peer peer in PeersOf(workload))
         {
             if (MedianOf(workload, peer) is not { } m)
                 continue;
@@ -152,6 +157,14 @@ void PrintTable()
             $"| {workload.Name} | {ratio.Best.Name} | {ratio.Rate:0.00} | {ratio.Cpu:0.00} | {(double.IsNaN(ratio.P99) ? "" : ratio.P99.ToString("0.00", CultureInfo.InvariantCulture))} |"));
     }
 
+    (Workload Workload, double Ratio)[] references = [.. workloads.Where(w => OfTarget(w) is not null).Select(w => (w, OfTarget(w)!.Value))];
+    if (references.Length > 0)
+    {
+        Console.WriteLine("\n| workload | xnbd : its own target mode |\n|---|---:|");
+        foreach ((Workload workload, double ratio) in references)
+            Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"| {workload.Name} | {ratio:0.00} |"));
+    }
+
     if (idle.Count == 0)
         return;
     Console.WriteLine("\n| server | start to first connection, ms | idle, MiB | with 1,000 idle clients, MiB |");
@@ -162,13 +175,23 @@ void PrintTable()
 
 (Peer Best, double Rate, double Cpu, double P99)? Ratio(Workload workload)
 {
-    if (MedianOf(workload, peers[0]) is not { } own || peers[0].Name != "xnbd")
+    Peer[] peers = PeersOf(workload);
+    if (MedianOf(workload, peers.First(p => p.IsOwn)) is not { } own)
         return null;
-    (Peer Peer, Measurement M)[] others = [.. peers.Skip(1).Select(p => (p, MedianOf(workload, p))).Where(p => p.Item2 is not null)!];
+    (Peer Peer, Measurement M)[] others =
+        [.. peers.Where(p => !p.IsOwn && !p.IsReference).Select(p => (p, MedianOf(workload, p))).Where(p => p.Item2 is not null)!];
     if (others.Length == 0)
         return null;
     (Peer best, Measurement m) = others.MaxBy(o => o.M.Rate);
     return (best, own.Rate / m.Rate, own.CpuMicroseconds / m.CpuMicroseconds, m.P99 == 0 ? double.NaN : own.P99 / m.P99);
+}
+
+// The rate in this mode to the rate in the target mode.
+double? OfTarget(Workload workload)
+{
+    Peer[] peers = PeersOf(workload);
+    return peers.FirstOrDefault(p => p.IsReference) is { } reference && MedianOf(workload, reference) is { } target
+        && MedianOf(workload, peers.First(p => p.IsOwn)) is { } own ? own.Rate / target.Rate : null;
 }
 
 void PrintJson()
@@ -190,8 +213,11 @@ void PrintJson()
             writer.WriteNumber("cpu_ratio", Math.Round(ratio.Cpu, 3));
         }
 
+        if (OfTarget(workload) is { } ofTarget)
+            writer.WriteNumber("target_mode_ratio", Math.Round(ofTarget, 3));
+
         writer.WriteStartObject("servers");
-        foreach (Peer peer in peers)
+        foreach (Peer peer in PeersOf(workload))
         {
             if (MedianOf(workload, peer) is not { } m)
                 continue;

@@ -29,7 +29,10 @@ public enum Medium
 /// <param name="Unit">Of the rate.</param>
 /// <param name="IsQuick">Part of the short form.</param>
 /// <param name="Run">Does it: server, image, seconds.</param>
-public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run)
+/// <param name="Mode">Which servers it is for.</param>
+/// <param name="IsFirstWrite">Of a layer; the target mode, which it is measured against, then writes into an empty sparse image.</param>
+public sealed record Workload(
+    string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run, Mode Mode = Mode.Target, bool IsFirstWrite = false)
 {
     public static readonly IReadOnlyList<Workload> All =
     [
@@ -50,6 +53,14 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
         Fio("cold random read 4 KiB, depth 1", "randread", "4k", 1, 1, Medium.ColdDisk),
         Fio("cold random read 4 KiB, depth 32", "randread", "4k", 32, 1, Medium.ColdDisk),
         Fio("cold sequential read 256 KiB, depth 16", "read", "256k", 16, 1, Medium.ColdDisk),
+        Cow("random read of the base, 4 KiB, depth 32", "randread", "4k", quick: true),
+        Cow("random first write 4 KiB, depth 32", "randwrite", "4k", isOnce: true, quick: true),
+        Cow("random rewrite 4 KiB, depth 32", "randwrite", "4k", isFilled: true, quick: true),
+        Cow("random read of the layer, 4 KiB, depth 32", "randread", "4k", isFilled: true),
+        Cow("random first write 512 B, depth 32", "randwrite", "512", isOnce: true),
+        Cow("sequential read of the base, 256 KiB, depth 16", "read", "256k", quick: true),
+        Cow("sequential read of the layer, 256 KiB, depth 16", "read", "256k", isFilled: true),
+        Cow("sequential first write 256 KiB, depth 16", "write", "256k", isOnce: true),
     ];
 
     /// <summary>fio's own start and end take less than this.</summary>
@@ -57,8 +68,31 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
 
     private static string Text(double number) => number.ToString(CultureInfo.InvariantCulture);
 
+    /// <param name="name">As it stands in the table, after "copy-on-write: ".</param>
+    /// <param name="pattern">As fio has it.</param>
+    /// <param name="blockSize">As fio has it.</param>
+    /// <param name="isFilled">The layer holds everything before.</param>
+    /// <param name="isOnce">Each block is touched once: the run ends when that is done.</param>
+    /// <param name="quick">Part of the short form.</param>
+    private static Workload Cow(
+        string name, string pattern, string blockSize, bool isFilled = false, bool isOnce = false, bool quick = false)
+        => Fio("copy-on-write: " + name, pattern, blockSize, blockSize == "256k" ? 16 : 32, 1, quick: quick, isFilled: isFilled, isOnce: isOnce) with
+        {
+            Mode = Mode.CopyOnWrite,
+            IsFirstWrite = isOnce,
+        };
+
     private static Workload Fio(
-        string name, string pattern, string blockSize, int depth, int jobs, Medium medium = Medium.Memory, bool quick = false, int ratePerSecond = 0)
+        string name,
+        string pattern,
+        string blockSize,
+        int depth,
+        int jobs,
+        Medium medium = Medium.Memory,
+        bool quick = false,
+        int ratePerSecond = 0,
+        bool isFilled = false,
+        bool isOnce = false)
     {
         bool isSequential = blockSize == "256k";
         return new Workload(name, medium, isSequential ? "MiB/s" : "IOPS", quick, async (server, image, seconds) =>
@@ -69,12 +103,19 @@ public sealed record Workload(string Name, Medium Medium, string Unit, bool IsQu
                 $"--numjobs={jobs}", "--thread", "--group_reporting", $"--size={new FileInfo(image).Length}", $"--runtime={Text(seconds)}",
                 "--randrepeat=0", "--output-format=json",
             ];
-            if (medium == Medium.Memory)
+            if (isFilled)
+            {
+                await Tool.Succeed(
+                    "fio", "--name=fill", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=write", "--bs=1m", "--iodepth=4", "--thread",
+                    $"--size={new FileInfo(image).Length}");
+            }
+
+            if (medium == Medium.Memory && !isOnce)
                 args.Add("--time_based"); // on the disk each block is read once: then it is no longer cold
             if (ratePerSecond > 0)
                 args.Add($"--rate_iops={ratePerSecond}");
             if (blockSize == "512")
-                args.AddRange(["--blockalign=512", "--norandommap"]);
+                args.AddRange(isOnce ? ["--blockalign=4k"] : ["--blockalign=512", "--norandommap"]); // once: a part of each block
 
             double cpu = server.CpuSeconds;
             long start = Stopwatch.GetTimestamp();

@@ -41,7 +41,10 @@ internal sealed class BlockLocks
     {
         lock (_lock)
         {
-            _entries.RemoveAt(_entries.FindIndex(entry => entry.Range == range && entry.Waiter is null));
+            int left = 0;
+            while (_entries[left].Range != range || _entries[left].Waiter is not null)
+                left++;
+            _entries.RemoveAt(left);
             for (int i = 0; i < _entries.Count; i++)
             {
                 (BlockRange waiting, TaskCompletionSource? waiter) = _entries[i];
