@@ -6,14 +6,42 @@ namespace Xnbd.Tests;
 /// <summary>The manual says what the program does, no more and no less.</summary>
 public partial class ManualTests
 {
-    private static string Page => File.ReadAllText(Path.Combine(Repository.Root, "docs", "xnbd-server.8"));
+    private static string Page => Read("xnbd-server.8");
+
+    private static string Read(string page) => File.ReadAllText(Path.Combine(Repository.Root, "docs", page));
 
     [Fact]
-    public async Task The_manual_page_has_the_options_of_the_program()
+    public async Task The_servers_page_has_the_options_of_the_program()
+        => Compare(await Tool.Succeed(ServerProcess.Executable, "--help"), Page);
+
+    [Fact]
+    public async Task The_layer_programs_page_has_its_commands_and_their_options()
     {
-        string help = await Tool.Succeed(ServerProcess.Executable, "--help");
-        string[] ofProgram = [.. OptionInHelp().Matches(help).Select(m => m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
-        string[] ofManual = [.. OptionInManual().Matches(Page).Select(m => "--" + m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
+        string program = Path.Combine(ServerProcess.BinFolder, "xnbd-layer");
+        string help = await Tool.Succeed(program, "--help");
+        string page = Read("xnbd-layer.1");
+        string[] commands = [.. CommandInHelp().Matches(help).Select(m => m.Groups[1].Value).Order()];
+        Assert.Equal(commands, CommandInManual().Matches(page).Select(m => m.Groups[1].Value).Order());
+        foreach (string command in commands)
+        {
+            string ofCommand = await Tool.Succeed(program, command, "--help");
+            help += ofCommand;
+
+            // And the synopsis names just those that the command has.
+            string synopsis = page[page.IndexOf($".Cm {command}\n", StringComparison.Ordinal)..];
+            synopsis = synopsis[..synopsis.IndexOf(".Ar FILE", StringComparison.Ordinal)];
+            Assert.Equal(
+                OptionInHelp().Matches(ofCommand).Select(m => m.Groups[1].Value).Where(o => o is not "--help").Order(),
+                OptionInSynopsis().Matches(synopsis).Select(m => "--" + m.Groups[1].Value).Order());
+        }
+
+        Compare(help, page);
+    }
+
+    private static void Compare(string help, string page)
+    {
+        string[] ofProgram = [.. OptionInHelp().Matches(help).Select(m => m.Groups[1].Value + Argument(m.Groups[2].Value)).Distinct().Order()];
+        string[] ofManual = [.. OptionInManual().Matches(page).Select(m => "--" + m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
         Assert.NotEmpty(ofProgram);
         Assert.Equal(ofProgram, ofManual);
 
@@ -39,10 +67,12 @@ public partial class ManualTests
     }
 
     [Fact]
-    public async Task The_manual_page_is_well_formed()
+    public async Task The_manual_pages_are_well_formed()
     {
         Assert.SkipWhen(Tool.Find("mandoc") is null, "mandoc is absent");
-        ToolResult lint = await Tool.Run("mandoc", "-T", "lint", "-W", "warning", Path.Combine(Repository.Root, "docs", "xnbd-server.8"));
+        string[] pages = [.. Directory.GetFiles(Path.Combine(Repository.Root, "docs"), "xnbd-*")];
+        Assert.Equal(2, pages.Length);
+        ToolResult lint = await Tool.Run("mandoc", ["-T", "lint", "-W", "warning", .. pages]);
         Assert.Equal("", lint.Output + lint.Errors);
     }
 
@@ -58,6 +88,15 @@ public partial class ManualTests
 
     [GeneratedRegex(@"^\.It Fl Fl ([a-z-]+)(?: Ar ([A-Z]+))?$", RegexOptions.Multiline)]
     private static partial Regex OptionInManual();
+
+    [GeneratedRegex(@"^  ([a-z]+) <FILE>", RegexOptions.Multiline)]
+    private static partial Regex CommandInHelp();
+
+    [GeneratedRegex(@"^\.It Cm ([a-z]+)$", RegexOptions.Multiline)]
+    private static partial Regex CommandInManual();
+
+    [GeneratedRegex(@"^\.Op Fl Fl ([a-z-]+)", RegexOptions.Multiline)]
+    private static partial Regex OptionInSynopsis();
 
     [GeneratedRegex(@"SIG[A-Z0-9]+")]
     private static partial Regex SignalInSource();
