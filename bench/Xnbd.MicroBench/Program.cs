@@ -67,3 +67,56 @@ public class ImageFileBenchmarks : IDisposable
         GC.SuppressFinalize(this);
     }
 }
+
+/// <summary>What the map of a layer adds to a request.</summary>
+[MemoryDiagnoser]
+public class BlockMapBenchmarks : IDisposable
+{
+    private const long Length = 1L << 40;
+
+    private readonly string _path = Path.Combine("/dev/shm", Path.GetRandomFileName());
+    private readonly string _base = Path.Combine("/dev/shm", Path.GetRandomFileName());
+    private readonly byte[] _buffer = new byte[4096];
+    private LayerFile _layer = null!;
+    private CowDisk _disk = null!;
+    private bool _isWritten;
+    private long _block;
+
+    [GlobalSetup]
+    public void SetUp()
+    {
+        using (FileStream file = File.Create(_base))
+            file.SetLength(Length);
+        _layer = LayerFile.TryCreateDisposable(_path, new SourceIdentity(_base, Length, 0, 0))!;
+        _disk = new CowDisk(ImageFile.Open(_base, readOnly: true), _layer, readOnly: false);
+        _layer.Map.Set(new BlockRange(1 << 20, 1 << 10), BlockState.Written);
+    }
+
+    [Benchmark]
+    public BlockState StateOfOneBlock() => _layer.Map[_block++ & 0xfff_ffff];
+
+    [Benchmark]
+    public bool RunOf1MiB() => _layer.Map.IsAll(new BlockRange((1 << 20) + 7, 256), BlockState.Written);
+
+    [Benchmark]
+    public void SetOneBlock()
+        => _layer.Map.Set(new BlockRange(5, 1), (_isWritten = !_isWritten) ? BlockState.Written : BlockState.Zero);
+
+    [Benchmark]
+    public void Set1MiB()
+        => _layer.Map.Set(new BlockRange(100, 256), (_isWritten = !_isWritten) ? BlockState.Written : BlockState.Zero);
+
+    [Benchmark]
+    public bool TryRead4KiBOfTheBase() => _disk.TryRead(8192, _buffer);
+
+    [Benchmark]
+    public bool TryWrite4KiBAgain() => _disk.TryWrite(1L << 32, _buffer);
+
+    [GlobalCleanup]
+    public void Dispose()
+    {
+        _disk.Dispose();
+        File.Delete(_base);
+        GC.SuppressFinalize(this);
+    }
+}

@@ -1,3 +1,4 @@
 using System.Runtime.CompilerServices;
 
 [assembly: InternalsVisibleTo("Xnbd.Storage.Tests")]
+[assembly: InternalsVisibleTo("Xnbd.MicroBench")]
