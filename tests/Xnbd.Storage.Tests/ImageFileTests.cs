@@ -174,7 +174,7 @@ public sealed class ImageFileTests : IDisposable
     {
         string path = _disk.Random("image", 65536);
         using ImageFile image = ImageFile.Open(path, readOnly: true);
-        using (FileStream file = File.OpenWrite(path))
+        using (FileStream file = File.Open(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
             file.SetLength(4096);
         byte[] buffer = new byte[8192];
         Assert.False(image.TryRead(0, buffer));

@@ -182,7 +182,7 @@ public sealed class SnapshotTests : IDisposable
         string path = _folder.Random("image", 1 << 20);
         byte[] before = File.ReadAllBytes(path);
         using ImageFile image = ImageFile.Open(path, readOnly: false);
-        using (FileStream file = File.OpenWrite(path))
+        using (FileStream file = File.Open(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
         {
             file.Position = 100 << 20;
             file.Write([1]);

@@ -1,7 +1,7 @@
 namespace Xnbd.Storage;
 
-/// <content>Zeroes and trim: whole blocks are marked as zero, and their space in the layer is given back.</content>
-internal sealed partial class CowDisk
+/// <content>Zeroes and trim: whole blocks are marked as zero, and their space in the local file is given back.</content>
+internal abstract partial class OverlayDisk
 {
     /// <summary>
     /// At most so many blocks are held at a time while they are made zero: 64 MiB. Who writes there waits that long, not for
@@ -19,14 +19,14 @@ internal sealed partial class CowDisk
         for (long block = inside.First; block < inside.End; block += BlocksAtOnce)
         {
             var part = new BlockRange(block, Math.Min(BlocksAtOnce, inside.End - block));
-            await _changing.EnterAsync(part);
+            await Changing.EnterAsync(part);
             try
             {
                 await ((mode & ZeroMode.MayPunch) != 0 ? Discard(part) : Allocate(part, mode));
             }
             finally
             {
-                _changing.Leave(part);
+                Changing.Leave(part);
             }
         }
 
@@ -58,8 +58,8 @@ internal sealed partial class CowDisk
         for (BlockRange left = range; left.Count > 0;)
         {
             BlockRange run = _map.Run(left, out BlockState state);
-            if (state == BlockState.Written)
-                await _layer.TrimAsync(run.Offset, run.LengthOn(Length), durable: false);
+            if (IsLocal(state))
+                await _local.TrimAsync(run.Offset, run.LengthOn(Length), durable: false);
             left = new BlockRange(run.End, left.End - run.End);
         }
 
@@ -69,7 +69,7 @@ internal sealed partial class CowDisk
     /// <summary>Makes blocks zero and gives them space, so that later writes find it; the caller holds them.</summary>
     private async ValueTask Allocate(BlockRange range, ZeroMode mode)
     {
-        await _layer.ZeroAsync(range.Offset, range.LengthOn(Length), mode, durable: false);
+        await _local.ZeroAsync(range.Offset, range.LengthOn(Length), mode, durable: false);
         _map.Set(range, BlockState.Written);
     }
 
