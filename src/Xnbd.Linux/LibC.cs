@@ -91,6 +91,9 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
     internal static partial int FCntl(SafeHandle file, int command, nint argument);
 
+    [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
+    internal static partial int FCntl(SafeHandle file, int command, RecordLock* argument);
+
     [LibraryImport(Name, EntryPoint = "setsid", SetLastError = true)]
     internal static partial int SetSid();
 
@@ -121,6 +124,17 @@ internal static unsafe partial class LibC
     {
         internal byte* Base;
         internal nuint Length;
+    }
+
+    /// <summary><c>struct flock</c>, of a 64-bit system.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct RecordLock
+    {
+        internal short Type;
+        internal short Whence;
+        internal long Start;
+        internal long Length;
+        internal int Process;
     }
 
     /// <summary><c>struct pollfd</c>.</summary>

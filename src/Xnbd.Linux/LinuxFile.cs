@@ -92,6 +92,8 @@ public static unsafe class LinuxFile
     private const int LockExclusive = 2;
     private const int LockNonBlocking = 4;
 
+    private const short ReadLock = 0, WriteLock = 1, Unlocked = 2;
+
     private const int SeekData = 3;
     private const int SeekHole = 4;
 
@@ -237,6 +239,23 @@ public static unsafe class LinuxFile
     /// <returns><see cref="Errno.EAGAIN"/> when somebody else holds it.</returns>
     public static Errno TryLock(SafeFileHandle file, bool shared = false)
         => LibC.Outcome(LibC.FLock(file, (shared ? LockShared : LockExclusive) | LockNonBlocking));
+
+    /// <summary>Takes a shared lock on one byte of the file (an open-file-description lock), without waiting.</summary>
+    /// <returns><see cref="Errno.EAGAIN"/> when somebody holds it alone; another error where there are no such locks.</returns>
+    public static Errno TryLockByte(SafeFileHandle file, long offset)
+    {
+        const int setLock = 37; // F_OFD_SETLK
+        var range = new LibC.RecordLock { Type = ReadLock, Start = offset, Length = 1 };
+        return LibC.Outcome(LibC.FCntl(file, setLock, &range));
+    }
+
+    /// <summary>Whether somebody else holds a lock on one byte of the file.</summary>
+    public static bool IsByteLocked(SafeFileHandle file, long offset)
+    {
+        const int getLock = 36; // F_OFD_GETLK
+        var range = new LibC.RecordLock { Type = WriteLock, Start = offset, Length = 1 };
+        return LibC.FCntl(file, getLock, &range) == 0 && range.Type != Unlocked;
+    }
 
     /// <summary>Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).</summary>
     public static Errno Clone(SafeFileHandle source, SafeFileHandle target)

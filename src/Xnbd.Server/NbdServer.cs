@@ -2,6 +2,7 @@ using System.Net;
 using System.Net.Sockets;
 using Microsoft.Extensions.Logging;
 using Xnbd.Linux;
+using Xnbd.Storage;
 
 namespace Xnbd.Server;
 
@@ -18,7 +19,7 @@ namespace Xnbd.Server;
 public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger) : IDisposable
 {
     private readonly SessionServices _services = new(
-        new BufferPool(), new ByteBudget(ServerLimits.MaxBytesInFlight), new FailureLog(logger));
+        new BufferPool(ServerLimits.MaxSpareBuffers), new ByteBudget(ServerLimits.MaxBytesInFlight), new FailureLog(logger));
 
     private readonly List<Socket> _listeners = [];
     private readonly List<string> _socketPaths = [];

@@ -29,7 +29,7 @@ public enum BlockState
 /// written first at each change, and so survives the death of the process: it is right as long as the machine has not
 /// been started anew, which the boot id tells. And in the file as the <em>durable</em> map: pages with checksums, each in
 /// two slots that are written in turn, and only after the data they speak of has been synced (<see cref="Collect"/>, sync
-/// the data, <see cref="Commit"/>). It survives the death of the machine. Blocks change state independently of each
+/// the data, <see cref="WritePages"/>, <see cref="SyncPages"/>). It survives the death of the machine. Blocks change state independently of each
 /// other, so any mixture of older and newer pages is a state in which the disk may be found.
 /// </para>
 /// <para>
@@ -58,6 +58,8 @@ internal sealed class BlockMap
     private readonly ulong[] _sequences; // of each page's newest durable copy
     private readonly bool[] _isDirty; // pages that differ from their newest durable copy
     private readonly Lock[] _locks = new Lock[LockCount];
+    private readonly List<long> _torn = []; // slots, as offsets in bytes, whose copies are torn
+    private Guid _bootId;
 
     private BlockMap(IMapStore store, MapHeader header)
     {
@@ -101,31 +103,43 @@ internal sealed class BlockMap
         return map;
     }
 
-    /// <summary>Opens a map: by its live part, if the machine has been up since it was used, else by its durable part.</summary>
+    /// <summary>
+    /// Opens a map: by its live part, if the machine has been up since it was used, else by its durable part. Nothing is written,
+    /// until <see cref="PrepareToWrite"/>.
+    /// </summary>
     /// <param name="store">Where it is kept.</param>
     /// <param name="bootId">The present boot.</param>
-    /// <param name="readOnly">Write nothing.</param>
     /// <exception cref="DiskException">It is no map, or it is damaged.</exception>
-    public static BlockMap Open(IMapStore store, Guid bootId, bool readOnly)
+    public static BlockMap Open(IMapStore store, Guid bootId)
     {
         MapHeader header = ReadHeader(store)
             ?? throw new DiskException(DiskError.Io, "its header is damaged");
-        var map = new BlockMap(store, header);
-        bool isLive = header.BootId == bootId;
-        List<long> torn = map.Load(isLive);
-        if (readOnly)
-            return map;
+        var map = new BlockMap(store, header) { _bootId = bootId };
+        map.Load(isLive: header.BootId == bootId);
+        return map;
+    }
 
+    /// <summary>To be called once before a map that was opened is changed.</summary>
+    public void PrepareToWrite()
+    {
         // A torn copy must go before its slot is written again: what is missing of it might be in the next one, and
         // complete it. And a copy that is whole may still not be durable, if the process died before it was synced.
-        foreach (long slot in torn)
-            store.Write(slot, new byte[PageBytes]);
-        if (!isLive)
-            store.Write(LiveStart, MemoryMarshal.AsBytes(map._words.AsSpan()));
-        store.Sync();
-        if (!isLive)
-            map.WriteHeader(header with { BootId = bootId }); // from here on the live map is right
-        return map;
+        foreach (long slot in _torn)
+            _store.Write(slot, new byte[PageBytes]);
+        _torn.Clear();
+        if (Header.BootId != _bootId)
+        {
+            const int piece = BlocksPerPage; // in words, about a hundred KiB
+            for (int at = 0; at < _words.Length; at += piece)
+            {
+                Span<ulong> words = _words.AsSpan(at, Math.Min(piece, _words.Length - at));
+                _store.Write(LiveStart + ((long)at * sizeof(ulong)), MemoryMarshal.AsBytes(words));
+            }
+        }
+
+        _store.Sync();
+        if (Header.BootId != _bootId)
+            WriteHeader(Header with { BootId = _bootId }); // from here on the live map is right
     }
 
     /// <summary>Reads a header.</summary>
@@ -228,7 +242,7 @@ internal sealed class BlockMap
     public bool IsCommitted => !_isDirty.AsSpan().Contains(true);
 
     /// <summary>Takes the pages that have changed since they were last committed, as they stand now.</summary>
-    /// <remarks>Of several threads that commit, one at a time goes from here to <see cref="Commit"/>.</remarks>
+    /// <remarks>Of several threads that commit, one at a time goes from here to <see cref="SyncPages"/>.</remarks>
     public List<(int Page, ulong[] Words)> Collect()
     {
         var pages = new List<(int, ulong[])>();
@@ -246,12 +260,10 @@ internal sealed class BlockMap
         return pages;
     }
 
-    /// <summary>Makes collected pages durable. The data that they speak of is durable already.</summary>
-    /// <exception cref="DiskException">They could not be written, and stay to be committed; or not synced: then nothing is known.</exception>
-    public void Commit(List<(int Page, ulong[] Words)> pages)
+    /// <summary>Writes collected pages to their next slots. The data that they speak of is durable already.</summary>
+    /// <exception cref="DiskException">They could not be written, and stay to be committed.</exception>
+    public void WritePages(List<(int Page, ulong[] Words)> pages)
     {
-        if (pages.Count == 0)
-            return;
         try
         {
             Span<byte> copy = stackalloc byte[PageBytes];
@@ -267,14 +279,29 @@ internal sealed class BlockMap
             PutBack(pages);
             throw;
         }
+    }
 
+    /// <summary>Makes pages durable that were written.</summary>
+    /// <exception cref="DiskException">Nothing is known of them from now on.</exception>
+    public void SyncPages(List<(int Page, ulong[] Words)> pages)
+    {
+        if (pages.Count == 0)
+            return;
         _store.Sync();
         foreach ((int page, _) in pages)
             _sequences[page]++;
     }
 
+    /// <summary>Makes durable what the map says now.</summary>
+    public void Commit()
+    {
+        List<(int Page, ulong[] Words)> pages = Collect();
+        WritePages(pages);
+        SyncPages(pages);
+    }
+
     /// <summary>Marks collected pages as still to be committed.</summary>
-    public void PutBack(List<(int Page, ulong[] Words)> pages)
+    private void PutBack(List<(int Page, ulong[] Words)> pages)
     {
         foreach ((int page, _) in pages)
             Volatile.Write(ref _isDirty[page], true);
@@ -304,16 +331,14 @@ internal sealed class BlockMap
         Volatile.Write(ref _isDirty[page], true);
     }
 
-    /// <returns>The slots, as offsets in bytes, whose copies are torn.</returns>
-    private List<long> Load(bool isLive)
+    private void Load(bool isLive)
     {
-        var torn = new List<long>();
         byte[] slots = new byte[2 * PageBytes];
         ulong[] live = new ulong[WordsPerPage];
         for (int page = 0; page < _sequences.Length; page++)
         {
             _store.Read(SlotOffset(page, 0), slots);
-            ulong[] durable = ReadNewer(page, slots, torn, out _sequences[page]);
+            ulong[] durable = ReadNewer(page, slots, out _sequences[page]);
             ulong[] words = durable;
             if (isLive)
             {
@@ -331,16 +356,14 @@ internal sealed class BlockMap
             if (this[block] != BlockState.Absent)
                 throw new DiskException(DiskError.Io, "its map is damaged: it speaks of blocks beyond the end of the disk");
         }
-
-        return torn;
     }
 
-    private ulong[] ReadNewer(int page, byte[] slots, List<long> torn, out ulong sequence)
+    private ulong[] ReadNewer(int page, byte[] slots, out ulong sequence)
     {
         ReadOnlySpan<byte> even = slots.AsSpan(0, PageBytes), odd = slots.AsSpan(PageBytes);
         ulong? evenSequence = SequenceOf(page, even), oddSequence = SequenceOf(page, odd);
         if (evenSequence is null || oddSequence is null)
-            torn.Add(SlotOffset(page, evenSequence is null ? 0UL : 1));
+            _torn.Add(SlotOffset(page, evenSequence is null ? 0UL : 1));
         bool isEven = oddSequence is null || evenSequence > oddSequence;
         sequence = (isEven ? evenSequence : oddSequence)
             ?? throw new DiskException(DiskError.Io, $"its map is damaged: both copies of page {page} have wrong checksums");

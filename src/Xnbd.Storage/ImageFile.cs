@@ -63,9 +63,9 @@ public sealed partial class ImageFile : Disk
     /// <summary>Opens an image.</summary>
     /// <param name="path">A regular file or a block device.</param>
     /// <param name="readOnly">Open it for reading only.</param>
-    /// <param name="exclusive">Nobody else may be using it. Otherwise any number of programs may, but none that asks for it alone.</param>
+    /// <param name="use">What it is opened for: who else may use it at the same time.</param>
     /// <exception cref="DiskException">It is absent, in use, may not be opened, or is neither file nor block device.</exception>
-    public static ImageFile Open(string path, bool readOnly, bool exclusive = false)
+    public static ImageFile Open(string path, bool readOnly, ImageUse use = ImageUse.Shared)
     {
         Errno errno = LinuxFile.Open(path, readOnly ? OpenMode.ReadOnly : OpenMode.ReadWrite, out SafeFileHandle? file);
         FileStatus status = default;
@@ -92,11 +92,10 @@ public sealed partial class ImageFile : Disk
             throw new DiskException(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
         }
 
-        // Where there are no locks (some network file systems), only those who can take them keep out of each other's way.
-        if (LinuxFile.TryLock(file!, shared: !exclusive) == Errno.EAGAIN)
+        if (!TryLock(file!, readOnly, use, out string? reason))
         {
             file!.Dispose();
-            throw new DiskException(DiskError.Permission, $"'{path}' is in use by another program");
+            throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
         }
 
         return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly);
@@ -110,6 +109,39 @@ public sealed partial class ImageFile : Disk
     /// <param name="readOnly">The file is open for reading only.</param>
     internal static ImageFile OfPart(string path, SafeFileHandle file, long start, long length, bool readOnly)
         => new(path, file, FileKind.Regular, start, length, readOnly);
+
+    /// <summary>
+    /// Keeps others out, who would do harm. Where there are no locks (some network file systems), nobody is.
+    /// <para>
+    /// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as QEMU does,
+    /// so that its programs and this one respect each other: the first by who writes the file, the second by who relies on
+    /// nobody writing it. Several may write it at the same time, as servers of one connection do.
+    /// </para>
+    /// </summary>
+    private static bool TryLock(SafeFileHandle file, bool readOnly, ImageUse use, out string? reason)
+    {
+        const long writes = 100 + 1, toleratesNoWriter = 200 + 1;
+        reason = "another program needs it, or has it, alone";
+        if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
+            return false;
+        if (!readOnly)
+        {
+            reason = "another program relies on its staying as it is";
+            return LinuxFile.TryLockByte(file, writes) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, toleratesNoWriter);
+        }
+
+        reason = "another program writes it";
+        return use != ImageUse.Base
+            || (LinuxFile.TryLockByte(file, toleratesNoWriter) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, writes));
+    }
+
+    /// <summary>Makes durable what is in the file, whoever wrote it, also if this process only reads it.</summary>
+    /// <exception cref="DiskException">The sync failed.</exception>
+    internal void SyncContents()
+    {
+        if (LinuxFile.SyncData(_file) is var errno and not Errno.None)
+            throw new DiskException("sync", Path, 0, Length, errno);
+    }
 
     /// <inheritdoc/>
     public override bool TryRead(long offset, Span<byte> buffer)

@@ -13,19 +13,20 @@ namespace Xnbd.Storage;
 /// </summary>
 internal sealed class LayerFile : IDisposable
 {
-    private const string PartialSuffix = ".partial";
-
     /// <summary>The data begins at a multiple of this, in bytes, which suits every file system's extents.</summary>
     private const long DataAlignment = 1 << 20;
 
     /// <summary>The longest disk, in bytes: its map is an array of at most 2^31 words.</summary>
     private const long MaxDiskLength = 1L << 47;
 
-    private LayerFile(string path, ImageFile data, BlockMap map)
+    private readonly bool _isRemovedAtEnd;
+
+    private LayerFile(string path, ImageFile data, BlockMap map, bool isRemovedAtEnd = false)
     {
         Path = path;
         Data = data;
         Map = map;
+        _isRemovedAtEnd = isRemovedAtEnd;
     }
 
     /// <summary>Where it stands.</summary>
@@ -41,9 +42,7 @@ internal sealed class LayerFile : IDisposable
     /// <exception cref="DiskException">It cannot be made; nothing is left behind.</exception>
     public static LayerFile Create(string path, SourceIdentity source, MapFlags flags)
     {
-        string partial = path + PartialSuffix;
-        LockedFile.RemoveIfAbandoned(partial);
-        SafeFileHandle file = LockedFile.Create(partial);
+        SafeFileHandle file = LockedFile.CreateBeside(path, out string partial);
         try
         {
             LayerFile layer = Fill(path, file, source, flags);
@@ -82,6 +81,7 @@ internal sealed class LayerFile : IDisposable
     }
 
     /// <summary>Opens a layer.</summary>
+    /// <remarks>Nothing is written, until <see cref="BlockMap.PrepareToWrite"/> is called of its map.</remarks>
     /// <param name="path">The file.</param>
     /// <param name="readOnly">It is only read, and others may read it as well.</param>
     /// <exception cref="DiskException">It is absent, in use, no layer, or damaged; it is untouched.</exception>
@@ -107,7 +107,7 @@ internal sealed class LayerFile : IDisposable
             {
                 MapHeader header = ReadHeader(store, status, out string? problem)
                     ?? throw new DiskException(DiskError.Io, problem!);
-                var map = BlockMap.Open(store, LinuxProcess.BootId, readOnly);
+                var map = BlockMap.Open(store, LinuxProcess.BootId);
                 return new LayerFile(path, ImageFile.OfPart(path, file!, header.DataStart, header.Source.Length, readOnly), map);
             }
             catch (DiskException failure) when (!failure.Message.Contains(path, StringComparison.Ordinal))
@@ -139,20 +139,32 @@ internal sealed class LayerFile : IDisposable
         }
     }
 
-    /// <summary>Makes it an empty layer on a base; what it held is lost, and its space is given back.</summary>
-    public void Clear(MapHeader header)
+    /// <summary>
+    /// Makes it an empty layer on a base; what it held is lost, and its space is given back. Until that is done the layer is
+    /// marked, and refused by all but this method: half of its blocks would be neither the old disk nor the new one.
+    /// </summary>
+    public void Clear(SourceIdentity source)
     {
-        // The map first: at no time may it speak of data that is gone.
-        Map.Set(new BlockRange(0, Map.BlockCount), BlockState.Absent);
-        Map.Commit(Map.Collect());
+        MapHeader header = Map.Header with
+        {
+            Flags = (Map.Header.Flags & ~MapFlags.Committing) | MapFlags.Discarding,
+            Source = source,
+            Generation = Map.Header.Generation + 1,
+            CommitPosition = 0,
+        };
         Map.WriteHeader(header);
+
+        // The map before the data: at no time may it speak of data that is gone.
+        Map.Set(new BlockRange(0, Map.BlockCount), BlockState.Absent);
+        Map.Commit();
         Data.Discard();
+        Map.WriteHeader(header with { Flags = header.Flags & ~MapFlags.Discarding });
     }
 
-    /// <summary>A disposable layer's file goes away; the data is closed by its owner.</summary>
+    /// <summary>The file goes away, if this object has made it as a disposable one; the data is closed by its owner.</summary>
     public void Dispose()
     {
-        if ((Map.Header.Flags & MapFlags.Disposable) != 0)
+        if (_isRemovedAtEnd)
             _ = LinuxFile.Unlink(Path);
     }
 
@@ -179,7 +191,7 @@ internal sealed class LayerFile : IDisposable
             Source = source,
         };
         var map = BlockMap.Create(new FileMapStore(path, file), header);
-        return new LayerFile(path, ImageFile.OfPart(path, file, dataStart, source.Length, readOnly: false), map);
+        return new LayerFile(path, ImageFile.OfPart(path, file, dataStart, source.Length, readOnly: false), map, (flags & MapFlags.Disposable) != 0);
     }
 
     private static MapHeader? ReadHeader(FileMapStore store, in FileStatus status, out string? problem)

@@ -1,3 +1,4 @@
+using System.Buffers.Binary;
 using System.Globalization;
 using System.IO.Hashing;
 using Xnbd.Linux;
@@ -24,8 +25,13 @@ public static class LayerStack
     /// <exception cref="DiskException">The base cannot be opened, or the layer cannot be made.</exception>
     public static Disk OpenDisposable(string basePath, string? directory, bool readOnly, Action<string> removed)
     {
-        long modified = ModifiedNanoseconds(basePath);
-        ImageFile baseImage = ImageFile.Open(basePath, readOnly: true);
+        if (directory is null && LinuxFile.Status(basePath, out FileStatus status) == Errno.None && status.Kind == FileKind.BlockDevice)
+        {
+            throw new DiskException(
+                DiskError.NotSupported, $"'{basePath}' is a device: say with --cow-dir in which directory its layer is to go");
+        }
+
+        ImageFile baseImage = ImageFile.Open(basePath, readOnly: true, ImageUse.Base);
         try
         {
             string prefix = Path.GetFullPath(basePath);
@@ -35,7 +41,7 @@ public static class LayerStack
             foreach (string path in LockedFile.RemoveAbandoned(prefix, DisposableSuffix, LayerFile.IsDisposable))
                 removed(path);
 
-            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage, modified);
+            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage);
             LayerFile? layer = null;
             for (int number = 0; layer is null; number++)
                 layer = LayerFile.TryCreateDisposable(prefix + number.ToString(CultureInfo.InvariantCulture) + DisposableSuffix, source);
@@ -57,20 +63,36 @@ public static class LayerStack
     /// <exception cref="DiskException">A file cannot be opened, or a base has changed.</exception>
     public static Disk OpenKept(string basePath, IReadOnlyList<string> layerPaths, bool readOnly, bool force, Action<string> warn)
     {
-        Disk disk = ImageFile.Open(basePath, readOnly: true);
+        Disk disk = ImageFile.Open(basePath, readOnly: true, ImageUse.Base);
         string below = Path.GetFullPath(basePath);
         try
         {
             for (int i = 0; i < layerPaths.Count; i++)
             {
                 string path = Path.GetFullPath(layerPaths[i]);
-                bool isWritten = i == layerPaths.Count - 1 && !readOnly;
-                SourceIdentity source = Identify(below, disk, ModifiedNanoseconds(below));
+                bool isTop = i == layerPaths.Count - 1, isWritten = isTop && !readOnly;
+                SourceIdentity source = Identify(below, disk);
                 MapFlags flags = i == 0 ? MapFlags.None : MapFlags.BaseIsLayer;
-                LayerFile layer = isWritten && LinuxFile.Status(path, out _) == Errno.ENOENT
-                    ? LayerFile.Create(path, source, flags)
-                    : OpenOver(path, source, flags, readOnly: !isWritten, force, warn);
-                disk = Compose(disk, layer, readOnly: !isWritten);
+                if (isWritten && LinuxFile.Status(path, out _) == Errno.ENOENT)
+                {
+                    disk = new CowDisk(disk, LayerFile.Create(path, source, flags), readOnly: false);
+                    return disk;
+                }
+
+                LayerFile layer = OpenSettled(path, isWritten);
+                try
+                {
+                    CheckBase(layer, source, flags, force, warn);
+                    if (isWritten)
+                        StartWriting(layer, source, flags);
+                    disk = Compose(disk, layer, readOnly: !isWritten);
+                }
+                catch
+                {
+                    layer.Data.Dispose();
+                    throw;
+                }
+
                 below = path;
             }
 
@@ -95,16 +117,19 @@ public static class LayerStack
     internal static CowDisk OpenByHeader(
         string path, string? basePath = null, bool readOnly = true, bool writableBase = false, bool resumes = false)
     {
-        LayerFile layer = LayerFile.Open(path, readOnly);
+        LayerFile layer = OpenSettled(path, isWritten: !readOnly);
         Disk? disk = null;
         try
         {
             MapHeader header = layer.Map.Header;
-            string below = basePath ?? header.Source.Path;
-            long modified = ModifiedNanoseconds(below);
+            string below = Path.GetFullPath(basePath ?? header.Source.Path);
             disk = OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, writableBase);
-            if (!resumes || (header.Flags & MapFlags.Committing) == 0)
-                CheckBase(layer, Identify(below, disk, modified), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+            if (resumes && (header.Flags & MapFlags.Committing) != 0)
+                CheckCommitted(layer, below, disk);
+            else
+                CheckBase(layer, Identify(below, disk), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+            if (!readOnly)
+                layer.Map.PrepareToWrite();
             return Compose(disk, layer, readOnly);
         }
         catch
@@ -117,7 +142,35 @@ public static class LayerStack
 
     /// <summary>What a layer stands on: an image, or a layer on a base of its own.</summary>
     internal static Disk OpenBase(string path, bool isLayer, bool writable = false)
-        => isLayer ? OpenByHeader(path, readOnly: !writable) : ImageFile.Open(path, readOnly: !writable, exclusive: writable);
+    {
+        if (!isLayer)
+            return ImageFile.Open(path, readOnly: !writable, writable ? ImageUse.Alone : ImageUse.Base);
+        CowDisk disk = OpenByHeader(path, readOnly: !writable);
+        if (writable)
+            disk.File.Map.WriteHeader(disk.File.Map.Header with { Generation = disk.File.Map.Header.Generation + 1 });
+        return disk;
+    }
+
+    /// <summary>
+    /// Samples the blocks of a base that a layer does not hold: those that a commit leaves as they are, by which the base is
+    /// known again when the commit is resumed.
+    /// </summary>
+    internal static UInt128 SampleAbsent(BlockMap map, Disk baseDisk)
+    {
+        long absent = map.Count(BlockState.Absent), next = 0, passed = 0;
+        long samples = Math.Min(absent, SampledBlocks);
+        var blocks = new List<long>();
+        foreach ((BlockRange run, BlockState state) in map.Runs())
+        {
+            if (state != BlockState.Absent)
+                continue;
+            for (; next < samples && Ordinal(next, samples, absent) < passed + run.Count; next++)
+                blocks.Add(run.First + Ordinal(next, samples, absent) - passed);
+            passed += run.Count;
+        }
+
+        return Sample(baseDisk, blocks);
+    }
 
     private static CowDisk Compose(Disk below, LayerFile layer, bool readOnly)
     {
@@ -126,48 +179,103 @@ public static class LayerStack
         return disk;
     }
 
-    /// <summary>What a disk is, so that it is known again, and known to be unchanged.</summary>
-    /// <param name="path">Where it stands.</param>
-    /// <param name="disk">The open disk.</param>
-    /// <param name="modified">When its file was last changed: asked before the disk was opened, which may change it.</param>
-    internal static SourceIdentity Identify(string path, Disk disk, long modified)
+    /// <summary>
+    /// Opens a layer. One that will only be read must be durable as it is found: what stands on it is bound to it, and a flush
+    /// of what stands on it covers it. If a server of it was killed, it is settled first, which needs it alone for a moment.
+    /// </summary>
+    private static LayerFile OpenSettled(string path, bool isWritten)
     {
-        if (!MapHeader.FitsPath(path))
-            throw new DiskException(DiskError.NotSupported, $"the path of '{path}' is too long to be recorded");
-        var hash = new XxHash128();
-        byte[] block = new byte[BlockRange.BlockSize];
-        long count = BlockRange.CountOf(disk.Length);
-        long samples = Math.Min(count, SampledBlocks);
-        for (long i = 0; i < samples; i++)
-        {
-            long index = samples == 1 ? 0 : (long)((Int128)i * (count - 1) / (samples - 1));
-            int length = (int)new BlockRange(index, 1).LengthOn(disk.Length);
-            disk.ReadAsync(index * BlockRange.BlockSize, block.AsMemory(0, length)).AsTask().GetAwaiter().GetResult();
-            hash.Append(block.AsSpan(0, length));
-        }
-
-        return new SourceIdentity(path, disk.Length, modified, hash.GetCurrentHashAsUInt128());
-    }
-
-    /// <returns>0 for what is no regular file: a device's time says nothing.</returns>
-    internal static long ModifiedNanoseconds(string path)
-        => LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular ? status.ModifiedNanoseconds : 0;
-
-    private static LayerFile OpenOver(
-        string path, SourceIdentity source, MapFlags flags, bool readOnly, bool force, Action<string> warn)
-    {
-        LayerFile layer = LayerFile.Open(path, readOnly);
+        LayerFile layer = LayerFile.Open(path, readOnly: !isWritten);
         try
         {
-            CheckBase(layer, source, flags, force, warn);
-            if (!readOnly && layer.Map.Header.Source != source)
-                layer.Map.WriteHeader(layer.Map.Header with { Source = source });
+            MapFlags flags = layer.Map.Header.Flags;
+            if (isWritten && (flags & MapFlags.Disposable) != 0)
+                throw new DiskException(DiskError.Permission, $"layer '{path}' was made to be thrown away; it can only be exported or compared");
+            if ((flags & MapFlags.Discarding) != 0)
+                throw new DiskException(DiskError.Permission, $"layer '{path}' was being emptied; complete that with: xnbd-layer discard {path}");
+            if (!isWritten && (flags & MapFlags.Disposable) == 0)
+            {
+                if (!layer.Map.IsCommitted)
+                {
+                    layer.Data.Dispose();
+                    layer = LayerFile.Open(path, readOnly: false);
+                    layer.Map.PrepareToWrite();
+                    layer.Data.SyncContents();
+                    layer.Map.Commit();
+                    layer.Data.Dispose();
+                    layer = LayerFile.Open(path, readOnly: true);
+                }
+
+                layer.Data.SyncContents();
+            }
+
             return layer;
         }
         catch
         {
             layer.Data.Dispose();
             throw;
+        }
+    }
+
+    private static void StartWriting(LayerFile layer, SourceIdentity source, MapFlags flags)
+    {
+        layer.Map.PrepareToWrite();
+        MapHeader header = layer.Map.Header;
+        layer.Map.WriteHeader(header with
+        {
+            Source = source,
+            Flags = (header.Flags & ~MapFlags.BaseIsLayer) | flags,
+            Generation = header.Generation + 1,
+        });
+    }
+
+    /// <summary>What a disk is, so that it is known again, and known to be unchanged.</summary>
+    /// <param name="path">Where it stands.</param>
+    /// <param name="disk">The open disk.</param>
+    internal static SourceIdentity Identify(string path, Disk disk)
+    {
+        if (!MapHeader.FitsPath(path))
+            throw new DiskException(DiskError.NotSupported, $"the path of '{path}' is too long to be recorded");
+        long count = BlockRange.CountOf(disk.Length), samples = Math.Min(count, SampledBlocks);
+        var blocks = new List<long>();
+        for (long i = 0; i < samples; i++)
+            blocks.Add(Ordinal(i, samples, count));
+        UInt128 sample = Sample(disk, blocks);
+        if (disk is CowDisk layered)
+            return new SourceIdentity(path, disk.Length, layered.Map.Header.Generation, sample ^ BinaryPrimitives.ReadUInt128LittleEndian(layered.Map.Header.Id.ToByteArray()));
+        long modified = LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
+            ? status.ModifiedNanoseconds
+            : 0; // a device's says nothing
+        return new SourceIdentity(path, disk.Length, modified, sample);
+    }
+
+    /// <summary>The number of a sample's block: the first, the last, and others at equal distances.</summary>
+    private static long Ordinal(long index, long samples, long count) => samples == 1 ? 0 : (long)((Int128)index * (count - 1) / (samples - 1));
+
+    private static UInt128 Sample(Disk disk, List<long> blocks)
+    {
+        var hash = new XxHash128();
+        byte[] block = new byte[BlockRange.BlockSize];
+        foreach (long index in blocks)
+        {
+            int length = (int)new BlockRange(index, 1).LengthOn(disk.Length);
+            disk.ReadAsync(index * BlockRange.BlockSize, block.AsMemory(0, length)).AsTask().GetAwaiter().GetResult();
+            hash.Append(block.AsSpan(0, length));
+        }
+
+        return hash.GetCurrentHashAsUInt128();
+    }
+
+    /// <exception cref="DiskException">The base is not the one that the commit has begun with.</exception>
+    private static void CheckCommitted(LayerFile layer, string below, Disk disk)
+    {
+        SourceIdentity known = layer.Map.Header.Source;
+        if (known.Length != disk.Length || known.Sample != SampleAbsent(layer.Map, disk))
+        {
+            throw new DiskException(
+                DiskError.Permission,
+                $"the commit of layer '{layer.Path}' that was interrupted had begun with another base than '{below}' is now; it began with '{known.Path}'");
         }
     }
 
@@ -193,8 +301,13 @@ public static class LayerStack
         var differences = new List<string>();
         if (((header.Flags ^ flags) & MapFlags.BaseIsLayer) != 0)
             differences.Add((flags & MapFlags.BaseIsLayer) != 0 ? "it is a layer, and was an image" : "it is an image, and was a layer");
-        if (known.ModifiedNanoseconds != actual.ModifiedNanoseconds)
-            differences.Add($"modified {Time(actual.ModifiedNanoseconds)}, was {Time(known.ModifiedNanoseconds)}");
+        else if (known.Version != actual.Version)
+        {
+            differences.Add((flags & MapFlags.BaseIsLayer) != 0
+                ? "it has been served to be written, or emptied, since"
+                : $"modified {Time(actual.Version)}, was {Time(known.Version)}");
+        }
+
         if (known.Sample != actual.Sample)
             differences.Add("its contents differ");
         if (differences.Count == 0)
@@ -202,7 +315,7 @@ public static class LayerStack
 
         string message = $"'{actual.Path}' is not as it was when layer '{layer.Path}' was made on it ({string.Join("; ", differences)})";
         if (!force)
-            throw new DiskException(DiskError.Permission, message + "; to use the layer all the same: --force");
+            throw new DiskException(DiskError.Permission, message + "; xnbd-server --force binds the layer to it as it is now");
         warn(message);
     }
 

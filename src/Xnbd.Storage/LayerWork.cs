@@ -13,8 +13,9 @@ namespace Xnbd.Storage;
 /// <param name="AllocatedBytes">Space that the file takes.</param>
 /// <param name="IsDisposable">It goes when its server ends.</param>
 /// <param name="IsCommitting">A commit into its base was interrupted.</param>
+/// <param name="IsDiscarding">It was being emptied, and that was interrupted.</param>
 /// <param name="IsInUse">Somebody is writing it: the figures are of a moment ago.</param>
-/// <param name="Runs">All blocks in order, as runs of one state, lengths in bytes.</param>
+/// <param name="Runs">All blocks in order, as runs of one state, lengths in bytes; made while they are looked at, as there may be very many.</param>
 public sealed record LayerInfo(
     string Path,
     string BasePath,
@@ -25,8 +26,9 @@ public sealed record LayerInfo(
     long AllocatedBytes,
     bool IsDisposable,
     bool IsCommitting,
+    bool IsDiscarding,
     bool IsInUse,
-    IReadOnlyList<(long Length, BlockState State)> Runs);
+    IEnumerable<(long Length, BlockState State)> Runs);
 
 /// <summary>How far long work has come.</summary>
 /// <param name="Done">Bytes of the disk that have been passed.</param>
@@ -43,6 +45,12 @@ public static class LayerWork
     /// <summary>What is read and written at a time, in bytes.</summary>
     private const int PieceBytes = 1 << 20;
 
+    /// <summary>How far is looked at once for extents, in bytes.</summary>
+    private const long ExtentsBytes = 1L << 30;
+
+    /// <summary>So many ranges are let go of at once, each batch with a commit of its own: memory stays bounded.</summary>
+    private const int RangesAtOnce = 64 * 1024;
+
     /// <summary>How much is committed, in bytes, until it is made durable and noted, so that a resumed commit begins there.</summary>
     private const long CheckpointBytes = 64L << 20;
 
@@ -54,12 +62,10 @@ public static class LayerWork
         {
             BlockMap map = layer.Map;
             MapHeader header = map.Header;
-            var runs = new List<(long Length, BlockState State)>();
+            IEnumerable<(long Length, BlockState State)> runs = map.Runs().Select(r => (r.Run.LengthOn(header.Source.Length), r.State));
             long written = 0, zero = 0;
-            foreach ((BlockRange run, BlockState state) in map.Runs())
+            foreach ((long length, BlockState state) in runs)
             {
-                long length = run.LengthOn(header.Source.Length);
-                runs.Add((length, state));
                 written += state == BlockState.Written ? length : 0;
                 zero += state == BlockState.Zero ? length : 0;
             }
@@ -75,6 +81,7 @@ public static class LayerWork
                 status.AllocatedBytes,
                 (header.Flags & MapFlags.Disposable) != 0,
                 (header.Flags & MapFlags.Committing) != 0,
+                (header.Flags & MapFlags.Discarding) != 0,
                 isInUse,
                 runs);
         }
@@ -94,9 +101,16 @@ public static class LayerWork
         using CowDisk disk = LayerStack.OpenByHeader(path, basePath, readOnly: false, writableBase: true, resumes: true);
         LayerFile layer = disk.File;
         MapHeader header = layer.Map.Header;
+        string below = Path.GetFullPath(basePath ?? header.Source.Path);
         if ((header.Flags & MapFlags.Committing) == 0)
         {
-            header = header with { Flags = header.Flags | MapFlags.Committing, CommitPosition = 0 };
+            // The base's time and contents will change; what the layer does not hold stays, and tells it from others.
+            header = header with
+            {
+                Flags = header.Flags | MapFlags.Committing,
+                CommitPosition = 0,
+                Source = header.Source with { Path = below, Sample = LayerStack.SampleAbsent(layer.Map, disk.Base) },
+            };
             layer.Map.WriteHeader(header);
         }
 
@@ -134,13 +148,7 @@ public static class LayerWork
 
         await disk.Base.FlushAsync();
         progress(new WorkProgress(disk.Length, disk.Length));
-        string below = Path.GetFullPath(basePath ?? header.Source.Path);
-        layer.Clear(header with
-        {
-            Flags = header.Flags & ~MapFlags.Committing,
-            CommitPosition = 0,
-            Source = LayerStack.Identify(below, disk.Base, LayerStack.ModifiedNanoseconds(below)),
-        });
+        layer.Clear(LayerStack.Identify(below, disk.Base));
         return committed;
     }
 
@@ -153,6 +161,8 @@ public static class LayerWork
         using (layer.Data)
         {
             MapHeader header = layer.Map.Header;
+            if ((header.Flags & MapFlags.Disposable) != 0)
+                throw new DiskException(DiskError.Permission, $"layer '{path}' was made to be thrown away: the next server on its base removes it");
             if ((header.Flags & MapFlags.Committing) != 0)
             {
                 throw new DiskException(
@@ -161,11 +171,11 @@ public static class LayerWork
             }
 
             string below = Path.GetFullPath(basePath ?? header.Source.Path);
-            long modified = LayerStack.ModifiedNanoseconds(below);
             using Disk baseDisk = LayerStack.OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0);
             if (baseDisk.Length != header.Source.Length)
                 throw new DiskException(DiskError.Permission, $"'{below}' has {baseDisk.Length} bytes; '{path}' is of a disk of {header.Source.Length} bytes");
-            layer.Clear(header with { Source = LayerStack.Identify(below, baseDisk, modified) });
+            layer.Map.PrepareToWrite();
+            layer.Clear(LayerStack.Identify(below, baseDisk));
         }
     }
 
@@ -210,35 +220,49 @@ public static class LayerWork
     /// <param name="cancel">Interrupts it; nothing is left behind.</param>
     public static async Task ExportRaw(Disk disk, string outputPath, Action<WorkProgress> progress, CancellationToken cancel)
     {
-        string partial = outputPath + ".partial";
-        if (LinuxFile.Status(outputPath, out _) == Errno.None)
-            throw LockedFile.Failure(Errno.EEXIST, "write", outputPath);
-        LockedFile.RemoveIfAbandoned(partial);
-        using SafeFileHandle file = LockedFile.Create(partial);
-        try
+        await WriteNew(outputPath, async (_, file) =>
         {
             Check(LinuxFile.Truncate(file, disk.Length), outputPath);
             using var buffer = new NativeBuffer(PieceBytes);
             for (long offset = 0; offset < disk.Length;)
             {
-                cancel.ThrowIfCancellationRequested();
-                var extents = new ExtentList(1);
-                await disk.GetExtentsAsync(offset, disk.Length - offset, extents);
-                long length = extents.Length;
-                if (!extents.Extents[0].IsHole)
+                // All that one question answered is used before the next: it may have to look far.
+                var extents = new ExtentList(1024);
+                await disk.GetExtentsAsync(offset, Math.Min(disk.Length - offset, ExtentsBytes), extents);
+                foreach (Extent extent in extents.Extents)
                 {
-                    length = Math.Min(length, PieceBytes);
-                    await disk.ReadAsync(offset, buffer.Memory[..(int)length]);
-                    WriteSparse(file, outputPath, offset, buffer.Slice(0, (int)length));
+                    for (long end = offset + extent.Length; offset < end;)
+                    {
+                        cancel.ThrowIfCancellationRequested();
+                        long length = extent.IsHole ? end - offset : Math.Min(end - offset, PieceBytes);
+                        if (!extent.IsHole)
+                        {
+                            await disk.ReadAsync(offset, buffer.Memory[..(int)length]);
+                            WriteSparse(file, outputPath, offset, buffer.Slice(0, (int)length));
+                        }
+
+                        offset += length;
+                        progress(new WorkProgress(offset, disk.Length));
+                    }
                 }
-
-                offset += length;
-                progress(new WorkProgress(offset, disk.Length));
             }
+        });
+    }
 
-            Check(LinuxFile.Sync(file), outputPath);
-            Check(LinuxFile.RenameNoReplace(partial, outputPath), outputPath);
-            LinuxFile.SyncDirectoryOf(outputPath);
+    /// <summary>Makes a new file, which appears under its name when it is complete and durable.</summary>
+    /// <param name="path">The file; it must not be there.</param>
+    /// <param name="write">Writes it: to the path that it is given, or to the open file.</param>
+    public static async Task WriteNew(string path, Func<string, SafeFileHandle, Task> write)
+    {
+        if (LinuxFile.Status(path, out _) == Errno.None)
+            throw LockedFile.Failure(Errno.EEXIST, "write", path);
+        using SafeFileHandle file = LockedFile.CreateBeside(Path.GetFullPath(path), out string partial);
+        try
+        {
+            await write(partial, file);
+            Check(LinuxFile.Sync(file), path);
+            Check(LinuxFile.RenameNoReplace(partial, path), path);
+            LinuxFile.SyncDirectoryOf(path);
         }
         catch
         {
@@ -263,11 +287,10 @@ public static class LayerWork
         newBasePath = Path.GetFullPath(newBasePath);
         using CowDisk disk = LayerStack.OpenByHeader(path, basePath, readOnly: false);
         BlockMap map = disk.File.Map;
-        long modified = LayerStack.ModifiedNanoseconds(newBasePath);
         using Disk newBase = LayerStack.OpenBase(newBasePath, newBaseIsLayer);
         if (newBase.Length != disk.Length)
             throw new DiskException(DiskError.Permission, $"'{newBasePath}' has {newBase.Length} bytes; '{path}' is of a disk of {disk.Length} bytes");
-        SourceIdentity source = LayerStack.Identify(newBasePath, newBase, modified);
+        SourceIdentity source = LayerStack.Identify(newBasePath, newBase);
 
         // Until the header names the new base, a block that is taken in holds what the old base has: nothing has changed.
         await Compare(disk, newBase, map, skipAbsent: false, progress, cancel, (block, data, other) =>
@@ -276,6 +299,7 @@ public static class LayerWork
                 disk.WriteAsync(block * BlockRange.BlockSize, data.ToArray(), durable: false).AsTask().GetAwaiter().GetResult();
         });
         await disk.FlushAsync();
+        (newBase as ImageFile)?.SyncContents(); // the layer will let go of what stands there; a layer was synced when it was opened
         map.WriteHeader(map.Header with
         {
             Source = source,
@@ -289,16 +313,33 @@ public static class LayerWork
             if (!data.SequenceEqual(other))
                 return;
             if (equal.Count > 0 && equal[^1].End == block)
+            {
                 equal[^1] = equal[^1] with { Count = equal[^1].Count + 1 };
-            else
-                equal.Add(new BlockRange(block, 1));
+                return;
+            }
+
+            if (equal.Count == RangesAtOnce)
+                LetGo(equal);
+            equal.Add(new BlockRange(block, 1));
         });
-        foreach (BlockRange range in equal)
-            map.Set(range, BlockState.Absent);
-        await disk.FlushAsync();
-        foreach (BlockRange range in equal)
-            await disk.File.Data.TrimAsync(range.Offset, range.LengthOn(disk.Length), durable: false);
+        LetGo(equal);
+
+        // The space of all that is not in the layer: also of what an interrupted rebase has left.
+        foreach ((BlockRange run, BlockState state) in map.Runs())
+        {
+            if (state == BlockState.Absent)
+                await disk.File.Data.TrimAsync(run.Offset, run.LengthOn(disk.Length), durable: false);
+        }
+
         progress(new WorkProgress(disk.Length, disk.Length));
+
+        void LetGo(List<BlockRange> ranges)
+        {
+            foreach (BlockRange range in ranges)
+                map.Set(range, BlockState.Absent);
+            disk.FlushAsync().AsTask().GetAwaiter().GetResult();
+            ranges.Clear();
+        }
     }
 
     private delegate void BlockPair(long block, ReadOnlySpan<byte> data, ReadOnlySpan<byte> other);

@@ -14,6 +14,13 @@ internal static class LockedFile
     public static SafeFileHandle Create(string path)
         => TryCreate(path) ?? throw Failure(Errno.EEXIST, "create", path);
 
+    /// <summary>Creates a file beside another one, with a name that nobody has, to be put in that one's place later.</summary>
+    public static SafeFileHandle CreateBeside(string path, out string partial)
+    {
+        partial = $"{path}.{Guid.NewGuid().ToString("N")[..8]}.partial";
+        return Create(partial);
+    }
+
     /// <returns>Null when the file is there already.</returns>
     /// <exception cref="DiskException">It cannot be created.</exception>
     public static SafeFileHandle? TryCreate(string path)
@@ -76,18 +83,6 @@ internal static class LockedFile
         }
 
         return removed;
-    }
-
-    /// <summary>Removes a file that nobody holds.</summary>
-    public static void RemoveIfAbandoned(string path)
-    {
-        if (LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
-            return;
-        using (file)
-        {
-            if (LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!))
-                _ = LinuxFile.Unlink(path);
-        }
     }
 
     /// <summary>Whether a path leads to an open file.</summary>

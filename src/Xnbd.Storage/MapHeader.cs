@@ -7,9 +7,12 @@ namespace Xnbd.Storage;
 /// <summary>What a disk under a map was when the map was made: a map says nothing about any other disk.</summary>
 /// <param name="Path">Where it stands, for people and tools.</param>
 /// <param name="Length">In bytes.</param>
-/// <param name="ModifiedNanoseconds">When its file was last changed, since 1970; 0 for what has no such time.</param>
-/// <param name="Sample">A hash of sampled blocks.</param>
-public sealed record SourceIdentity(string Path, long Length, long ModifiedNanoseconds, UInt128 Sample);
+/// <param name="Version">
+/// Differs when it was changed: of an image's file the time of its last change, in nanoseconds since 1970, and 0 for what has
+/// no such time; of a layer its <see cref="MapHeader.Generation"/>.
+/// </param>
+/// <param name="Sample">A hash of sampled blocks, and of a layer's id.</param>
+internal sealed record SourceIdentity(string Path, long Length, long Version, UInt128 Sample);
 
 /// <summary>What a map's file says about itself.</summary>
 [Flags]
@@ -26,6 +29,9 @@ public enum MapFlags
 
     /// <summary>The base is a layer itself, not an image.</summary>
     BaseIsLayer = 4,
+
+    /// <summary>The layer is being emptied: what is left in it means nothing any more.</summary>
+    Discarding = 8,
 }
 
 /// <summary>
@@ -38,8 +44,8 @@ internal sealed record MapHeader
     public const int Size = 4096;
 
     private const uint Version = 1;
-    private const int PathLengthAt = 112;
-    private const int PathAt = 116;
+    private const int PathLengthAt = 120;
+    private const int PathAt = 124;
     private const int HashAt = Size - 8;
 
     /// <summary>The longest path, in bytes of UTF-8.</summary>
@@ -63,6 +69,9 @@ internal sealed record MapHeader
 
     /// <summary>The disk that the blocks come from; its length is the map's.</summary>
     public required SourceIdentity Source { get; init; }
+
+    /// <summary>Grows each time when the layer is opened to be written by clients, or is emptied: who stands on it sees another disk then.</summary>
+    public long Generation { get; init; }
 
     /// <summary>With <see cref="MapFlags.Committing"/>: up to here, in bytes, the base has everything, and it is durable.</summary>
     public long CommitPosition { get; init; }
@@ -91,6 +100,7 @@ internal sealed record MapHeader
             Flags = (MapFlags)BinaryPrimitives.ReadUInt32LittleEndian(copy[12..]),
             DataStart = BinaryPrimitives.ReadInt64LittleEndian(copy[96..]),
             CommitPosition = BinaryPrimitives.ReadInt64LittleEndian(copy[104..]),
+            Generation = BinaryPrimitives.ReadInt64LittleEndian(copy[112..]),
             Source = new SourceIdentity(
                 Encoding.UTF8.GetString(copy.Slice(PathAt, pathLength)),
                 BinaryPrimitives.ReadInt64LittleEndian(copy[56..]),
@@ -111,10 +121,11 @@ internal sealed record MapHeader
         BootId.TryWriteBytes(copy[40..]);
         BinaryPrimitives.WriteInt64LittleEndian(copy[56..], Source.Length);
         BinaryPrimitives.WriteInt32LittleEndian(copy[64..], BlockRange.BlockSize);
-        BinaryPrimitives.WriteInt64LittleEndian(copy[72..], Source.ModifiedNanoseconds);
+        BinaryPrimitives.WriteInt64LittleEndian(copy[72..], Source.Version);
         BinaryPrimitives.WriteUInt128LittleEndian(copy[80..], Source.Sample);
         BinaryPrimitives.WriteInt64LittleEndian(copy[96..], DataStart);
         BinaryPrimitives.WriteInt64LittleEndian(copy[104..], CommitPosition);
+        BinaryPrimitives.WriteInt64LittleEndian(copy[112..], Generation);
         int pathLength = Encoding.UTF8.GetBytes(Source.Path, copy[PathAt..HashAt]);
         BinaryPrimitives.WriteInt32LittleEndian(copy[PathLengthAt..], pathLength);
         BinaryPrimitives.WriteUInt64LittleEndian(copy[HashAt..], XxHash3.HashToUInt64(copy[..HashAt]));

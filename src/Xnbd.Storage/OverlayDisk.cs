@@ -27,6 +27,7 @@ internal abstract partial class OverlayDisk : Disk
     private readonly BlockMap _map;
     private readonly bool _isDisposable;
     private readonly SharedRounds _commits;
+    private DiskException? _lost; // the sync that failed; only the round that runs touches it
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="local">The local file's data, as long as the source.</param>
@@ -287,10 +288,35 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     /// <summary>Makes durable what has completed: the data, then the pages of the map that speak of it.</summary>
+    /// <exception cref="DiskException">
+    /// If a sync has failed, data may be lost, and every later commit fails, too. If the map could not be written, it may be
+    /// the next time.
+    /// </exception>
     private async ValueTask Commit()
     {
+        if (_lost is { } earlier)
+            throw Lost(earlier);
         var pages = _map.Collect();
-        await _local.FlushAsync();
-        _map.Commit(pages); // on the disk thread that has synced the data
+        try
+        {
+            await _local.FlushAsync();
+        }
+        catch (DiskException failure)
+        {
+            throw Lost(_lost = failure);
+        }
+
+        _map.WritePages(pages); // on the disk thread that has synced the data
+        try
+        {
+            _map.SyncPages(pages);
+        }
+        catch (DiskException failure)
+        {
+            throw Lost(_lost = failure);
+        }
     }
+
+    private static DiskException Lost(DiskException failure)
+        => new(DiskError.Io, $"a sync has failed and may have lost data; nothing is called durable any more ({failure.Message})");
 }

@@ -2,8 +2,7 @@ namespace Xnbd.Storage;
 
 /// <summary>
 /// Work that many ask for and that needs to be done once for all who wait, such as a commit: who asks while a round is under
-/// way shares the next one, which starts after they asked, and so covers what they mean. After a round has failed, nothing
-/// is known of what it was to make safe, and every later one fails.
+/// way shares the next one, which starts after they asked, and so covers what they mean. A round that fails, fails for them.
 /// </summary>
 /// <param name="round">One round of the work; never two at the same time.</param>
 internal sealed class SharedRounds(Func<ValueTask> round)
@@ -11,7 +10,6 @@ internal sealed class SharedRounds(Func<ValueTask> round)
     private readonly Lock _lock = new();
     private bool _isRunning;
     private TaskCompletionSource? _next; // for those who asked during the present round
-    private Exception? _failure;
 
     /// <summary>Runs a round that starts from now on.</summary>
     public Task RunAsync()
@@ -32,14 +30,14 @@ internal sealed class SharedRounds(Func<ValueTask> round)
     {
         while (waiters is not null)
         {
+            Exception? failure = null;
             try
             {
-                if (_failure is null)
-                    await round();
+                await round();
             }
-            catch (Exception failure)
+            catch (Exception caught)
             {
-                _failure = failure;
+                failure = caught;
             }
 
             TaskCompletionSource? next;
@@ -50,10 +48,10 @@ internal sealed class SharedRounds(Func<ValueTask> round)
                 _isRunning = next is not null;
             }
 
-            if (_failure is null)
+            if (failure is null)
                 waiters.SetResult();
             else
-                waiters.SetException(new DiskException(DiskError.Io, $"a sync has failed and may have lost data; nothing is called durable any more ({_failure.Message})"));
+                waiters.SetException(failure);
             waiters = next;
         }
     }

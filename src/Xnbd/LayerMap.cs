@@ -2,7 +2,7 @@ using Xnbd.Storage;
 
 namespace Xnbd.Programs;
 
-/// <summary>What a layer holds of its disk, drawn in text, or listed.</summary>
+/// <summary>What a layer holds of its disk, drawn in text.</summary>
 internal static class LayerMap
 {
     private const int Columns = 64;
@@ -38,21 +38,6 @@ internal static class LayerMap
             yield return $"{row * cellBytes,16}  {string.Concat(shares.Skip(row).Take(Columns).Select(Sign))}";
         yield return "";
         yield return $"one sign is {cellBytes} bytes:  . of the base   + written in part   # written   0 made zero";
-    }
-
-    /// <summary>The ranges that the layer holds.</summary>
-    public static LayerRangeJson[] Ranges(LayerInfo info)
-    {
-        var ranges = new List<LayerRangeJson>();
-        long offset = 0;
-        foreach ((long length, BlockState state) in info.Runs)
-        {
-            if (state != BlockState.Absent)
-                ranges.Add(new LayerRangeJson(offset, length, state == BlockState.Zero ? "zero" : "data"));
-            offset += length;
-        }
-
-        return [.. ranges];
     }
 
     private static char Sign((long Written, long Zero, long All) share)

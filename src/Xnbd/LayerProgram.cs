@@ -1,8 +1,8 @@
 using System.CommandLine;
+using System.CommandLine.Parsing;
 using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text.Json;
-using System.Text.Json.Serialization;
 using Spectre.Console;
 using Xnbd.Storage;
 
@@ -48,7 +48,7 @@ internal static class LayerProgram
             Console.Error.WriteLine($"Try '{Name} --help' for more information.");
             return ExitCode.Usage;
         }
-        catch (Exception failure) when (failure is FailureException or DiskException)
+        catch (Exception failure) when (failure is FailureException or DiskException or IOException or UnauthorizedAccessException)
         {
             Console.Error.WriteLine($"{Name}: {failure.Message}");
             return ExitCode.Failure;
@@ -90,10 +90,18 @@ internal static class LayerProgram
         var command = new Command(name, description);
         foreach (Symbol symbol in symbols)
         {
-            if (symbol is Argument argument)
+            if (symbol is Argument<string> argument)
+            {
+                if (argument.Validators.Count == 0)
+                    argument.Validators.Add(RefuseEmpty);
                 command.Add(argument);
+            }
             else
+            {
+                if (symbol is Option<string?> { Validators.Count: 0 } option)
+                    option.Validators.Add(RefuseEmpty);
                 command.Add((Option)symbol);
+            }
         }
 
         command.SetAction(result =>
@@ -106,17 +114,28 @@ internal static class LayerProgram
 
     private static string File(ParseResult result) => result.GetValue(s_file)!;
 
+    /// <summary>An empty name is a mistake of a script, such as an unset variable.</summary>
+    private static void RefuseEmpty(OptionResult option)
+    {
+        if (option.GetValueOrDefault<string?>() is "")
+            option.AddError($"{option.Option.Name}: the name is empty");
+    }
+
+    private static void RefuseEmpty(ArgumentResult argument)
+    {
+        if (argument.GetValueOrDefault<string?>() is "")
+            argument.AddError($"{argument.Argument.Name}: the name is empty");
+    }
+
     private static void Info(ParseResult result)
     {
         LayerInfo info = LayerWork.GetInfo(File(result));
-        string state = info.IsCommitting ? "a commit was interrupted: complete it with 'xnbd-layer commit'"
+        string state = info.IsDiscarding ? "it was being emptied: complete that with 'xnbd-layer discard'"
+            : info.IsCommitting ? "a commit was interrupted: complete it with 'xnbd-layer commit'"
             : info.IsInUse ? "in use" : "not in use";
         if (result.GetValue(s_json))
         {
-            Print(new LayerInfoJson(
-                info.Path, info.BasePath, info.BaseIsLayer, info.Length, BlockRange.BlockSize, info.WrittenBytes, info.ZeroBytes,
-                info.AllocatedBytes, info.IsDisposable, info.IsCommitting, info.IsInUse,
-                LayerMap.Ranges(info)), LayerJson.Default.LayerInfoJson);
+            PrintJson(info);
             return;
         }
 
@@ -150,24 +169,27 @@ internal static class LayerProgram
         long committed = 0;
         Wait("committing", File(result), async progress => committed = await LayerWork.Commit(File(result), result.GetValue(s_base), progress, cancel));
         if (result.GetValue(s_json))
-            Print(new LayerCommitJson(committed), LayerJson.Default.LayerCommitJson);
+            Console.WriteLine($"{{ \"committed-bytes\": {committed.ToString(CultureInfo.InvariantCulture)} }}");
         else
             Console.WriteLine($"committed {Bytes(committed)}; the layer is empty now");
     }
 
     private static void Diff(ParseResult result, CancellationToken cancel)
     {
-        var ranges = new List<LayerRangeJson>();
-        bool isJson = result.GetValue(s_json);
+        using Utf8JsonWriter? json = result.GetValue(s_json) ? OpenJson() : null;
+        json?.WriteStartArray();
         LayerWork.Diff(File(result), result.GetValue(s_base), (offset, length, isZero) =>
         {
-            if (isJson)
-                ranges.Add(new LayerRangeJson(offset, length, isZero ? "zero" : "data"));
+            string kind = isZero ? "zero" : "data";
+            if (json is not null)
+                WriteRange(json, offset, length, kind);
             else
-                Console.WriteLine($"{offset,14} {length,14}  {(isZero ? "zero" : "data")}");
+                Console.WriteLine($"{offset,14} {length,14}  {kind}");
         }, cancel).GetAwaiter().GetResult();
-        if (isJson)
-            Print([.. ranges], LayerJson.Default.LayerRangeJsonArray);
+        json?.WriteEndArray();
+        json?.Flush();
+        if (json is not null)
+            Console.WriteLine();
     }
 
     private static void Export(ParseResult result, string output, string? format, CancellationToken cancel)
@@ -206,24 +228,51 @@ internal static class LayerProgram
             .GetAwaiter().GetResult();
     }
 
-    private static void Print<T>(T value, System.Text.Json.Serialization.Metadata.JsonTypeInfo<T> type)
-        => Console.WriteLine(JsonSerializer.Serialize(value, type));
+    /// <summary>Written as it is made: a map may have very many ranges.</summary>
+    private static void PrintJson(LayerInfo info)
+    {
+        using (Utf8JsonWriter json = OpenJson())
+        {
+            json.WriteStartObject();
+            json.WriteString("path", info.Path);
+            json.WriteString("base", info.BasePath);
+            json.WriteBoolean("base-is-layer", info.BaseIsLayer);
+            json.WriteNumber("size", info.Length);
+            json.WriteNumber("block-size", BlockRange.BlockSize);
+            json.WriteNumber("written-bytes", info.WrittenBytes);
+            json.WriteNumber("zero-bytes", info.ZeroBytes);
+            json.WriteNumber("allocated-bytes", info.AllocatedBytes);
+            json.WriteBoolean("disposable", info.IsDisposable);
+            json.WriteBoolean("commit-interrupted", info.IsCommitting);
+            json.WriteBoolean("discard-interrupted", info.IsDiscarding);
+            json.WriteBoolean("in-use", info.IsInUse);
+            json.WriteStartArray("map");
+            long offset = 0;
+            foreach ((long length, BlockState state) in info.Runs)
+            {
+                if (state != BlockState.Absent)
+                    WriteRange(json, offset, length, state == BlockState.Zero ? "zero" : "data");
+                offset += length;
+            }
+
+            json.WriteEndArray();
+            json.WriteEndObject();
+        }
+
+        Console.WriteLine();
+    }
+
+    private static Utf8JsonWriter OpenJson() => new(Console.OpenStandardOutput(), new JsonWriterOptions { Indented = true });
+
+    private static void WriteRange(Utf8JsonWriter json, long offset, long length, string kind)
+    {
+        const int mostBuffered = 64 * 1024;
+        json.WriteStartObject();
+        json.WriteNumber("offset", offset);
+        json.WriteNumber("length", length);
+        json.WriteString("kind", kind);
+        json.WriteEndObject();
+        if (json.BytesPending > mostBuffered)
+            json.Flush();
+    }
 }
-
-/// <summary>What <c>xnbd-layer info --json</c> prints. Sizes are bytes.</summary>
-internal sealed record LayerInfoJson(
-    string Path, string Base, bool BaseIsLayer, long Size, int BlockSize, long WrittenBytes, long ZeroBytes, long AllocatedBytes,
-    bool Disposable, bool CommitInterrupted, bool InUse, LayerRangeJson[] Map);
-
-/// <summary>A range of the disk, in bytes, and what is there.</summary>
-internal sealed record LayerRangeJson(long Offset, long Length, string Kind);
-
-/// <summary>What <c>xnbd-layer commit --json</c> prints.</summary>
-internal sealed record LayerCommitJson(long CommittedBytes);
-
-/// <summary>JSON without reflection.</summary>
-[JsonSourceGenerationOptions(WriteIndented = true, PropertyNamingPolicy = JsonKnownNamingPolicy.KebabCaseLower)]
-[JsonSerializable(typeof(LayerInfoJson))]
-[JsonSerializable(typeof(LayerRangeJson[]))]
-[JsonSerializable(typeof(LayerCommitJson))]
-internal sealed partial class LayerJson : JsonSerializerContext;

@@ -13,9 +13,6 @@ internal static class LayerQcow2
     /// <exception cref="FailureException">qemu-img is not there, or has failed; nothing is left behind.</exception>
     public static void Export(Disk disk, string output, CancellationToken cancel)
     {
-        if (Path.Exists(output))
-            throw new FailureException($"cannot write '{output}': it is there already");
-        string partial = output + ".partial";
         string folder = Directory.CreateTempSubdirectory("xnbd-layer-").FullName;
         string socket = Path.Combine(folder, "socket");
         var server = new NbdServer(new ExportTable(new Export("", "", disk)), HandshakeStyle.FixedNewstyle, NullLogger.Instance);
@@ -23,16 +20,17 @@ internal static class LayerQcow2
         {
             server.Listen(socket);
             server.Start();
-            List<string> arguments = ["convert", "-f", "raw", "-O", "qcow2", $"nbd+unix:///?socket={socket}", partial];
-            if (!Console.IsOutputRedirected)
-                arguments.Insert(1, "-p");
-            using Process process = Process.Start(new ProcessStartInfo("qemu-img", arguments) { UseShellExecute = false })!;
-            using (cancel.Register(() => process.Kill()))
-                process.WaitForExit();
-            cancel.ThrowIfCancellationRequested();
-            if (process.ExitCode != 0)
-                throw new FailureException($"qemu-img ended with exit code {process.ExitCode}");
-            File.Move(partial, output);
+            LayerWork.WriteNew(output, (partial, _) =>
+            {
+                List<string> arguments = ["convert", "-f", "raw", "-O", "qcow2", $"nbd+unix:///?socket={socket}", "file:" + partial];
+                if (!Console.IsOutputRedirected)
+                    arguments.Insert(1, "-p");
+                using Process process = Process.Start(new ProcessStartInfo("qemu-img", arguments) { UseShellExecute = false })!;
+                using (cancel.Register(() => process.Kill()))
+                    process.WaitForExit();
+                cancel.ThrowIfCancellationRequested();
+                return process.ExitCode == 0 ? Task.CompletedTask : throw new FailureException($"qemu-img ended with exit code {process.ExitCode}");
+            }).GetAwaiter().GetResult();
         }
         catch (Win32Exception failure)
         {
@@ -41,7 +39,6 @@ internal static class LayerQcow2
         finally
         {
             server.Stop();
-            File.Delete(partial);
             Directory.Delete(folder, recursive: true);
         }
     }

@@ -290,13 +290,13 @@ public sealed class CowDiskTests : IDisposable
 
     private string LayerPath => _folder.File("layer");
 
-    private ImageFile OpenBase() => ImageFile.Open(_basePath, readOnly: true);
+    private ImageFile OpenBase() => ImageFile.Open(_basePath, readOnly: true, ImageUse.Base);
 
     private LayerFile MakeLayer()
     {
         using ImageFile baseImage = OpenBase();
         return LayerFile.Create(
-            LayerPath, LayerStack.Identify(_basePath, baseImage, LayerStack.ModifiedNanoseconds(_basePath)), MapFlags.None);
+            LayerPath, LayerStack.Identify(_basePath, baseImage), MapFlags.None);
     }
 
     private static async Task Operate(Disk disk, Random random, byte[] model, int size)

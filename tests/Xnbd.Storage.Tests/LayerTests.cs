@@ -84,7 +84,9 @@ public sealed class LayerTests : IDisposable
         using Disk second = Open(layers: [Layer, top2]);
         Assert.Throws<DiskException>(() => Open());
         Assert.Throws<DiskException>(() => Open(layers: [Layer, top2]));
-        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false, exclusive: true));
+        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false, ImageUse.Alone));
+        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false)); // somebody relies on its staying as it is
+        using ImageFile reader = ImageFile.Open(_base, readOnly: true);
     }
 
     [Fact]
@@ -174,6 +176,150 @@ public sealed class LayerTests : IDisposable
     }
 
     [Fact]
+    public async Task A_layer_that_a_killed_server_left_can_be_rescued_and_is_not_removed_by_looking_at_it()
+    {
+        string left = _folder.File("left"), output = _folder.File("out");
+        using (Disk disk = LayerStack.OpenDisposable(_base, null, readOnly: false, _ => { }))
+        {
+            await disk.WriteAsync(5, new byte[] { 1, 2, 3 }, durable: false);
+            await Tool.Succeed("cp", $"{_base}.cow0.layer1", left);
+        }
+
+        await LayerWork.Diff(left, null, (_, _, _) => { }, default);
+        using (Disk merged = LayerWork.OpenMerged(left, null))
+            await LayerWork.ExportRaw(merged, output, _ => { }, default);
+        byte[] expected = File.ReadAllBytes(_base);
+        new byte[] { 1, 2, 3 }.CopyTo(expected, 5);
+        Assert.Equal(expected, File.ReadAllBytes(output));
+        Assert.Throws<DiskException>(() => Open(layers: [left])); // it would not be durable
+        await Assert.ThrowsAsync<DiskException>(() => LayerWork.Commit(left, null, _ => { }, default));
+        Assert.True(File.Exists(left));
+    }
+
+    [Fact]
+    public async Task A_layer_that_was_being_emptied_is_refused_until_that_is_complete()
+    {
+        using (Disk disk = Open())
+            await disk.WriteAsync(0, new byte[100_000], durable: true);
+        LayerFile file = LayerFile.Open(Layer, readOnly: false);
+        file.Map.PrepareToWrite();
+        file.Map.WriteHeader(file.Map.Header with { Flags = MapFlags.Discarding }); // it died here
+        file.Map.Set(new BlockRange(0, 10), BlockState.Absent);
+        file.Data.Dispose();
+        Assert.Contains("xnbd-layer discard", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        Assert.Contains("xnbd-layer discard", Assert.Throws<DiskException>(() => LayerWork.OpenMerged(Layer, null)).Message, StringComparison.Ordinal);
+        LayerWork.Discard(Layer, null);
+        using Disk empty = Open();
+        byte[] seen = new byte[1 << 20];
+        await empty.ReadAsync(0, seen);
+        Assert.Equal(File.ReadAllBytes(_base), seen);
+    }
+
+    [Fact]
+    public async Task A_lower_layer_whose_server_was_killed_is_settled_before_it_is_built_upon()
+    {
+        using (Disk disk = Open())
+            await disk.WriteAsync(0, new byte[] { 9 }, durable: true);
+        LayerFile killed = LayerFile.Open(Layer, readOnly: false); // it wrote, and died before a flush
+        killed.Map.PrepareToWrite();
+        await killed.Data.WriteAsync(8192, new byte[4096], durable: false);
+        killed.Map.Set(new BlockRange(2, 1), BlockState.Written);
+        killed.Data.Dispose();
+        using Disk top = Open(layers: [Layer, _folder.File("top")]);
+        LayerFile lower = LayerFile.OpenUnlocked(Layer, out _);
+        Assert.True(lower.Map.IsCommitted);
+        Assert.Equal(BlockState.Written, lower.Map[2]);
+        lower.Data.Dispose();
+    }
+
+    [Fact]
+    public void Force_binds_a_layer_to_a_base_of_another_kind()
+    {
+        string top = _folder.File("top");
+        Open().Dispose();
+        Open(layers: [Layer, top]).Dispose();
+        Assert.Throws<DiskException>(() => Open(layers: [top]));
+        Open(force: true, layers: [top]).Dispose();
+        Open(layers: [top]).Dispose();
+        using Disk merged = LayerWork.OpenMerged(top, null);
+    }
+
+    [Fact]
+    public void A_map_of_a_very_long_disk_opens_after_a_reboot()
+    {
+        const long length = 33L << 40;
+        var store = new LossyStore(new LossyFile(new Random(1)));
+        var map = BlockMap.Create(store, new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = Guid.NewGuid(),
+            Flags = MapFlags.Disposable,
+            DataStart = 0,
+            Source = new SourceIdentity("x", length, 5, 6),
+        });
+        map.Set(new BlockRange((length / 4096) - 1, 1), BlockState.Written);
+        map.Commit();
+        map = BlockMap.Open(new WriteNothing(store), Guid.NewGuid());
+        map.PrepareToWrite();
+        Assert.Equal(BlockState.Written, map[(length / 4096) - 1]);
+        Assert.Equal(1, map.Count(BlockState.Written));
+    }
+
+    /// <summary>Gigabytes of zeroes would not fit into the simulated file.</summary>
+    private sealed class WriteNothing(IMapStore inner) : IMapStore
+    {
+        public void Read(long offset, Span<byte> buffer) => inner.Read(offset, buffer);
+
+        public void Write(long offset, ReadOnlySpan<byte> data)
+        {
+        }
+
+        public void Sync()
+        {
+        }
+    }
+
+    [Fact]
+    public async Task A_commit_of_the_map_for_which_there_is_no_room_succeeds_later()
+    {
+        var file = new LossyFile(new Random(1));
+        var store = new FullStore(new LossyStore(file));
+        var map = BlockMap.Create(store, new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = Guid.NewGuid(),
+            Flags = MapFlags.None,
+            DataStart = 1 << 20,
+            Source = new SourceIdentity("x", 1 << 20, 5, 6),
+        });
+        using var disk = new CowDisk(new MemoryDisk(1 << 20), new LossyDisk(file, 1 << 20, 1 << 20), map, readOnly: false);
+        await disk.WriteAsync(0, new byte[4096], durable: false);
+        store.IsFull = true;
+        var failure = await Assert.ThrowsAsync<DiskException>(async () => await disk.FlushAsync());
+        Assert.Equal(DiskError.NoSpace, failure.Error);
+        Assert.False(map.IsCommitted);
+        store.IsFull = false;
+        await disk.FlushAsync();
+        Assert.True(map.IsCommitted);
+    }
+
+    private sealed class FullStore(IMapStore inner) : IMapStore
+    {
+        public bool IsFull { get; set; }
+
+        public void Read(long offset, Span<byte> buffer) => inner.Read(offset, buffer);
+
+        public void Write(long offset, ReadOnlySpan<byte> data)
+        {
+            if (IsFull)
+                throw new DiskException(DiskError.NoSpace, "no space");
+            inner.Write(offset, data);
+        }
+
+        public void Sync() => inner.Sync();
+    }
+
+    [Fact]
     public void A_kept_layer_of_a_disposable_ones_name_is_not_cleaned_away()
     {
         string name = $"{_base}.cow0.layer1";
@@ -190,9 +336,9 @@ public sealed class LayerTests : IDisposable
         Assert.Throws<DiskException>(() => Open(readOnly: true)); // absent, and not to be made
         Assert.Throws<DiskException>(() => LayerStack.OpenKept(_folder.File("nothing"), [Layer], false, false, _ => { }));
         Assert.Equal([_base], Directory.GetFiles(_folder.Path));
-        File.WriteAllBytes(Layer + ".partial", [1]); // what a process that was killed while it made the layer left
+        File.WriteAllBytes(Layer + ".partial", [1]); // somebody's
         Open().Dispose();
-        Assert.Equal([_base, Layer], Directory.GetFiles(_folder.Path).Order());
+        Assert.Equal([_base, Layer, Layer + ".partial"], Directory.GetFiles(_folder.Path).Order());
     }
 
     [Theory]
@@ -230,17 +376,18 @@ public sealed class LayerTests : IDisposable
             }
 
             if (i % 500 == 0)
-                map.Commit(map.Collect());
+                map.Commit();
         }
 
         foreach (BlockState state in Enum.GetValues<BlockState>())
             Assert.Equal(model.LongCount(s => s == state), map.Count(state));
         Assert.False(map.IsCommitted);
-        Check(BlockMap.Open(new LossyStore(file), boot, readOnly: false)); // the live part
-        map = BlockMap.Open(new LossyStore(file), boot, readOnly: false);
-        map.Commit(map.Collect());
+        Check(BlockMap.Open(new LossyStore(file), boot)); // the live part
+        map = BlockMap.Open(new LossyStore(file), boot);
+        map.PrepareToWrite();
+        map.Commit();
         file.LoseUnsynced();
-        Check(BlockMap.Open(new LossyStore(file), Guid.NewGuid(), readOnly: true)); // the durable part
+        Check(BlockMap.Open(new LossyStore(file), Guid.NewGuid())); // the durable part
 
         void Check(BlockMap opened)
         {

@@ -92,6 +92,9 @@ internal sealed class LossyStore(LossyFile file) : IMapStore
 /// <summary>A part of a lossy file as a disk; all its operations are done at once.</summary>
 internal sealed class LossyDisk(LossyFile file, long start, long length) : Disk
 {
+    /// <summary>Done after a flush has synced, before it returns: what others write in the meantime.</summary>
+    public Action? Flushed { get; set; }
+
     public override long Length => length;
 
     public override DiskFeatures Features => DiskFeatures.Trim;
@@ -130,6 +133,7 @@ internal sealed class LossyDisk(LossyFile file, long start, long length) : Disk
     public override ValueTask FlushAsync()
     {
         file.Sync();
+        Flushed?.Invoke();
         return ValueTask.CompletedTask;
     }
 

@@ -1,26 +1,20 @@
 using System.Numerics;
 using Xnbd.Linux;
 
-namespace Xnbd.Server;
+namespace Xnbd.Storage;
 
 /// <summary>
-/// Buffers for requests and replies, in sizes that are powers of two. Up to <see cref="ServerLimits.MaxSpareBuffers"/>
-/// are kept for reuse, so that a steady load touches no fresh pages; what is beyond goes back to the system at once.
+/// Buffers for requests and replies, in sizes that are powers of two. Some are
+/// kept for reuse, so that a steady load touches no fresh pages; what is beyond goes back to the system at once.
 /// </summary>
-internal sealed class BufferPool
+/// <param name="maxSpareBytes">The most that is kept in buffers that nobody uses.</param>
+public sealed class BufferPool(long maxSpareBytes)
 {
     private const int SmallestLog = 12;
     private const int LargestLog = 26;
 
-    private readonly Stack<NativeBuffer>[] _spare;
+    private readonly Stack<NativeBuffer>[] _spare = [.. Enumerable.Range(SmallestLog, LargestLog - SmallestLog + 1).Select(_ => new Stack<NativeBuffer>())];
     private long _spareBytes;
-
-    public BufferPool()
-    {
-        _spare = new Stack<NativeBuffer>[LargestLog - SmallestLog + 1];
-        for (int i = 0; i < _spare.Length; i++)
-            _spare[i] = new Stack<NativeBuffer>();
-    }
 
     /// <summary>A buffer of at least <paramref name="length"/> bytes, with any contents.</summary>
     public NativeBuffer Rent(int length)
@@ -43,7 +37,7 @@ internal sealed class BufferPool
     {
         lock (_spare)
         {
-            if (_spareBytes + buffer.Length <= ServerLimits.MaxSpareBuffers)
+            if (_spareBytes + buffer.Length <= maxSpareBytes)
             {
                 _spareBytes += buffer.Length;
                 _spare[IndexOf(buffer.Length)].Push(buffer);

@@ -1,0 +1,98 @@
+using System.Net;
+using System.Net.Sockets;
+
+namespace Xnbd.Client;
+
+/// <summary>Where an NBD server is, and which of its exports is meant.</summary>
+/// <param name="Host">A host name or address; null for a Unix socket.</param>
+/// <param name="Port">Its TCP port.</param>
+/// <param name="UnixPath">A Unix socket's path.</param>
+/// <param name="ExportName">The export; empty for the default one.</param>
+public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, string ExportName)
+{
+    private const string UnixPrefix = "unix:";
+
+    /// <summary>Reads what stands on a command line: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
+    /// <exception cref="FormatException">It is neither; the message says why.</exception>
+    public static RemoteAddress Parse(string host, string port, string exportName)
+    {
+        if (host.StartsWith(UnixPrefix, StringComparison.Ordinal))
+        {
+            if (port != "-")
+                throw new FormatException($"'{host}' is a Unix socket: give - in place of a port");
+            return new RemoteAddress(null, 0, Path.GetFullPath(host[UnixPrefix.Length..]), exportName);
+        }
+
+        if (host.Length == 0)
+            throw new FormatException("the remote host's name is empty");
+        if (!int.TryParse(port, System.Globalization.NumberStyles.None, System.Globalization.CultureInfo.InvariantCulture, out int number)
+            || number is < 1 or > 65535)
+            throw new FormatException($"remote port '{port}': not a number from 1 to 65535");
+        return new RemoteAddress(host, number, null, exportName);
+    }
+
+    /// <summary>As a URI, for people and logs.</summary>
+    public override string ToString() => UnixPath is not null
+        ? $"nbd+unix:///{Uri.EscapeDataString(ExportName)}?socket={UnixPath}"
+        : $"nbd://{(Host!.Contains(':', StringComparison.Ordinal) ? $"[{Host}]" : Host)}:{Port}/{Uri.EscapeDataString(ExportName)}";
+
+    /// <summary>Opens a connection; of a name with several addresses the first one that answers.</summary>
+    /// <exception cref="SocketException">Nobody answers.</exception>
+    internal Socket Connect(TimeSpan timeout)
+    {
+        if (UnixPath is not null)
+            return ConnectTo(new UnixDomainSocketEndPoint(UnixPath), timeout);
+        SocketException? failure = null;
+        IPAddress[] addresses = IPAddress.TryParse(Host, out IPAddress? address) ? [address] : Dns.GetHostAddresses(Host!);
+        foreach (IPAddress candidate in addresses)
+        {
+            try
+            {
+                return ConnectTo(new IPEndPoint(candidate, Port), timeout);
+            }
+            catch (SocketException caught)
+            {
+                failure = caught;
+            }
+        }
+
+        throw failure ?? new SocketException((int)SocketError.HostNotFound);
+    }
+
+    private static Socket ConnectTo(EndPoint endPoint, TimeSpan timeout)
+    {
+        var socket = new Socket(endPoint.AddressFamily, SocketType.Stream, endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
+        try
+        {
+            using var deadline = new CancellationTokenSource(timeout);
+            try
+            {
+                socket.ConnectAsync(endPoint, deadline.Token).AsTask().GetAwaiter().GetResult();
+            }
+            catch (OperationCanceledException)
+            {
+                throw new SocketException((int)SocketError.TimedOut);
+            }
+
+            if (endPoint is IPEndPoint)
+            {
+                socket.NoDelay = true;
+                socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, 10);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, 5);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveRetryCount, 4);
+            }
+
+            _ = Linux.LinuxSocket.SetBlocking(socket.SafeHandle); // an asynchronous connect has made it non-blocking
+            return socket;
+        }
+        catch
+        {
+            socket.Dispose();
+            throw;
+        }
+    }
+}
+
+/// <summary>A remote server cannot be used; the message says which, why, and whose fault it is.</summary>
+public sealed class RemoteException(string message) : Exception(message);

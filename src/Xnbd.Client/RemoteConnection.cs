@@ -1,0 +1,352 @@
+using System.Buffers.Binary;
+using System.Net.Sockets;
+using Xnbd.Linux;
+using Xnbd.Protocol;
+
+namespace Xnbd.Client;
+
+/// <summary>
+/// One connection to a remote server, with many reads under way, whose replies may come in any order. A thread of its own
+/// receives. Requests are sent by whoever makes them; what is made while somebody is sending goes out with the next call.
+/// <para>
+/// States: open; broken, once and for all, for the first reason. A broken connection hands the reads that were under way back
+/// to its owner: reading again does no harm. Locks: <c>_sending</c> guards the output and the slots.
+/// </para>
+/// </summary>
+internal sealed class RemoteConnection : IDisposable
+{
+    /// <summary>Reads under way at once: enough for a line of 100 MB/s and 100 ms with reads of 128 KiB and more.</summary>
+    public const int MaxUnderWay = 128;
+
+    private const int InputBytes = 256 * 1024;
+
+    private readonly Socket _socket;
+    private readonly RemoteAddress _address;
+    private readonly Action<RemoteConnection> _freed;
+    private readonly Action<RemoteConnection, string, List<RemoteRequest>> _broken;
+    private readonly object _sending = new();
+    private readonly RemoteRequest?[] _slots = new RemoteRequest?[MaxUnderWay];
+    private readonly uint[] _generations = new uint[MaxUnderWay]; // a cookie is a slot and how often it was used
+    private readonly Stack<int> _free = new(Enumerable.Range(0, MaxUnderWay).Reverse());
+    private byte[] _output = new byte[MaxUnderWay * NbdSize.Request];
+    private byte[] _outputBeingSent = new byte[MaxUnderWay * NbdSize.Request];
+    private int _outputLength;
+    private bool _isSending;
+    private string? _reason; // why it is broken
+
+    // The receiver's own.
+    private readonly NativeBuffer _input = new(InputBytes);
+    private int _head;
+    private int _tail;
+
+    private RemoteConnection(
+        Socket socket,
+        RemoteAddress address,
+        NbdExportInfo export,
+        bool isStructured,
+        Action<RemoteConnection> freed,
+        Action<RemoteConnection, string, List<RemoteRequest>> broken)
+    {
+        (_socket, _address, Export, IsStructured, _freed, _broken) = (socket, address, export, isStructured, freed, broken);
+    }
+
+    /// <summary>What is read.</summary>
+    public NbdExportInfo Export { get; }
+
+    /// <summary>Reads are answered with structured replies.</summary>
+    public bool IsStructured { get; }
+
+    /// <summary>Reads under way.</summary>
+    public int UnderWay => MaxUnderWay - Volatile.Read(ref _freeCount);
+
+    private int _freeCount = MaxUnderWay;
+
+    /// <summary>Connects and shakes hands.</summary>
+    /// <param name="address">The server.</param>
+    /// <param name="timeout">For all of it.</param>
+    /// <param name="freed">Called when a read has ended: another one has room.</param>
+    /// <param name="broken">Called once if the connection breaks, with the reason and the reads that were under way.</param>
+    /// <exception cref="RemoteException">It cannot be used.</exception>
+    public static RemoteConnection Connect(
+        RemoteAddress address, TimeSpan timeout, Action<RemoteConnection> freed, Action<RemoteConnection, string, List<RemoteRequest>> broken)
+    {
+        Socket socket;
+        try
+        {
+            socket = address.Connect(timeout);
+        }
+        catch (SocketException failure)
+        {
+            throw new RemoteException($"{address}: cannot connect: {failure.Message}");
+        }
+
+        try
+        {
+            (NbdExportInfo export, bool isStructured) = RemoteHandshake.Run(socket, address, timeout);
+            var connection = new RemoteConnection(socket, address, export, isStructured, freed, broken);
+            new Thread(connection.ReceiveAll, 256 * 1024) { IsBackground = true, Name = "remote" }.Start();
+            return connection;
+        }
+        catch
+        {
+            socket.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Sends a read.</summary>
+    /// <returns>False when there is no room, or the connection is broken; the read is still the caller's.</returns>
+    public bool TrySubmit(RemoteRequest request)
+    {
+        lock (_sending)
+        {
+            if (_reason is not null || !_free.TryPop(out int slot))
+                return false;
+            _freeCount = _free.Count;
+            _slots[slot] = request;
+            ulong cookie = ((ulong)++_generations[slot] << 32) | (uint)slot;
+            new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, cookie, (ulong)request.Offset, (uint)request.Buffer.Length)
+                .Write(_output.AsSpan(_outputLength));
+            _outputLength += NbdSize.Request;
+            if (_isSending)
+                return true; // it goes with the next call of who is sending
+            _isSending = true;
+        }
+
+        SendAll();
+        return true;
+    }
+
+    /// <summary>Ends it; reads that are under way go back to the owner.</summary>
+    public void Dispose() => Break("closed");
+
+    private void SendAll()
+    {
+        while (true)
+        {
+            int length;
+            lock (_sending)
+            {
+                (_output, _outputBeingSent) = (_outputBeingSent, _output);
+                (length, _outputLength) = (_outputLength, 0);
+                if (length == 0 || _reason is not null)
+                {
+                    _isSending = false;
+                    Monitor.PulseAll(_sending);
+                    return;
+                }
+            }
+
+            ReadOnlySpan<byte> left = _outputBeingSent.AsSpan(0, length);
+            while (left.Length > 0)
+            {
+                long count = LinuxSocket.Send(_socket.SafeHandle, left, more: false);
+                if (count <= 0)
+                {
+                    Break(((Errno)(-count)).Describe());
+                    lock (_sending)
+                    {
+                        _isSending = false;
+                        Monitor.PulseAll(_sending);
+                    }
+
+                    return;
+                }
+
+                left = left[(int)count..];
+            }
+        }
+    }
+
+    private void ReceiveAll()
+    {
+        string reason;
+        try
+        {
+            while (true)
+                ReceiveReply();
+        }
+        catch (RemoteException failure)
+        {
+            reason = failure.Message;
+        }
+
+        Break(reason);
+        _input.Free();
+        var left = new List<RemoteRequest>();
+        lock (_sending)
+        {
+            while (_isSending)
+                Monitor.Wait(_sending); // it uses the socket
+            left.AddRange(_slots.OfType<RemoteRequest>());
+            Array.Clear(_slots);
+        }
+
+        _socket.Dispose();
+        _broken(this, _reason!, left);
+    }
+
+    private void ReceiveReply()
+    {
+        Fill(sizeof(uint));
+        int length = NbdReplyHeader.LengthOf(_input.Slice(_head, sizeof(uint)));
+        if (length == 0)
+            throw RemoteHandshake.Broken(_address, "no reply where one was due");
+        Fill(length);
+        NbdReplyHeader header = NbdReplyHeader.Read(_input.Slice(_head, length));
+        _head += length;
+
+        int slot = (int)(uint)header.Cookie;
+        RemoteRequest request = (uint)slot < MaxUnderWay && _generations[slot] == header.Cookie >> 32 && _slots[slot] is { } found
+            ? found
+            : throw RemoteHandshake.Broken(_address, "a reply to a request that was never made");
+        bool isLast = header.IsStructured ? TakeChunk(request, header) : TakeSimple(request, header);
+        if (!isLast)
+            return;
+
+        lock (_sending)
+        {
+            _slots[slot] = null;
+            _free.Push(slot);
+            _freeCount = _free.Count;
+        }
+
+        if (request.Failure is { } failure)
+            request.Fail($"{_address}: read of {request.Buffer.Length} bytes at {request.Offset}: {failure}");
+        else
+            request.Succeed();
+        _freed(this);
+    }
+
+    private bool TakeSimple(RemoteRequest request, NbdReplyHeader header)
+    {
+        if (header.Error != NbdError.None)
+        {
+            request.Failure = $"the server says {header.Error}";
+            return true;
+        }
+
+        if (IsStructured)
+            throw RemoteHandshake.Broken(_address, "a simple reply to a read where structured ones were agreed on");
+        Receive(request.Buffer.Span);
+        return true;
+    }
+
+    /// <returns>True when it is the reply's last chunk.</returns>
+    private bool TakeChunk(RemoteRequest request, NbdReplyHeader header)
+    {
+        const int mostErrorPayload = 6 + NbdSize.MaxString + 8;
+        if (!IsStructured)
+            throw RemoteHandshake.Broken(_address, "a structured reply that was not agreed on");
+        bool isLast = (header.Flags & NbdChunkFlags.Done) != 0;
+        if (header.IsErrorChunk)
+        {
+            if (header.Length is < 6 or > mostErrorPayload)
+                throw RemoteHandshake.Broken(_address, $"an error of {header.Length} bytes");
+            byte[] payload = new byte[header.Length];
+            Receive(payload);
+            int textLength = Math.Min(BinaryPrimitives.ReadUInt16BigEndian(payload.AsSpan(4)), payload.Length - 6);
+            string text = NbdString.TryRead(payload.AsSpan(6, textLength), out string? message) ? message : "";
+            request.Failure = $"the server says {(NbdError)BinaryPrimitives.ReadUInt32BigEndian(payload)} {text}".TrimEnd();
+            return isLast;
+        }
+
+        Span<byte> prefix = stackalloc byte[NbdSize.OffsetHolePayload];
+        switch (header.Type)
+        {
+            case NbdChunkType.None when header.Length == 0 && isLast:
+                break;
+            case NbdChunkType.OffsetData when header.Length > NbdSize.OffsetDataPrefix:
+            {
+                prefix = prefix[..NbdSize.OffsetDataPrefix];
+                Receive(prefix);
+                ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
+                uint length = header.Length - NbdSize.OffsetDataPrefix;
+                if (!request.TryCover(offset, length))
+                    throw RemoteHandshake.Broken(_address, "data that was not asked for, or twice");
+                Receive(request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length));
+                break;
+            }
+
+            case NbdChunkType.OffsetHole when header.Length == NbdSize.OffsetHolePayload:
+            {
+                Receive(prefix);
+                ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
+                uint length = BinaryPrimitives.ReadUInt32BigEndian(prefix[8..]);
+                if (!request.TryCover(offset, length))
+                    throw RemoteHandshake.Broken(_address, "a hole that was not asked for, or twice");
+                request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length).Clear();
+                break;
+            }
+
+            default:
+                throw RemoteHandshake.Broken(_address, $"a chunk of type {(ushort)header.Type} with {header.Length} bytes");
+        }
+
+        if (isLast && request.Failure is null && !request.IsComplete)
+            throw RemoteHandshake.Broken(_address, "fewer data than were asked for");
+        return isLast;
+    }
+
+    /// <summary>Receives until the input holds so many bytes from its head on.</summary>
+    private void Fill(int length)
+    {
+        if (_tail - _head >= length)
+            return;
+        if (_head > 0)
+        {
+            _input.Slice(_head, _tail - _head).CopyTo(_input.GetSpan());
+            (_head, _tail) = (0, _tail - _head);
+        }
+
+        while (_tail < length)
+            _tail += ReceiveSome(_input.Slice(_tail, InputBytes - _tail));
+    }
+
+    /// <summary>Takes payload: what the input holds of it, then the rest, straight into its place if it is large.</summary>
+    private void Receive(Span<byte> payload)
+    {
+        while (payload.Length > 0)
+        {
+            int buffered = Math.Min(_tail - _head, payload.Length);
+            _input.Slice(_head, buffered).CopyTo(payload);
+            _head += buffered;
+            payload = payload[buffered..];
+            if (payload.Length >= InputBytes / 4)
+                payload = payload[ReceiveSome(payload)..];
+            else if (payload.Length > 0)
+                Fill(1);
+        }
+    }
+
+    private int ReceiveSome(Span<byte> buffer)
+    {
+        long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
+        return count > 0
+            ? (int)count
+            : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : ((Errno)(-count)).Describe())}");
+    }
+
+    /// <summary>
+    /// Breaks it, for the first reason. The receiver alone hands the reads back, when it has come to its end: until then it may
+    /// be writing into one of their buffers.
+    /// </summary>
+    private void Break(string reason)
+    {
+        lock (_sending)
+        {
+            if (_reason is not null)
+                return;
+            _reason = reason;
+        }
+
+        try
+        {
+            _socket.Shutdown(SocketShutdown.Both); // the receiver and who is sending come back
+        }
+        catch (SocketException)
+        {
+            // The peer has closed it already.
+        }
+    }
+}

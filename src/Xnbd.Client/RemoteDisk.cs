@@ -1,0 +1,352 @@
+using Microsoft.Extensions.Logging;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+
+namespace Xnbd.Client;
+
+/// <summary>
+/// A disk on another machine, read-only, over one connection, or several where the server allows that.
+/// <para>
+/// A connection that breaks is made anew, by a thread of its own, as long as it takes; reads that were under way go to
+/// another connection, or wait for one, at most <see cref="PatienceTime"/>. The address can be changed while reads are under
+/// way. Nothing is ever written to the server.
+/// </para>
+/// Locks: <c>_lock</c> guards connections and waiting reads; a connection's own lock is taken inside it, never outside.
+/// </summary>
+public sealed partial class RemoteDisk : Disk
+{
+    /// <summary>The largest read that is sent, in bytes: what every server takes.</summary>
+    public const int MaxRead = 1 << 20;
+
+    /// <summary>How long a read waits for a connection to come back, before it fails.</summary>
+    private static readonly TimeSpan PatienceTime = TimeSpan.FromSeconds(30);
+
+    private static readonly TimeSpan ConnectTime = TimeSpan.FromSeconds(10);
+
+    private readonly object _lock = new();
+    private readonly ILogger _log;
+    private readonly int _mostConnections;
+    private readonly List<RemoteConnection> _connections = [];
+    private readonly Queue<RemoteRequest> _waiting = new();
+    private readonly uint _blockBytes;
+    private RemoteAddress _address;
+    private int _wanted;
+    private bool _isClosed;
+
+    private RemoteDisk(RemoteAddress address, RemoteConnection first, int connections, ILogger log)
+    {
+        _address = address;
+        _log = log;
+        Length = (long)first.Export.Length;
+        _blockBytes = first.Export.MinimumBlock;
+        _mostConnections = connections;
+        _wanted = WantedOf(first);
+    }
+
+    private int WantedOf(RemoteConnection connection)
+        => (connection.Export.Flags & NbdTransmissionFlags.CanMultiConn) != 0 ? _mostConnections : 1;
+
+    /// <inheritdoc/>
+    public override long Length { get; }
+
+    /// <inheritdoc/>
+    public override DiskFeatures Features => DiskFeatures.ReadOnly;
+
+    /// <summary>Where the server is.</summary>
+    public RemoteAddress Address
+    {
+        get
+        {
+            lock (_lock)
+                return _address;
+        }
+    }
+
+    /// <summary>Connections that are open.</summary>
+    public int ConnectionCount
+    {
+        get
+        {
+            lock (_lock)
+                return _connections.Count;
+        }
+    }
+
+    /// <summary>Connects.</summary>
+    /// <param name="address">The server and its export.</param>
+    /// <param name="connections">How many connections are made, at most, if the server allows several.</param>
+    /// <param name="log">Told when connections break and come back.</param>
+    /// <exception cref="RemoteException">The server cannot be used.</exception>
+    public static RemoteDisk Connect(RemoteAddress address, int connections, ILogger log)
+    {
+        RemoteDisk? disk = null;
+        using var ready = new ManualResetEventSlim();
+        RemoteConnection first = RemoteConnection.Connect(
+            address,
+            ConnectTime,
+            connection => disk!.SubmitWaiting(),
+            (connection, reason, left) =>
+            {
+                ready.Wait(); // it may break before there is a disk
+                disk!.Broken(connection, reason, left);
+            });
+        if (first.Export.MinimumBlock > BlockRange.BlockSize)
+        {
+            disk = new RemoteDisk(address, first, 0, log) { _isClosed = true };
+            ready.Set();
+            first.Dispose();
+            throw new RemoteException($"{address}: the server wants blocks of {first.Export.MinimumBlock} bytes; more than {BlockRange.BlockSize} is not supported");
+        }
+
+        disk = new RemoteDisk(address, first, connections, log);
+        disk._connections.Add(first);
+        ready.Set();
+        new Thread(disk.KeepConnected, 256 * 1024) { IsBackground = true, Name = "remote keeper" }.Start();
+        return disk;
+    }
+
+    /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
+    /// <exception cref="RemoteException">It cannot be used, or its export has another length; nothing has changed.</exception>
+    public void SwitchTo(RemoteAddress address)
+    {
+        RemoteConnection fresh = Open(address);
+        List<RemoteConnection> old;
+        lock (_lock)
+        {
+            _address = address;
+            _wanted = WantedOf(fresh);
+            old = [.. _connections];
+            _connections.Clear();
+            _connections.Add(fresh);
+            Monitor.PulseAll(_lock);
+        }
+
+        LogSwitched(_log, address);
+        old.ForEach(connection => connection.Dispose());
+        SubmitWaiting();
+    }
+
+    /// <inheritdoc/>
+    public override bool TryRead(long offset, Span<byte> buffer) => false; // there is a network between
+
+    /// <inheritdoc/>
+    public override bool TryWrite(long offset, ReadOnlySpan<byte> data) => throw ReadOnlyFailure();
+
+    /// <inheritdoc/>
+    public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    {
+        if (buffer.Length > MaxRead)
+            return ReadInParts(offset, buffer);
+        if (offset % _blockBytes != 0 || buffer.Length % _blockBytes != 0)
+            return ReadWidened(offset, buffer);
+        RemoteRequest request = RemoteRequest.Rent(offset, buffer);
+        ValueTask task = request.Task;
+        Submit(request);
+        return task;
+    }
+
+    /// <inheritdoc/>
+    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable) => ValueTask.FromException(ReadOnlyFailure());
+
+    /// <inheritdoc/>
+    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable) => ValueTask.FromException(ReadOnlyFailure());
+
+    /// <inheritdoc/>
+    public override ValueTask TrimAsync(long offset, long length, bool durable) => ValueTask.FromException(ReadOnlyFailure());
+
+    /// <inheritdoc/>
+    public override ValueTask FlushAsync() => ValueTask.CompletedTask;
+
+    /// <inheritdoc/>
+    public override ValueTask PrefetchAsync(long offset, long length) => ValueTask.CompletedTask;
+
+    /// <inheritdoc/>
+    public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
+    {
+        _ = extents.Add(length, isHole: false);
+        return ValueTask.CompletedTask;
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (!disposing)
+            return;
+        List<RemoteConnection> open;
+        lock (_lock)
+        {
+            _isClosed = true;
+            open = [.. _connections];
+            _connections.Clear();
+            Monitor.PulseAll(_lock);
+        }
+
+        open.ForEach(connection => connection.Dispose());
+    }
+
+    private DiskException ReadOnlyFailure() => new(DiskError.Permission, $"{Address}: nothing is written to a remote disk");
+
+    private async ValueTask ReadInParts(long offset, Memory<byte> buffer)
+    {
+        for (int done = 0; done < buffer.Length; done += MaxRead)
+            await ReadAsync(offset + done, buffer.Slice(done, Math.Min(MaxRead, buffer.Length - done)));
+    }
+
+    /// <summary>For servers that take whole blocks only.</summary>
+    private async ValueTask ReadWidened(long offset, Memory<byte> buffer)
+    {
+        long start = offset / _blockBytes * _blockBytes;
+        long end = Math.Min((offset + buffer.Length + _blockBytes - 1) / _blockBytes * _blockBytes, Length);
+        byte[] wide = new byte[end - start];
+        RemoteRequest request = RemoteRequest.Rent(start, wide);
+        ValueTask task = request.Task;
+        Submit(request);
+        await task;
+        wide.AsMemory((int)(offset - start), buffer.Length).CopyTo(buffer);
+    }
+
+    private RemoteConnection Open(RemoteAddress address)
+    {
+        RemoteConnection connection = RemoteConnection.Connect(address, ConnectTime, _ => SubmitWaiting(), Broken);
+        if ((long)connection.Export.Length == Length)
+            return connection;
+        connection.Dispose();
+        throw new RemoteException($"{address}: the export has {connection.Export.Length} bytes, not {Length}: it is another disk");
+    }
+
+    private void Submit(RemoteRequest request)
+    {
+        string? failure = null;
+        lock (_lock)
+        {
+            if (_isClosed)
+                failure = "the remote disk is closed";
+            else if (_waiting.Count > 0 || !TrySubmit(request))
+                _waiting.Enqueue(request);
+        }
+
+        if (failure is not null)
+            request.Fail(failure);
+    }
+
+    /// <summary>To the connection with the fewest reads under way.</summary>
+    private bool TrySubmit(RemoteRequest request)
+    {
+        RemoteConnection? best = null;
+        foreach (RemoteConnection connection in _connections)
+        {
+            if (best is null || connection.UnderWay < best.UnderWay)
+                best = connection;
+        }
+
+        return best is not null && best.TrySubmit(request);
+    }
+
+    private void SubmitWaiting()
+    {
+        lock (_lock)
+        {
+            while (_waiting.TryPeek(out RemoteRequest? request) && TrySubmit(request))
+                _waiting.Dequeue();
+        }
+    }
+
+    private void Broken(RemoteConnection connection, string reason, List<RemoteRequest> left)
+    {
+        bool isClosed;
+        lock (_lock)
+        {
+            isClosed = _isClosed;
+            if (_connections.Remove(connection))
+                LogBroken(_log, reason);
+            if (!isClosed)
+            {
+                foreach (RemoteRequest request in left)
+                {
+                    request.Restart();
+                    _waiting.Enqueue(request);
+                }
+            }
+
+            Monitor.PulseAll(_lock);
+        }
+
+        if (isClosed)
+            left.ForEach(request => request.Fail("the remote disk is closed"));
+        else
+            SubmitWaiting();
+    }
+
+    /// <summary>Makes connections, and makes those anew that have broken; fails reads that have waited too long.</summary>
+    private void KeepConnected()
+    {
+        var pause = TimeSpan.Zero;
+        bool wasDown = false;
+        while (true)
+        {
+            var late = new List<RemoteRequest>();
+            RemoteAddress address;
+            lock (_lock)
+            {
+                if (_connections.Count >= _wanted && !_isClosed)
+                    Monitor.Wait(_lock);
+                else if (pause > TimeSpan.Zero && !_isClosed)
+                    Monitor.Wait(_lock, pause);
+                while (_waiting.TryPeek(out RemoteRequest? oldest)
+                    && (_isClosed || Environment.TickCount64 - oldest.StartedAt > PatienceTime.TotalMilliseconds))
+                    late.Add(_waiting.Dequeue());
+                if (_isClosed)
+                {
+                    late.ForEach(request => request.Fail("the remote disk is closed"));
+                    return;
+                }
+
+                address = _address;
+            }
+
+            late.ForEach(request => request.Fail($"{address}: the server cannot be reached"));
+            if (ConnectionCount >= _wanted)
+                continue;
+            try
+            {
+                RemoteConnection connection = Open(address);
+                bool isStale;
+                lock (_lock)
+                {
+                    isStale = _isClosed || _address != address;
+                    if (!isStale)
+                        _connections.Add(connection);
+                }
+
+                if (isStale)
+                    connection.Dispose();
+                if (wasDown)
+                    LogBack(_log, address);
+                (pause, wasDown) = (TimeSpan.Zero, false);
+                SubmitWaiting();
+            }
+            catch (RemoteException failure)
+            {
+                if (!wasDown)
+                    LogUnreachable(_log, failure.Message);
+                wasDown = true;
+                pause = pause == TimeSpan.Zero ? TimeSpan.FromMilliseconds(100) : TimeSpan.FromSeconds(Math.Min(2, pause.TotalSeconds * 2));
+            }
+        }
+    }
+
+    [LoggerMessage(Level = LogLevel.Warning, Message = "a connection to the remote has broken: {Reason}")]
+    private static partial void LogBroken(ILogger log, string reason);
+
+    [LoggerMessage(Level = LogLevel.Warning, Message = "the remote cannot be used; trying again: {Reason}")]
+    private static partial void LogUnreachable(ILogger log, string reason);
+
+    [LoggerMessage(Level = LogLevel.Information, Message = "connected to the remote again: {Address}")]
+    private static partial void LogBack(ILogger log, RemoteAddress address);
+
+    [LoggerMessage(Level = LogLevel.Information, Message = "the remote is now {Address}")]
+    private static partial void LogSwitched(ILogger log, RemoteAddress address);
+}

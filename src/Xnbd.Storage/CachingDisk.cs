@@ -1,0 +1,281 @@
+namespace Xnbd.Storage;
+
+/// <summary>What a cache has done so far, and is doing.</summary>
+/// <param name="AbsentBlocks">Blocks that are not local yet.</param>
+/// <param name="FetchedBlocks">Blocks that are local and as the origin has them.</param>
+/// <param name="WrittenBlocks">Blocks that were written or zeroed here.</param>
+/// <param name="Hits">Reads that found all they needed here.</param>
+/// <param name="Misses">Reads, or parts of reads, that did not.</param>
+/// <param name="FetchedBytes">Read from the origin since the start.</param>
+/// <param name="FetchesInFlight">Reads of the origin under way.</param>
+/// <param name="BytesInFlight">Bytes of them.</param>
+public readonly record struct CacheStatistics(
+    long AbsentBlocks, long FetchedBlocks, long WrittenBlocks, long Hits, long Misses, long FetchedBytes, int FetchesInFlight, long BytesInFlight);
+
+/// <summary>
+/// A disk over a far one, the origin: what was read or written once is local. The origin is never written.
+/// <para>
+/// An absent block is fetched once, whoever asks and how many ask: a fetch that is under way stands in a list until what it
+/// brought is in the file and in the map, and who misses a block in the meantime joins it. A reader gets its data when it has
+/// arrived; the file is written afterwards. It is written while the blocks are held, and only where they are still absent: so
+/// a fetch never overwrites what was written since it started. A reader that goes on in sequence is read ahead of.
+/// </para>
+/// Locks: <c>_fetching</c> guards the list, the budget and the streams; the map's locks are taken inside it. Blocks are held in
+/// <see cref="OverlayDisk.Changing"/> without it.
+/// </summary>
+internal sealed partial class CachingDisk : OverlayDisk
+{
+    /// <summary>The most that is fetched at once, in bytes: what is missing side by side goes out as one request.</summary>
+    public const int MaxFetchBytes = 1 << 20;
+
+    private const int MaxFetchBlocks = MaxFetchBytes / BlockRange.BlockSize;
+
+    /// <summary>Zeroes that were fetched become holes of the file in units of this size, in bytes.</summary>
+    private const int HoleGrain = 64 * 1024;
+
+    private readonly Disk _origin;
+    private readonly Action<DiskException> _cannotStore;
+    private readonly BufferPool _buffers = new(MaxFetchBytes * 8);
+    private readonly object _fetching = new();
+    private readonly List<Fetch> _fetches = [];
+    private readonly Queue<(Fetch Fetch, TaskCompletionSource Room)> _waiting = new();
+    private readonly long _mostBytes;
+    private readonly int _mostFetches;
+    private long _bytesInFlight;
+    private long _hits;
+    private long _misses;
+    private long _fetchedBytes;
+
+    /// <summary>Composes the disk; it owns its parts from now on.</summary>
+    /// <param name="origin">The far disk; it is only read.</param>
+    /// <param name="cache">The local file, as long as the origin.</param>
+    /// <param name="map">Which blocks it holds.</param>
+    /// <param name="readOnly">The disk is not to be written by clients; reads fill the cache all the same.</param>
+    /// <param name="mostFetches">Reads of the origin under way at once.</param>
+    /// <param name="mostBytes">Bytes of them; at least <see cref="MaxFetchBytes"/>.</param>
+    /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
+    public CachingDisk(Disk origin, Disk cache, BlockMap map, bool readOnly, int mostFetches, long mostBytes, Action<DiskException> cannotStore)
+        : base(cache, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim))
+    {
+        _origin = origin;
+        _mostFetches = mostFetches;
+        _mostBytes = mostBytes;
+        _cannotStore = cannotStore;
+    }
+
+    /// <summary>What it has done so far, and is doing.</summary>
+    public CacheStatistics Statistics
+    {
+        get
+        {
+            (int fetches, long bytes) inFlight;
+            lock (_fetching)
+                inFlight = (_fetches.Count, _bytesInFlight);
+            return new CacheStatistics(
+                Map.Count(BlockState.Absent),
+                Map.Count(BlockState.Fetched),
+                Map.Count(BlockState.Written) + Map.Count(BlockState.Zero),
+                Interlocked.Read(ref _hits),
+                Interlocked.Read(ref _misses),
+                Interlocked.Read(ref _fetchedBytes),
+                inFlight.fetches,
+                inFlight.bytes);
+        }
+    }
+
+    /// <inheritdoc/>
+    public override bool TryRead(long offset, Span<byte> buffer)
+    {
+        if (!base.TryRead(offset, buffer))
+            return false;
+        Interlocked.Increment(ref _hits);
+        return true;
+    }
+
+    /// <summary>Fetches all that is missing.</summary>
+    /// <param name="blocksPerRequest">How many blocks are fetched with one request, at most; 1 to 256.</param>
+    /// <param name="parallel">How many requests are under way at once.</param>
+    /// <param name="cancel">Ends it; what was fetched stays.</param>
+    /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
+    public async Task CacheAll(int blocksPerRequest, int parallel, CancellationToken cancel)
+    {
+        using var slots = new SemaphoreSlim(parallel);
+        var running = new List<Task>();
+        DiskException? failure = null;
+        for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0 && failure is null;)
+        {
+            BlockRange run = Map.Run(left, out BlockState state);
+            run = run with { Count = Math.Min(run.Count, state == BlockState.Absent ? blocksPerRequest : run.Count) };
+            left = new BlockRange(run.End, left.End - run.End);
+            if (state != BlockState.Absent)
+                continue;
+            await slots.WaitAsync(cancel);
+            running.RemoveAll(task => task.IsCompleted);
+            running.Add(FetchOnce(run));
+        }
+
+        await Task.WhenAll(running);
+        if (failure is not null)
+            throw failure;
+
+        async Task FetchOnce(BlockRange range)
+        {
+            try
+            {
+                await Bring(range, keep: true);
+            }
+            catch (DiskException caught)
+            {
+                failure = caught;
+            }
+            finally
+            {
+                slots.Release();
+            }
+        }
+    }
+
+    /// <summary>
+    /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map: from then on the file alone is
+    /// the disk. Absent blocks become zero, too, if they are to be given up.
+    /// </summary>
+    public async Task Materialize(bool giveUpAbsent)
+    {
+        for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0;)
+        {
+            BlockRange run = Map.Run(left, out BlockState state);
+            run = run with { Count = Math.Min(run.Count, 16 * 1024) };
+            left = new BlockRange(run.End, left.End - run.End);
+            if (IsLocal(state) || (state == BlockState.Absent && !giveUpAbsent))
+                continue;
+            await Changing.EnterAsync(run);
+            try
+            {
+                for (BlockRange inside = run; inside.Count > 0;)
+                {
+                    BlockRange part = Map.Run(inside, out BlockState now);
+                    if (!IsLocal(now) && (now == BlockState.Zero || giveUpAbsent))
+                    {
+                        await Local.ZeroAsync(part.Offset, part.LengthOn(Length), ZeroMode.MayPunch, durable: false);
+                        Map.Set(part, BlockState.Written);
+                    }
+
+                    inside = new BlockRange(part.End, inside.End - part.End);
+                }
+            }
+            finally
+            {
+                Changing.Leave(run);
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override bool TryReadAbsent(long offset, Span<byte> buffer) => false;
+
+    /// <inheritdoc/>
+    protected override async ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer)
+    {
+        Interlocked.Increment(ref _misses);
+        long end = offset + buffer.Length;
+        BlockRange wanted = Follow(offset, buffer.Length, out BlockRange ahead);
+        Fetch? first = Join(wanted, out BlockRange covered);
+        if (first is not null && (covered.End * BlockRange.BlockSize) >= end)
+        {
+            ReadAhead(ahead);
+            await CopyFrom(first, offset, buffer);
+            return;
+        }
+
+        // It takes more than one: all are asked for before any is waited for.
+        var parts = new List<(Fetch? Fetch, BlockRange Range)> { (first, covered) };
+        while (covered.End * BlockRange.BlockSize < end)
+        {
+            Fetch? next = Join(new BlockRange(covered.End, wanted.End - covered.End), out covered);
+            parts.Add((next, covered));
+        }
+
+        ReadAhead(ahead);
+        Exception? failure = null;
+        foreach ((Fetch? fetch, BlockRange range) in parts)
+        {
+            long start = Math.Max(offset, range.Offset), partEnd = Math.Min(end, range.End * BlockRange.BlockSize);
+            Memory<byte> part = buffer[(int)(start - offset)..(int)(partEnd - offset)];
+            try
+            {
+                await (fetch is null ? ReadAsync(start, part) : CopyFrom(fetch, start, part)); // null: it has become local meanwhile
+            }
+            catch (DiskException caught)
+            {
+                failure ??= caught; // the others are waited for all the same: each holds its buffer
+            }
+        }
+
+        if (failure is not null)
+            throw failure;
+    }
+
+    /// <inheritdoc/>
+    protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles) => FileRange.None;
+
+    /// <inheritdoc/>
+    protected override async ValueTask PrefetchAbsentAsync(long offset, long length)
+    {
+        // A request of any length must not fill the budget: it is worked off piece by piece.
+        for (BlockRange left = BlockRange.Touching(offset, length); left.Count > 0;)
+        {
+            var part = left with { Count = Math.Min(left.Count, MaxFetchBlocks) };
+            await Bring(part, keep: true);
+            left = new BlockRange(part.End, left.End - part.End);
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override ValueTask GetAbsentExtentsAsync(long offset, long length, ExtentList extents)
+        => _origin.GetExtentsAsync(offset, length, extents);
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (!disposing)
+            return;
+        _origin.Dispose();
+        Local.Dispose();
+    }
+
+    /// <summary>Fetches what is absent of a range.</summary>
+    /// <param name="range">At most <see cref="MaxFetchBlocks"/>.</param>
+    /// <param name="keep">Wait until it is in the file, and fail if it cannot be.</param>
+    private async Task Bring(BlockRange range, bool keep)
+    {
+        while (range.Count > 0)
+        {
+            if (Join(range, out BlockRange covered) is { } fetch)
+            {
+                try
+                {
+                    await (keep ? fetch.Stored.Task : fetch.Arrived.Task);
+                }
+                finally
+                {
+                    Release(fetch);
+                }
+            }
+
+            range = new BlockRange(covered.End, Math.Max(0, range.End - covered.End));
+        }
+    }
+
+    private async ValueTask CopyFrom(Fetch fetch, long offset, Memory<byte> buffer)
+    {
+        try
+        {
+            await fetch.Arrived.Task;
+            fetch.Buffer!.Slice((int)(offset - fetch.Range.Offset), buffer.Length).CopyTo(buffer.Span);
+        }
+        finally
+        {
+            Release(fetch);
+        }
+    }
+}
