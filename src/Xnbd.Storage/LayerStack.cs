@@ -142,14 +142,9 @@ public static class LayerStack
 
     /// <summary>What a layer stands on: an image, or a layer on a base of its own.</summary>
     internal static Disk OpenBase(string path, bool isLayer, bool writable = false)
-    {
-        if (!isLayer)
-            return ImageFile.Open(path, readOnly: !writable, writable ? ImageUse.Alone : ImageUse.Base);
-        CowDisk disk = OpenByHeader(path, readOnly: !writable);
-        if (writable)
-            disk.File.Map.WriteHeader(disk.File.Map.Header with { Generation = disk.File.Map.Header.Generation + 1 });
-        return disk;
-    }
+        => isLayer
+            ? OpenByHeader(path, readOnly: !writable)
+            : ImageFile.Open(path, readOnly: !writable, writable ? ImageUse.Alone : ImageUse.Base);
 
     /// <summary>
     /// Samples the blocks of a base that a layer does not hold: those that a commit leaves as they are, by which the base is
@@ -322,5 +317,6 @@ public static class LayerStack
     private static string Time(long nanoseconds)
         => nanoseconds == 0
             ? "at no known time"
-            : DateTime.UnixEpoch.AddTicks(nanoseconds / 100).ToString("yyyy-MM-dd HH:mm:ss.fffffff'Z'", CultureInfo.InvariantCulture);
+            : DateTime.UnixEpoch.AddTicks(nanoseconds / 100).ToString("yyyy-MM-dd HH:mm:ss.fffffff", CultureInfo.InvariantCulture)
+                + (nanoseconds % 100).ToString("00'Z'", CultureInfo.InvariantCulture);
 }

@@ -76,7 +76,7 @@ internal sealed record ServerOptions
         {
             Description = "With --cow-target: a layer that is kept; given several times, from the bottom up, the last one is written",
             HelpName = "FILE",
-            Arity = ArgumentArity.ZeroOrMore,
+            Arity = ArgumentArity.OneOrMore,
             AllowMultipleArgumentsPerToken = false,
         };
         var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };

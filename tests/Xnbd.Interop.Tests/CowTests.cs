@@ -93,18 +93,61 @@ public sealed class CowTests : IDisposable
     }
 
     [Fact]
-    public void A_base_that_may_not_be_written_is_enough()
+    public async Task A_base_on_a_read_only_file_system_is_enough()
     {
-        string elsewhere = Directory.CreateDirectory(_folder.File("elsewhere")).FullName;
-        File.SetUnixFileMode(_image, UnixFileMode.UserRead);
-        using ServerProcess server = Start("--cow-dir", elsewhere);
-        Assert.Empty(LayerFiles);
+        using TmpfsMount readOnly = await TmpfsMount.Create(_folder, "16m");
+        string image = readOnly.File("golden.img"), elsewhere = Directory.CreateDirectory(_folder.File("elsewhere")).FullName;
+        await Tool.Succeed("cp", _image, image);
+        await Tool.Succeed("mount", "-o", "remount,ro", readOnly.Path);
+        var failure = Assert.Throws<InvalidOperationException>(() => ServerProcess.StartMode("--cow-target", _folder, image));
+        Assert.Contains("Read-only file system", failure.Message, StringComparison.Ordinal);
+        using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-dir", elsewhere);
         Assert.Single(Directory.GetFiles(elsewhere));
         using NbdTestClient client = server.Open();
         Assert.Equal(NbdError.None, client.Write(1, [1, 2, 3]));
         client.Dispose();
         Assert.Equal(0, server.Stop());
         Assert.Empty(Directory.GetFiles(elsewhere));
+    }
+
+    [Fact]
+    public async Task Nobody_writes_an_image_on_which_layers_stand()
+    {
+        using (ServerProcess cow = Start())
+        {
+            var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(_folder, _image));
+            Assert.Contains("relies on its staying as it is", refused.Message, StringComparison.Ordinal);
+            using ServerProcess reader = ServerProcess.Start(_folder, _image, "--readonly");
+            if (Tool.Find("qemu-io") is not null)
+            {
+                ToolResult qemu = await Tool.Run("qemu-io", "-f", "raw", "-c", "write 0 4k", _image);
+                Assert.NotEqual(0, qemu.ExitCode);
+            }
+        }
+
+        using ServerProcess first = ServerProcess.Start(_folder, _image), second = ServerProcess.Start(_folder, _image);
+        Assert.Contains("another program writes it", Assert.Throws<InvalidOperationException>(() => Start()).Message, StringComparison.Ordinal);
+        Assert.Equal(_before, File.ReadAllBytes(_image));
+    }
+
+    [Fact]
+    public async Task A_device_as_a_base_needs_a_directory_for_its_layer()
+    {
+        Assert.SkipUnless(Environment.UserName == "root", "loop devices need root");
+        string device = (await Tool.Succeed("losetup", "--find", "--show", "--read-only", _image)).Trim();
+        try
+        {
+            var failure = Assert.Throws<InvalidOperationException>(() => ServerProcess.StartMode("--cow-target", _folder, device));
+            Assert.Contains("--cow-dir", failure.Message, StringComparison.Ordinal);
+            using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, device, "--cow-dir", _folder.Path);
+            using NbdTestClient client = server.Open();
+            Assert.Equal(NbdError.None, client.Write(1, [1, 2, 3]));
+            Assert.Equal(_before[4..100], client.Read(4, 96));
+        }
+        finally
+        {
+            await Tool.Succeed("losetup", "--detach", device);
+        }
     }
 
     [Fact]

@@ -88,7 +88,7 @@ public sealed class LayerProgramTests : IDisposable
         {
             using ServerProcess server = ServerProcess.StartMode(mode, _folder, _image);
             ToolResult refused = await Run("commit", LayerPath);
-            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use by another program\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use: another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
         }
 
         Assert.Equal(_before, File.ReadAllBytes(_image));
@@ -231,15 +231,19 @@ public sealed class LayerProgramTests : IDisposable
         MakeLayer();
         string other = _folder.Random("other.img", Size, seed: 9);
         string current = _image;
+        int completed = 0, killed = 0;
         var random = new Random(2);
-        for (int i = 0; i < 20; i++)
+        for (int i = 0; i < 30; i++)
         {
             string next = current == _image ? other : _image;
             using (var rebase = Process.Start(Layers.Program, ["rebase", LayerPath, next]))
             {
-                if (!rebase.WaitForExit(random.Next(2, 40)))
+                if (!rebase.WaitForExit(random.Next(5, 60)))
                     rebase.Kill();
                 await rebase.WaitForExitAsync(TestContext.Current.CancellationToken);
+                Assert.Contains(rebase.ExitCode, (int[])[0, 128 + 9]);
+                completed += rebase.ExitCode == 0 ? 1 : 0;
+                killed += rebase.ExitCode == 0 ? 0 : 1;
             }
 
             current = (await Json("info", LayerPath)).GetProperty("base").GetString()!;
@@ -248,6 +252,56 @@ public sealed class LayerProgramTests : IDisposable
             Assert.Equal(_after, File.ReadAllBytes(output));
             File.Delete(output);
         }
+
+        Assert.True(completed > 0 && killed > 0, $"{completed} completed, {killed} killed: the test tests nothing");
+        await Tool.Succeed(Layers.Program, "rebase", LayerPath, other);
+        await Tool.Succeed(Layers.Program, "rebase", LayerPath, _image);
+        JsonElement info = await Json("info", LayerPath);
+        Assert.InRange(info.GetProperty("allocated-bytes").GetInt64(), 1, 2 << 20); // what was let go takes no space
+        Assert.Equal(1 << 20, info.GetProperty("written-bytes").GetInt64() + info.GetProperty("zero-bytes").GetInt64() - (14 * 4096) - 100 + 4096);
+    }
+
+    [Fact]
+    public async Task A_commit_is_resumed_with_the_base_that_it_began_with_and_no_other()
+    {
+        const int size = 64 << 20;
+        string image = _folder.Random("big.img", size), moved = _folder.File("moved.img"), layer = _folder.File("big.layer");
+        await Tool.Succeed("cp", "--preserve=timestamps", image, moved);
+        byte[] expected = File.ReadAllBytes(image);
+        using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer))
+        {
+            using NbdTestClient client = server.Open();
+            byte[] data = new byte[20 << 20];
+            new Random(7).NextBytes(data);
+            client.Write(20 << 20, data);
+            data.CopyTo(expected, 20 << 20);
+            client.Dispose();
+            Assert.Equal(0, server.Stop());
+        }
+
+        bool isInterrupted = false;
+        for (int i = 0; i < 50 && !isInterrupted; i++)
+        {
+            using var commit = Process.Start(new ProcessStartInfo(Layers.Program, ["commit", layer, "--base", moved]) { RedirectStandardOutput = true })!;
+            bool hasEnded = commit.WaitForExit(4 + i);
+            if (!hasEnded)
+                commit.Kill();
+            await commit.WaitForExitAsync(TestContext.Current.CancellationToken);
+            isInterrupted = (await Json("info", layer)).GetProperty("commit-interrupted").GetBoolean();
+            Assert.False(hasEnded && !isInterrupted, "it was never interrupted");
+        }
+
+        string small = _folder.Sparse("small.img", 1 << 20), other = _folder.Random("other.img", size, seed: 5);
+        foreach (string wrong in (string[])[small, other])
+        {
+            ToolResult refused = await Run("commit", layer, "--base", wrong);
+            Assert.Equal(1, refused.ExitCode);
+            Assert.Contains("had begun with another base", refused.Errors, StringComparison.Ordinal);
+        }
+
+        await Tool.Succeed(Layers.Program, "commit", layer); // where it began, which is where it was told to
+        Assert.Equal(expected, File.ReadAllBytes(moved));
+        Assert.False((await Json("info", layer)).GetProperty("commit-interrupted").GetBoolean());
     }
 
     [Fact]
@@ -287,6 +341,13 @@ public sealed class LayerProgramTests : IDisposable
         Assert.Equal(2, (await Run("export", LayerPath, _folder.File("o"), "--format", "vmdk")).ExitCode);
         Assert.Equal(2, (await Run("info")).ExitCode);
         Assert.Equal(2, (await Run("frobnicate", LayerPath)).ExitCode);
+        Assert.Equal(2, (await Run("discard", LayerPath, "--base", "")).ExitCode);
+        Assert.Equal(2, (await Run("info", "")).ExitCode);
+        string partial = _folder.File("new.partial");
+        File.WriteAllText(partial, "precious");
+        await Tool.Succeed(Layers.Program, "export", LayerPath, _folder.File("new"));
+        Assert.Equal("precious", File.ReadAllText(partial));
+        Assert.Equal(1, (await Run("export", LayerPath, _folder.File("no/such/folder"))).ExitCode);
         ToolResult noLayer = await Run("info", _image);
         Assert.Equal((1, $"xnbd-layer: cannot open layer '{_image}': it is no xNBD layer\n"), (noLayer.ExitCode, noLayer.Errors));
         Assert.Equal(1, (await Run("rebase", LayerPath, LayerPath)).ExitCode);

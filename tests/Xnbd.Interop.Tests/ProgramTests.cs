@@ -360,7 +360,7 @@ public sealed class ProgramTests : IDisposable
         using ServerProcess server = ServerProcess.Start(memory, image);
         using NbdTestClient client = server.Open();
         using NbdTestClient old = server.Open(structured: false);
-        using (FileStream file = File.OpenWrite(image))
+        using (FileStream file = File.Open(image, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
             file.SetLength((1 << 20) + 4096);
         Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20, NbdCommandFlags.Df)); // sendfile was under way
         Assert.Equal(File.ReadAllBytes(image)[..4096], client.Read(0, 4096));
