@@ -10,6 +10,7 @@ public class DependencyTests
     [InlineData("Xnbd.Protocol")]
     [InlineData("Xnbd.Linux")]
     [InlineData("Xnbd.Storage", "Xnbd.Linux")]
+    [InlineData("Xnbd.Client", "Xnbd.Protocol", "Xnbd.Storage")]
     [InlineData("Xnbd.Server", "Xnbd.Protocol", "Xnbd.Storage")]
     [InlineData("Xnbd", "Xnbd.Server")]
     public void A_project_refers_to_these_alone(string project, params string[] references)
