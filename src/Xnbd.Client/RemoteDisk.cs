@@ -80,7 +80,7 @@ public sealed partial class RemoteDisk : Disk
     public static RemoteDisk Connect(RemoteAddress address, int connections, ILogger log)
     {
         RemoteDisk? disk = null;
-        using var ready = new ManualResetEventSlim();
+        var ready = new ManualResetEventSlim(); // not disposed of: the connection may break at any later time
         RemoteConnection first = RemoteConnection.Connect(
             address,
             ConnectTime,

@@ -16,6 +16,9 @@ public enum OpenMode
     /// <summary>Create it, for its owner alone; fail if it is there.</summary>
     CreateNew = 0x40 | 0x80,
 
+    /// <summary>Create it, for its owner alone, if it is absent.</summary>
+    Create = 0x40,
+
     /// <summary>For writing at its end, wherever that is by then; create it if it is absent, readable for all.</summary>
     Append = 1 | 0x400 | 0x40,
 }
@@ -115,7 +118,7 @@ public static unsafe class LinuxFile
         int descriptor;
         do
         {
-            uint permissions = (mode & OpenMode.CreateNew) == OpenMode.CreateNew ? 0b110_000_000u : 0b110_100_100u;
+            uint permissions = (mode & OpenMode.Append) == OpenMode.Append ? 0b110_100_100u : 0b110_000_000u;
             descriptor = LibC.Open(path, (int)mode | OpenCloseOnExec, permissions);
         }
         while (descriptor < 0 && Marshal.GetLastPInvokeError() == (int)Errno.EINTR);
@@ -316,6 +319,9 @@ public static unsafe class LinuxFile
         errno = LibC.Outcome(LibC.Link(oldPath, newPath)); // a file system without that flag, such as NFS
         return errno == Errno.None ? Unlink(oldPath) : errno;
     }
+
+    /// <summary>Renames a file, in place of one that may be there.</summary>
+    public static Errno Rename(string oldPath, string newPath) => LibC.Outcome(LibC.Rename(oldPath, newPath));
 
     /// <summary>Removes a file's name.</summary>
     public static Errno Unlink(string path) => LibC.Outcome(LibC.Unlink(path));

@@ -29,6 +29,9 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     private int _connectionCount;
     private volatile bool _isStopping;
 
+    /// <summary>Connections at present.</summary>
+    public int ConnectionCount => Volatile.Read(ref _connectionCount);
+
     /// <summary>Opens a listening socket; connections queue up until <see cref="Start"/>.</summary>
     /// <param name="address">Where; the IPv6 wildcard address stands for all addresses of both kinds.</param>
     /// <returns>Where it really listens.</returns>

@@ -110,6 +110,41 @@ public sealed partial class ImageFile : Disk
     internal static ImageFile OfPart(string path, SafeFileHandle file, long start, long length, bool readOnly)
         => new(path, file, FileKind.Regular, start, length, readOnly);
 
+    /// <summary>Opens the image of a cache, for this process alone; a file is made if it is absent, and grown if it is too short.</summary>
+    /// <param name="path">A file, or a block device that is long enough.</param>
+    /// <param name="length">The disk's length; what is beyond stays as it is.</param>
+    /// <param name="mayGrow">A file that is absent or too short is right; otherwise it is an error.</param>
+    /// <exception cref="DiskException">It cannot be opened, is in use, or too short.</exception>
+    internal static ImageFile OpenCache(string path, long length, bool mayGrow)
+    {
+        Errno errno = LinuxFile.Open(path, OpenMode.ReadWrite | (mayGrow ? OpenMode.Create : 0), out SafeFileHandle? file);
+        if (errno != Errno.None)
+            throw LockedFile.Failure(errno, "open the cache image", path);
+        try
+        {
+            if (!TryLock(file!, readOnly: false, ImageUse.Alone, out string? reason))
+                throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
+            errno = LinuxFile.Status(file!, out FileStatus status);
+            long present = status.Length;
+            if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
+                errno = LinuxFile.BlockDeviceLength(file!, out present);
+            else if (errno == Errno.None && status.Kind != FileKind.Regular)
+                throw new DiskException(DiskError.Io, $"'{path}' is neither a regular file nor a block device");
+            if (errno == Errno.None && present < length && status.Kind == FileKind.Regular && mayGrow)
+                errno = LinuxFile.Truncate(file!, length);
+            else if (errno == Errno.None && present < length)
+                throw new DiskException(DiskError.NoSpace, $"the cache image '{path}' has {present} bytes; {length} are needed");
+            if (errno != Errno.None)
+                throw LockedFile.Failure(errno, "use the cache image", path);
+            return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly: false);
+        }
+        catch
+        {
+            file!.Dispose();
+            throw;
+        }
+    }
+
     /// <summary>
     /// Keeps others out, who would do harm. Where there are no locks (some network file systems), nobody is.
     /// <para>
@@ -134,6 +169,9 @@ public sealed partial class ImageFile : Disk
         return use != ImageUse.Base
             || (LinuxFile.TryLockByte(file, toleratesNoWriter) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, writes));
     }
+
+    /// <summary>From now on others may use the image as well, as that of the target mode.</summary>
+    internal void ShareLock() => _ = LinuxFile.TryLock(_file, shared: true);
 
     /// <summary>Makes durable what is in the file, whoever wrote it, also if this process only reads it.</summary>
     /// <exception cref="DiskException">The sync failed.</exception>

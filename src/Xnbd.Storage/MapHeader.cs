@@ -32,6 +32,9 @@ public enum MapFlags
 
     /// <summary>The layer is being emptied: what is left in it means nothing any more.</summary>
     Discarding = 8,
+
+    /// <summary>It is a cache's map, in a file of its own; the data stand in another one.</summary>
+    Cache = 16,
 }
 
 /// <summary>

@@ -174,7 +174,10 @@ internal abstract partial class OverlayDisk : Disk
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync()
-        => _isDisposable || (Features & DiskFeatures.ReadOnly) != 0 ? ValueTask.CompletedTask : new ValueTask(_commits.RunAsync());
+        => _isDisposable || (Features & DiskFeatures.ReadOnly) != 0 ? ValueTask.CompletedTask : FlushAll();
+
+    /// <summary>Makes durable all that is in the file and in the map, also of a disk that clients may not write.</summary>
+    internal ValueTask FlushAll() => new(_commits.RunAsync());
 
     /// <inheritdoc/>
     public override async ValueTask PrefetchAsync(long offset, long length)

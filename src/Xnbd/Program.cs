@@ -6,6 +6,7 @@ var programs = new Dictionary<string, Func<string[], int>>
 {
     [ServerProgram.Name] = ServerProgram.Run,
     [LayerProgram.Name] = LayerProgram.Run,
+    [ControlProgram.Name] = ControlProgram.Run,
 };
 
 string calledAs = Path.GetFileName(Environment.GetCommandLineArgs()[0]);

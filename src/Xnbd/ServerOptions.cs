@@ -1,5 +1,7 @@
 using System.CommandLine;
 using System.Globalization;
+using Xnbd.Client;
+using Xnbd.Storage;
 
 namespace Xnbd.Programs;
 
@@ -25,6 +27,7 @@ internal sealed record ServerOptions
     public string? CowDirectory { get; init; }
     public IReadOnlyList<string> CowLayers { get; init; } = [];
     public bool Force { get; init; }
+    public ProxyOptions? Proxy { get; init; }
     public string ExportName { get; init; } = "";
     public bool Oldstyle { get; init; }
 
@@ -38,7 +41,39 @@ internal sealed record ServerOptions
         {
             Description = "Serve DISK_IMAGE, which never changes; writes go to a layer of their own",
         };
-        var proxy = new Option<bool>("--proxy") { Hidden = true };
+        var proxy = new Option<bool>("--proxy")
+        {
+            Description = "Serve a remote disk, and keep here what was read or written: see the five arguments",
+        };
+        var targetName = new Option<string>("--target-exportname")
+        {
+            Description = "With --proxy: the remote's export [default: its default one]",
+            HelpName = "NAME",
+            DefaultValueFactory = _ => "",
+        };
+        var remoteConnections = new Option<string?>("--remote-connections")
+        {
+            Description = $"With --proxy: connections to a remote that allows several [default: {ProxyOptions.DefaultConnections}]",
+            HelpName = "NUMBER",
+        };
+        var waitRemote = new Option<string?>("--wait-remote")
+        {
+            Description = "With --proxy: wait so long for a remote that cannot be reached",
+            HelpName = "SECONDS",
+        };
+        var clearBitmap = new Option<bool>("--clear-bitmap") { Description = "With --proxy: forget what is cached" };
+        var rebind = new Option<bool>("--rebind") { Description = "With --proxy: the cache is right although the remote's address has changed" };
+        var importBitmap = new Option<bool>("--import-bitmap") { Description = "With --proxy: take over a bitmap of the original xNBD" };
+        var maxQueue = new Option<string?>("--max-queue-size")
+        {
+            Description = $"With --proxy: requests to the remote at once [default: {ProxyOptions.DefaultRequests}]",
+            HelpName = "NUMBER",
+        };
+        var maxBuffer = new Option<string?>("--max-buf-size")
+        {
+            Description = "With --proxy: bytes of such requests at once, at least 1 MiB [default: 64 MiB]",
+            HelpName = "BYTES",
+        };
         var port = new Option<string?>("--lport")
         {
             Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {DefaultPort}]",
@@ -80,11 +115,16 @@ internal sealed record ServerOptions
             AllowMultipleArgumentsPerToken = false,
         };
         var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };
-        var image = new Argument<string[]>("DISK_IMAGE") { Description = "The image to serve", Arity = ArgumentArity.ZeroOrMore };
+        var image = new Argument<string[]>("DISK_IMAGE")
+        {
+            Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
+            Arity = ArgumentArity.ZeroOrMore,
+        };
 
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
-            target, cowTarget, proxy, cowDirectory, cowLayer, force, port, address, unix, exportName, readOnly, oldstyle, daemonize,
+            target, cowTarget, proxy, cowDirectory, cowLayer, force, targetName, remoteConnections, waitRemote, clearBitmap, rebind,
+            importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, oldstyle, daemonize,
             inetd, connected, logPath, syslog, image,
         };
 
@@ -94,11 +134,9 @@ internal sealed record ServerOptions
         int modes = Convert.ToInt32(result.GetValue(target)) + Convert.ToInt32(result.GetValue(cowTarget))
             + Convert.ToInt32(result.GetValue(proxy));
         if (modes == 0)
-            throw new UsageException("no mode was given: use --target or --cow-target");
+            throw new UsageException("no mode was given: use --target, --cow-target or --proxy");
         if (modes > 1)
             throw new UsageException("only one mode can be given");
-        if (result.GetValue(proxy))
-            throw new FailureException("--proxy is not supported yet");
 
         string[] images = result.GetValue(image) ?? [];
         foreach (string word in images)
@@ -107,12 +145,34 @@ internal sealed record ServerOptions
                 throw new UsageException($"unknown option '{word}'");
         }
 
-        if (images.Length != 1)
+        ProxyOptions? proxyOptions = null;
+        if (result.GetValue(proxy))
+        {
+            proxyOptions = ProxyOptions.Parse(images, result.GetValue(targetName)!) with
+            {
+                Connections = Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
+                WaitSeconds = Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
+                Opening = (result.GetValue(clearBitmap) ? CacheOpening.Clear : 0) | (result.GetValue(rebind) ? CacheOpening.Rebind : 0)
+                    | (result.GetValue(importBitmap) ? CacheOpening.ImportBitmap : 0),
+                Limits = new CacheLimits(
+                    Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
+                    Number("--max-buf-size", result.GetValue(maxBuffer), 1 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes),
+            };
+        }
+        else if (images.Length != 1)
+        {
             throw new UsageException(images.Length == 0 ? "no disk image was given" : "only one disk image can be served");
+        }
+        else if (((Option[])[targetName, remoteConnections, waitRemote, clearBitmap, rebind, importBitmap, maxQueue, maxBuffer])
+            .FirstOrDefault(o => result.GetResult(o) is { Implicit: false }) is { } stray)
+        {
+            throw new UsageException($"{stray.Name} goes with --proxy only");
+        }
 
         var options = new ServerOptions
         {
-            Image = images[0],
+            Image = proxyOptions?.CacheImage ?? images[0],
+            Proxy = proxyOptions,
             Port = Number("--lport", result.GetValue(port), 1, 65535),
             Address = result.GetValue(address),
             UnixPath = result.GetValue(unix),
@@ -172,6 +232,51 @@ internal sealed record ServerOptions
         catch (ArgumentException failure)
         {
             throw new UsageException($"--export-name: {failure.Message.Split(" (Parameter")[0]}");
+        }
+    }
+}
+
+/// <summary>What the proxy mode needs beyond all others.</summary>
+internal sealed record ProxyOptions
+{
+    public const int DefaultConnections = 4;
+    public const int DefaultRequests = 256;
+    public const int DefaultBytes = 64 << 20;
+
+    public required RemoteAddress Remote { get; init; }
+    public required string CacheImage { get; init; }
+    public required string Map { get; init; }
+    public required string ControlSocket { get; init; }
+    public int Connections { get; init; }
+    public int WaitSeconds { get; init; }
+    public CacheOpening Opening { get; init; }
+    public CacheLimits Limits { get; init; }
+
+    /// <summary>Reads the five arguments.</summary>
+    public static ProxyOptions Parse(string[] words, string exportName)
+    {
+        if (words.Length != 5)
+        {
+            throw new UsageException(
+                $"--proxy takes five arguments, REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH; {words.Length} were given");
+        }
+
+        if (words.Contains(""))
+            throw new UsageException("an argument is empty");
+        try
+        {
+            _ = Protocol.NbdString.GetBytes(exportName);
+            return new ProxyOptions
+            {
+                Remote = RemoteAddress.Parse(words[0], words[1], exportName),
+                CacheImage = Path.GetFullPath(words[2]),
+                Map = Path.GetFullPath(words[3]),
+                ControlSocket = Path.GetFullPath(words[4]),
+            };
+        }
+        catch (Exception failure) when (failure is FormatException or ArgumentException)
+        {
+            throw new UsageException(failure.Message.Split(" (Parameter")[0]);
         }
     }
 }

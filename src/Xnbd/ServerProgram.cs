@@ -109,20 +109,28 @@ internal sealed class ServerProgram
 
     private void Serve()
     {
-        using Disk disk = OpenDisk();
+        using ProxyMode? proxy = _options.Proxy is null ? null : new ProxyMode(_options.Proxy, _options.ReadOnly, _log);
+        using Disk? own = proxy is null ? OpenDisk() : null;
+        Disk disk = proxy?.Disk ?? own!;
         var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log);
-        SnapshotSignal? snapshots = disk is ImageFile image ? new SnapshotSignal(image, _log, _stop.Token) : null;
+        var snapshots = new SnapshotSignal(() => proxy is null ? disk as ImageFile : proxy.Image, _log, _stop.Token);
         List<PosixSignalRegistration> signals =
         [
             On(PosixSignal.SIGTERM, _stop.Cancel),
             On(PosixSignal.SIGINT, _stop.Cancel),
             On(PosixSignal.SIGHUP, _log.Reopen),
-            On((PosixSignal)10, snapshots is null ? () => SayMeaningless("SIGUSR1") : snapshots.Take),
-            On((PosixSignal)12, () => SayMeaningless("SIGUSR2")),
+            On((PosixSignal)10, snapshots.Take), // SIGUSR1
+            On((PosixSignal)12, () => SwitchBySignal(proxy)), // SIGUSR2
         ];
+
+        if (proxy is not null)
+        {
+            proxy.CountClients = () => server.ConnectionCount;
+            proxy.StartControl();
+        }
 
         Socket? connection = OpenConnection();
         if (connection is null)
@@ -130,7 +138,7 @@ internal sealed class ServerProgram
         _log.LogInformation(
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
-            string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
+            _options.Proxy is { } from ? $", a cache of {from.Remote}" : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
             disk.Length,
             _options.ReadOnly ? "read-only" : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes go when the server ends" : "read-write");
         if (connection is not null)
@@ -148,7 +156,7 @@ internal sealed class ServerProgram
             Daemon.SayReady();
         _stop.Token.WaitHandle.WaitOne();
 
-        End(server, disk, snapshots);
+        End(server, disk, proxy is null ? () => disk.FlushAsync().AsTask() : proxy.FlushAll, snapshots);
         foreach (PosixSignalRegistration signal in signals)
             signal.Dispose();
     }
@@ -177,7 +185,7 @@ internal sealed class ServerProgram
         return image;
     }
 
-    private void End(NbdServer server, Disk disk, SnapshotSignal? snapshots)
+    private void End(NbdServer server, Disk disk, Func<Task> sync, SnapshotSignal snapshots)
     {
         bool isSynced = false;
         using var watchdog = new Timer(_ =>
@@ -194,7 +202,7 @@ internal sealed class ServerProgram
         server.Stop();
         try
         {
-            disk.FlushAsync().AsTask().GetAwaiter().GetResult();
+            sync().GetAwaiter().GetResult();
         }
         catch (DiskException failure)
         {
@@ -202,13 +210,17 @@ internal sealed class ServerProgram
         }
 
         Volatile.Write(ref isSynced, true);
-        snapshots?.WaitUntilEnded();
+        snapshots.WaitUntilEnded();
         _log.LogInformation("ended");
     }
 
-    private void SayMeaningless(string signal)
-        => _log.LogInformation(
-            "{Signal} has no meaning in this mode{Hint}", signal, signal == "SIGUSR1" ? ": snapshots are made of the target mode's images" : "");
+    private void SwitchBySignal(ProxyMode? proxy)
+    {
+        if (proxy is null)
+            _log.LogInformation("SIGUSR2 has no meaning in this mode");
+        else
+            new Thread(proxy.SwitchBySignal) { IsBackground = true, Name = "switch" }.Start(); // it may take a while
+    }
 
     private static PosixSignalRegistration On(PosixSignal signal, Action action)
         => PosixSignalRegistration.Create(signal, context =>

@@ -5,10 +5,10 @@ using Xnbd.Storage;
 namespace Xnbd.Programs;
 
 /// <summary>Makes a snapshot for each SIGUSR1, one at a time, in the background, and logs what becomes of it.</summary>
-/// <param name="image">What is served.</param>
+/// <param name="getImage">The image that is served; null when it is another kind of disk.</param>
 /// <param name="log">For progress and result.</param>
 /// <param name="stop">Gives an unfinished snapshot up.</param>
-internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationToken stop)
+internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, CancellationToken stop)
 {
     private static readonly TimeSpan s_progressTime = TimeSpan.FromSeconds(5);
 
@@ -28,7 +28,13 @@ internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationT
 
             try
             {
-                _thread = new Thread(Make) { IsBackground = true, Name = "snapshot" };
+                if (getImage() is not { } image)
+                {
+                    log.LogInformation("SIGUSR1 has no meaning in this mode: snapshots are made of the target mode's images");
+                    return;
+                }
+
+                _thread = new Thread(() => Make(image)) { IsBackground = true, Name = "snapshot" };
                 _thread.Start();
             }
             catch (OutOfMemoryException failure)
@@ -48,7 +54,7 @@ internal sealed class SnapshotSignal(ImageFile image, ILogger log, CancellationT
         thread?.Join();
     }
 
-    private void Make()
+    private void Make(ImageFile image)
     {
         long start = Stopwatch.GetTimestamp(), lastLine = start;
         try

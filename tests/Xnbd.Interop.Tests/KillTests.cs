@@ -30,6 +30,19 @@ public sealed class KillTests
         Assert.Equal(before, File.ReadAllBytes(image));
     }
 
+    [Fact]
+    public async Task A_killed_proxy_loses_no_acknowledged_write_and_shows_no_block_that_it_has_not()
+    {
+        using var folder = new TempFolder();
+        string image = folder.Random("disk.img", Size);
+        byte[] before = File.ReadAllBytes(image);
+        using ServerProcess origin = ServerProcess.Start(folder, image, "--readonly");
+        Run(() => Proxies.Start(folder, origin), [.. before]);
+        Assert.Equal(before, File.ReadAllBytes(image));
+        using ServerProcess last = Proxies.Start(folder, origin);
+        await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(folder));
+    }
+
     private static void Run(Func<ServerProcess> start, byte[] initial)
     {
         var run = new KillRun(start, initial, Seed);

@@ -45,4 +45,32 @@ public sealed class ModelTests
         await Tool.Succeed(Layers.Program, "export", layer, folder.File("out"));
         Assert.Equal(run.Model, File.ReadAllBytes(folder.File("out")));
     }
+
+    /// <summary>With cache-all under way from the middle on, and a restart.</summary>
+    [Theory]
+    [InlineData(null)]
+    [InlineData("/dev/shm")]
+    public async Task The_proxys_disk_equals_the_model_and_the_origin_stays(string? root)
+    {
+        using var folder = new TempFolder(root);
+        string image = folder.Random("disk.img", Size);
+        byte[] before = File.ReadAllBytes(image), model = [.. before];
+        using ServerProcess origin = ServerProcess.Start(folder, image, "--readonly");
+        for (int life = 0; life < 2; life++)
+        {
+            using ServerProcess server = Proxies.Start(folder, origin);
+            var run = new ModelRun(server.SocketPath, Size, Seed + life, Operations / 2) { Initial = model, TrimUnit = 4096 };
+            Task running = run.Run();
+            if (life == 1)
+                await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(folder));
+            await running;
+            model = [.. run.Model];
+            if (life == 1)
+                await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(folder));
+            Assert.Equal(0, server.Stop());
+        }
+
+        Assert.Equal(before, File.ReadAllBytes(image));
+        Assert.Equal(model, File.ReadAllBytes(folder.File("cache.img")));
+    }
 }

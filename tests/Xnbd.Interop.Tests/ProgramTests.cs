@@ -41,7 +41,13 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "--cow-layer", "--cow-target", "a", "--cow-layer")]
     [InlineData(1, "No such file", "--cow-target", "/nonexistent/image")]
     [InlineData(1, "neither", "--cow-target", "/dev/null")]
-    [InlineData(1, "not supported yet", "--proxy", "h", "1", "a", "b", "c")]
+    [InlineData(2, "five arguments", "--proxy", "h", "1", "a", "b")]
+    [InlineData(2, "remote port", "--proxy", "h", "x", "a", "b", "c")]
+    [InlineData(2, "Unix socket", "--proxy", "unix:/x", "1", "a", "b", "c")]
+    [InlineData(2, "--clear-bitmap goes with --proxy", "--target", "--clear-bitmap", "a")]
+    [InlineData(2, "--max-buf-size 5", "--proxy", "--max-buf-size", "5", "unix:/x", "-", "a", "b", "c")]
+    [InlineData(1, "cannot connect", "--proxy", "unix:/nonexistent/socket", "-", "/tmp/a", "/tmp/b", "/tmp/c")]
+    [InlineData(1, "cannot connect", "--proxy", "127.0.0.1", "1", "/tmp/a", "/tmp/b", "/tmp/c")]
     public async Task A_wrong_call_gets_one_clear_line(int exitCode, string message, params string[] args)
     {
         ToolResult result = await Tool.Run(ServerProcess.Executable, args);

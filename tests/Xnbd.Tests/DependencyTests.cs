@@ -12,7 +12,8 @@ public class DependencyTests
     [InlineData("Xnbd.Storage", "Xnbd.Linux")]
     [InlineData("Xnbd.Client", "Xnbd.Protocol", "Xnbd.Storage")]
     [InlineData("Xnbd.Server", "Xnbd.Protocol", "Xnbd.Storage")]
-    [InlineData("Xnbd", "Xnbd.Server")]
+    [InlineData("Xnbd.Control")]
+    [InlineData("Xnbd", "Xnbd.Client", "Xnbd.Control", "Xnbd.Server")]
     public void A_project_refers_to_these_alone(string project, params string[] references)
     {
         XDocument document = XDocument.Load(Path.Combine(Repository.Root, "src", project, project + ".csproj"));

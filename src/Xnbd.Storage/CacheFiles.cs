@@ -1,0 +1,181 @@
+using System.Buffers.Binary;
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage;
+
+/// <summary>What to do with a map that is there already.</summary>
+[Flags]
+public enum CacheOpening
+{
+    /// <summary>Go on where it was.</summary>
+    GoOn = 0,
+
+    /// <summary>Forget what is cached.</summary>
+    Clear = 1,
+
+    /// <summary>Take it although it is of another remote.</summary>
+    Rebind = 2,
+
+    /// <summary>Take over a bare bitmap of the original xNBD.</summary>
+    ImportBitmap = 4,
+}
+
+/// <summary>
+/// The two files of a cache: the image, and the map that says what of it is right (docs/formats.md). The map is bound to the
+/// disk's length and to the origin's address. Both are locked as long as they are open.
+/// </summary>
+internal static class CacheFiles
+{
+    /// <summary>Opens both, or makes them.</summary>
+    /// <param name="imagePath">The cache image.</param>
+    /// <param name="mapPath">Its map.</param>
+    /// <param name="origin">The origin's address, by which it is known again.</param>
+    /// <param name="length">The origin's length, in bytes.</param>
+    /// <param name="opening">What to do with a map that is there.</param>
+    /// <exception cref="DiskException">They do not fit, are damaged, or in use; nothing was touched.</exception>
+    public static (ImageFile Image, BlockMap Map, SafeFileHandle MapFile) Open(
+        string imagePath, string mapPath, string origin, long length, CacheOpening opening)
+    {
+        var source = new SourceIdentity(origin, length, 0, 0);
+        if (!MapHeader.FitsPath(origin))
+            throw new DiskException(DiskError.NotSupported, "the remote's address is too long to be recorded");
+        Errno errno = LinuxFile.Open(mapPath, OpenMode.ReadWrite, out SafeFileHandle? old);
+        if (errno is not (Errno.None or Errno.ENOENT))
+            throw LockedFile.Failure(errno, "open the map", mapPath);
+        ImageFile? image = null;
+        SafeFileHandle? made = null;
+        try
+        {
+            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out _);
+            bool[]? imported = null;
+            if (old is not null && map is null && (opening & CacheOpening.ImportBitmap) != 0)
+                imported = ReadBitmap(mapPath, old, length);
+
+            // A map without its image would show zeroes where data were.
+            bool isFresh = imported is null && (map is null || map.Count(BlockState.Absent) == map.BlockCount);
+            image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh);
+            if (map is not null)
+            {
+                map.PrepareToWrite();
+                if (map.Header.Source != source)
+                    map.WriteHeader(map.Header with { Source = source });
+                return (image, map, old!);
+            }
+
+            made = LockedFile.CreateBeside(Path.GetFullPath(mapPath), out string partial);
+            try
+            {
+                map = Make(partial, made, source);
+                for (long block = 0; block < imported?.Length; block++)
+                {
+                    if (imported[block])
+                        map.Set(new BlockRange(block, 1), BlockState.Written); // which were written nobody knows: then all are
+                }
+
+                map.Commit();
+                errno = LinuxFile.Rename(partial, mapPath);
+                if (errno != Errno.None)
+                    throw LockedFile.Failure(errno, "put in place", mapPath);
+            }
+            catch
+            {
+                _ = LinuxFile.Unlink(partial);
+                throw;
+            }
+
+            LinuxFile.SyncDirectoryOf(mapPath);
+            old?.Dispose();
+            return (image, map, made);
+        }
+        catch
+        {
+            image?.Dispose();
+            made?.Dispose();
+            old?.Dispose();
+            throw;
+        }
+    }
+
+    /// <returns>Null when a new map is to be made in place of this file.</returns>
+    private static BlockMap? ReadMap(string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)
+    {
+        _ = LinuxFile.Status(file, out FileStatus status);
+        size = status.Length;
+        if (LinuxFile.TryLock(file) == Errno.EAGAIN)
+            throw new DiskException(DiskError.Permission, $"the map '{path}' is in use by another proxy");
+        if (status.Kind != FileKind.Regular)
+            throw new DiskException(DiskError.Io, $"'{path}' is no regular file");
+        if (size == 0)
+            return null; // an empty file, such as mktemp makes
+        var store = new FileMapStore(path, file);
+        MapHeader? header = size < 2 * MapHeader.Size ? null : BlockMap.ReadHeader(store);
+        if (header is null)
+        {
+            if (size != BitmapLength(source.Length))
+                throw new DiskException(DiskError.Io, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
+            if ((opening & (CacheOpening.ImportBitmap | CacheOpening.Clear)) != 0)
+                return null;
+            throw new DiskException(
+                DiskError.Permission, $"'{path}' looks like a bitmap of the original xNBD; --import-bitmap takes it over, --clear-bitmap starts afresh");
+        }
+
+        if ((header.Flags & MapFlags.Cache) == 0)
+            throw new DiskException(DiskError.Permission, $"'{path}' is a copy-on-write layer, not a cache's map");
+        if ((opening & CacheOpening.Clear) != 0)
+            return null;
+        if (header.Source.Length != source.Length)
+        {
+            throw new DiskException(
+                DiskError.Permission, $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
+        }
+
+        if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
+        {
+            throw new DiskException(
+                DiskError.Permission, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}; if that is the same disk: --rebind");
+        }
+
+        if (size < BlockMap.FileLength(source.Length))
+            throw new DiskException(DiskError.Io, $"the map '{path}' is damaged: it is too short");
+        try
+        {
+            return BlockMap.Open(store, LinuxProcess.BootId);
+        }
+        catch (DiskException failure)
+        {
+            throw new DiskException(failure.Error, $"the map '{path}': {failure.Message}; it was left as it is");
+        }
+    }
+
+    private static BlockMap Make(string path, SafeFileHandle file, SourceIdentity source)
+    {
+        long length = BlockMap.FileLength(source.Length);
+        Errno errno = LinuxFile.Truncate(file, length);
+        if (errno == Errno.None)
+            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length); // on a full disk, a flush still finds room
+        if (errno is not (Errno.None or Errno.EOPNOTSUPP))
+            throw LockedFile.Failure(errno, "create", path);
+        return BlockMap.Create(new FileMapStore(path, file), new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = LinuxProcess.BootId,
+            Flags = MapFlags.Cache,
+            DataStart = 0,
+            Source = source,
+        });
+    }
+
+    /// <summary>Of the original's bitmap: an array of 64-bit words.</summary>
+    private static long BitmapLength(long diskLength) => (BlockRange.CountOf(diskLength) + 63) / 64 * 8;
+
+    private static bool[] ReadBitmap(string path, SafeFileHandle file, long length)
+    {
+        byte[] bytes = new byte[BitmapLength(length)];
+        new FileMapStore(path, file).Read(0, bytes);
+        bool[] blocks = new bool[BlockRange.CountOf(length)];
+        for (int i = 0; i < blocks.Length; i++)
+            blocks[i] = (BinaryPrimitives.ReadUInt64LittleEndian(bytes.AsSpan(i / 64 * 8)) >> (i % 64) & 1) != 0;
+        return blocks;
+    }
+}

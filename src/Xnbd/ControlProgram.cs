@@ -1,0 +1,231 @@
+using System.CommandLine;
+using System.Diagnostics;
+using System.Globalization;
+using System.Net.Sockets;
+using System.Runtime.InteropServices;
+using System.Text.Json;
+using System.Text.Json.Nodes;
+using Xnbd.Control;
+
+namespace Xnbd.Programs;
+
+/// <summary>The program <c>xnbd-bgctl</c>: queries and controls a proxy through its control socket.</summary>
+internal static class ControlProgram
+{
+    /// <summary>The program's name.</summary>
+    public const string Name = "xnbd-bgctl";
+
+    private static readonly TimeSpan s_lineTime = TimeSpan.FromSeconds(5);
+
+    /// <summary>Runs the program.</summary>
+    /// <returns>Its exit code.</returns>
+    public static int Run(string[] args)
+    {
+        try
+        {
+            return Control(args);
+        }
+        catch (UsageException failure)
+        {
+            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            Console.Error.WriteLine($"Try '{Name} --help' for more information.");
+            return ExitCode.Usage;
+        }
+        catch (Exception failure) when (failure is FailureException or ControlException or IOException)
+        {
+            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            return ExitCode.Failure;
+        }
+    }
+
+    private static int Control(string[] args)
+    {
+        var query = new Option<bool>("--query") { Description = "Show mode, remote, and how much is cached" };
+        var cacheAll = new Option<bool>("--cache-all") { Description = "Fetch all that is missing; returns when that is done" };
+        cacheAll.Aliases.Add("--cache-all2");
+        var switches = new Option<bool>("--switch") { Description = "Become a plain target; refused while blocks are missing" };
+        switches.Aliases.Add("--shutdown");
+        var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT" };
+        var cancel = new Option<bool>("--cancel") { Description = "End a caching of all that is under way; what was fetched stays" };
+        var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
+        var detach = new Option<bool>("--detach") { Description = "With --cache-all: start it, and return at once" };
+        var blocks = new Option<int?>("--blocks-per-request")
+        {
+            Description = "With --cache-all: blocks of 4096 bytes that are fetched at a time, 1 to 256 [default: 256]",
+            HelpName = "NUMBER",
+        };
+        var force = new Option<bool>("--force") { Description = "With --switch: blocks that are missing become zeroes" };
+        var exportName = new Option<string?>("--exportname") { Description = "With --reconnect: the export there [default: as it was]", HelpName = "NAME" };
+        var json = new Option<bool>("--json") { Description = "Print JSON, for programs" };
+        var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
+        var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
+        {
+            query, cacheAll, switches, reconnect, cancel, progress, detach, blocks, force, exportName, json, words,
+        };
+        if (CommandLine.Parse(command, args) is not { } result)
+            return ExitCode.Success;
+
+        Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel];
+        Option<bool>[] given = [.. actions.Where(result.GetValue)];
+        if (given.Length != 1)
+            throw new UsageException(given.Length == 0 ? "say what to do: --query, --cache-all, --switch, --reconnect or --cancel" : "only one thing can be done at a time");
+        foreach ((Option option, Option of) in ((Option, Option)[])
+            [(progress, cacheAll), (detach, cacheAll), (blocks, cacheAll), (force, switches), (exportName, reconnect)])
+        {
+            if (result.GetResult(option) is { Implicit: false } && given[0] != of)
+                throw new UsageException($"{option.Name} goes with {of.Name} only");
+        }
+
+        string[] arguments = result.GetValue(words) ?? [];
+        int wanted = given[0] == reconnect ? 3 : 1;
+        if (arguments.Length != wanted)
+            throw new UsageException(given[0] == reconnect ? "--reconnect takes SOCKET HOST PORT" : "the control socket's path is wanted, and nothing else");
+
+        using ControlClient client = Connect(arguments[0]);
+        bool isJson = result.GetValue(json);
+        if (given[0] == query)
+            return Show(client.Call("query")!, isJson);
+        if (given[0] == switches)
+            return Say(client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!, isJson, "switched: the cache image is served as a target now");
+        if (given[0] == reconnect)
+        {
+            var parameters = new JsonObject { ["host"] = arguments[1], ["port"] = arguments[2] };
+            if (result.GetValue(exportName) is { } name)
+                parameters["export-name"] = name;
+            JsonNode answer = client.Call("reconnect", parameters)!;
+            return Say(answer, isJson, $"the remote is {answer["remote"]!.GetValue<string>()} now");
+        }
+
+        if (given[0] == cancel)
+        {
+            int id = client.Call("query")!["job"]?["job"]?.GetValue<int>() ?? throw new FailureException("nothing is being cached");
+            JsonNode status = client.Call("job.cancel", new JsonObject { ["job"] = id })!;
+            return Say(status, isJson, $"caching all: {status["state"]!.GetValue<string>()}");
+        }
+
+        JsonNode job = client.Call("cache-all", new JsonObject { ["blocks-per-request"] = result.GetValue(blocks) ?? 256 })!;
+        if (result.GetValue(detach))
+            return Say(job, isJson, $"caching all: job {job["job"]!.GetValue<int>()} is running");
+        return WaitFor(client, job, result.GetValue(progress), isJson);
+    }
+
+    private static ControlClient Connect(string path)
+    {
+        try
+        {
+            return new ControlClient(path);
+        }
+        catch (Exception failure) when (failure is SocketException or ArgumentException)
+        {
+            throw new FailureException(File.Exists(path)
+                ? $"nobody listens on '{path}': the proxy has ended, or this is no control socket ({failure.Message})"
+                : $"there is no control socket '{path}': is the proxy running?");
+        }
+    }
+
+    private static int WaitFor(ControlClient client, JsonNode job, bool showProgress, bool isJson)
+    {
+        var id = new JsonObject { ["job"] = job["job"]!.GetValue<int>(), ["wait-ms"] = 200 };
+        using var interrupted = new ManualResetEventSlim();
+        using var sigint = PosixSignalRegistration.Create(PosixSignal.SIGINT, context =>
+        {
+            context.Cancel = true;
+            interrupted.Set();
+        });
+        bool isTerminal = !Console.IsErrorRedirected;
+        long start = Stopwatch.GetTimestamp(), lastLine = 0, first = job["missing-blocks"]!.GetValue<long>();
+        while (true)
+        {
+            JsonNode status = client.Call("job.status", (JsonObject)id.DeepClone())!;
+            long total = status["blocks"]!.GetValue<long>(), missing = status["missing-blocks"]!.GetValue<long>();
+            string state = status["state"]!.GetValue<string>();
+            bool isLate = Stopwatch.GetElapsedTime(lastLine == 0 ? start : lastLine) >= s_lineTime;
+            if (showProgress && (isTerminal || isLate || state != "running"))
+            {
+                lastLine = Stopwatch.GetTimestamp();
+                Draw(total, missing, first - missing, Stopwatch.GetElapsedTime(start), isTerminal);
+            }
+
+            if (state != "running")
+            {
+                if (showProgress && isTerminal)
+                    Console.Error.WriteLine();
+                if (state != "done")
+                    throw new FailureException($"caching all: {state}{(status["error"] is { } error ? $": {error.GetValue<string>()}" : "")}");
+                return Say(status, isJson, "all is cached");
+            }
+
+            if (!interrupted.IsSet)
+                continue;
+            if (isTerminal && !Console.IsInputRedirected)
+            {
+                Console.Error.Write("\nStop caching? (It goes on in the proxy otherwise.) [y/N] ");
+                if (Console.ReadLine()?.Trim().StartsWith("y", StringComparison.OrdinalIgnoreCase) == true)
+                    client.Call("job.cancel", new JsonObject { ["job"] = id["job"]!.GetValue<int>() });
+            }
+
+            throw new FailureException("interrupted; what was fetched stays, and --query tells how far it is");
+        }
+    }
+
+    private static void Draw(long total, long missing, long done, TimeSpan time, bool isTerminal)
+    {
+        const int width = 30;
+        double rate = done * 4096.0 / Math.Max(0.001, time.TotalSeconds);
+        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(Math.Ceiling(missing * 4096 / rate)):c}";
+        string text = string.Create(CultureInfo.InvariantCulture, $"{Percent(total - missing, total)} %, {rate / (1 << 20):0} MiB/s{rest}");
+        if (!isTerminal)
+        {
+            Console.Error.WriteLine($"{Name}: {text}");
+            return;
+        }
+
+        int filled = total == 0 ? width : (int)(width * (total - missing) / total);
+        Console.Error.Write($"\r\e[K[{new string('#', filled)}{new string('.', width - filled)}] {text}");
+    }
+
+    /// <summary>Never 100.0 before it is all.</summary>
+    private static string Percent(long part, long all)
+        => part == all ? "100.0" : (Math.Floor(1000.0 * part / all) / 10).ToString("0.0", CultureInfo.InvariantCulture);
+
+    private static int Say(JsonNode answer, bool isJson, string text)
+    {
+        Console.WriteLine(isJson ? Indented(answer) : text);
+        return ExitCode.Success;
+    }
+
+    private static int Show(JsonNode answer, bool isJson)
+    {
+        if (isJson)
+        {
+            Console.WriteLine(Indented(answer));
+            return ExitCode.Success;
+        }
+
+        long Number(string name) => answer[name]!.GetValue<long>();
+        long blocks = Number("blocks"), cached = Number("cached-blocks");
+        Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
+        Console.WriteLine($"remote:       {answer["remote"]?.GetValue<string>() ?? "none"}, {Number("remote-connections")} connections");
+        Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
+        Console.WriteLine($"disk:         {Number("size")} bytes, {blocks} blocks");
+        Console.WriteLine($"cached:       {cached} blocks, {Number("cached-bytes")} bytes, {Percent(cached, blocks)} %");
+        Console.WriteLine($"written here: {Number("written-blocks")} blocks");
+        Console.WriteLine($"fetched:      {Number("fetched-bytes")} bytes since the start");
+        Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
+        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Number("bytes-in-flight")} bytes");
+        Console.WriteLine($"clients:      {Number("clients")} connections");
+        if (Number("store-failures") > 0)
+            Console.WriteLine($"NOT CACHED:   {Number("store-failures")} times what was fetched could not be kept: see the proxy's log");
+        if (answer["job"] is { } job)
+            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}");
+        return ExitCode.Success;
+    }
+
+    private static string Indented(JsonNode node)
+    {
+        using var stream = new MemoryStream();
+        using (var writer = new Utf8JsonWriter(stream, new JsonWriterOptions { Indented = true }))
+            node.WriteTo(writer);
+        return System.Text.Encoding.UTF8.GetString(stream.ToArray());
+    }
+}

@@ -1,0 +1,370 @@
+using System.Diagnostics;
+using System.Net.Sockets;
+using System.Text;
+using System.Text.Json;
+using Xnbd.Protocol;
+using Xnbd.TestKit;
+
+namespace Xnbd.Interop.Tests;
+
+/// <summary>Starts proxies, with names of files that all tests share.</summary>
+internal static class Proxies
+{
+    public static string Control { get; } = Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl");
+
+    public static string Socket(TempFolder folder) => folder.File("control");
+
+    /// <summary>A proxy of a server in the same folder.</summary>
+    public static ServerProcess Start(TempFolder folder, ServerProcess origin, params string[] options)
+        => Start(folder, "unix:" + origin.SocketPath, "-", options);
+
+    public static ServerProcess Start(TempFolder folder, string host, string port, params string[] options)
+    {
+        string socket = folder.File("p" + Guid.NewGuid().ToString("N")[..6]);
+        return ServerProcess.Start(
+            socket,
+            ["--proxy", "--unix", socket, .. options, host, port, folder.File("cache.img"), folder.File("cache.map"), Socket(folder)]);
+    }
+}
+
+/// <summary>The proxy mode and its control, with real clients and real origins.</summary>
+public sealed class ProxyTests : IDisposable
+{
+    private const int Size = (8 << 20) + 1024;
+
+    private readonly TempFolder _folder = new();
+    private readonly string _image;
+    private readonly byte[] _before;
+
+    public ProxyTests()
+    {
+        _image = _folder.Random("origin.img", Size);
+        _before = File.ReadAllBytes(_image);
+    }
+
+    public void Dispose() => _folder.Dispose();
+
+    private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
+
+    private async Task<JsonElement> Query()
+        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+
+    private async Task<long> Figure(string name) => (await Query()).GetProperty(name).GetInt64();
+
+    public static TheoryData<string> Origins => ["xnbd", "xnbd --oldstyle", "nbdkit", "qemu-nbd", "nbd-server", "proxy"];
+
+    [Theory]
+    [MemberData(nameof(Origins))]
+    public async Task Every_kind_of_origin_is_read_as_it_is(string kind)
+    {
+        Assert.SkipWhen(kind.Contains('-', StringComparison.Ordinal) && !kind.Contains(' ', StringComparison.Ordinal) && Tool.Find(kind) is null, $"{kind} is absent");
+        string socket = _folder.File("origin");
+        using var second = new TempFolder();
+        using ServerProcess? first = kind == "proxy" ? ServerProcess.Start(_folder, _image, "--readonly") : null;
+        using IDisposable origin = kind switch
+        {
+            "xnbd" => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]),
+            "xnbd --oldstyle" => ServerProcess.Start(socket, ["--target", "--readonly", "--oldstyle", "--unix", socket, _image]),
+            "proxy" => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File("c"), second.File("m"), second.File("s")]),
+            _ => new ForeignServer(kind, _image, socket, _folder),
+        };
+        string name = kind == "nbd-server" ? "disk" : "";
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + socket, "-", "--target-exportname", name);
+        await Tool.Succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", _image, proxy.Uri);
+        Assert.Equal(Size, await Figure("cached-bytes"));
+        await Tool.Succeed("nbdcopy", "--connections=4", proxy.Uri, _folder.File("seen"));
+        Assert.Equal(_before, File.ReadAllBytes(_folder.File("seen")));
+        Assert.InRange(await Figure("fetched-bytes"), Size, Size + 4096); // each block once
+        Assert.Equal(_before, File.ReadAllBytes(_image));
+    }
+
+    [Fact]
+    public async Task Writes_stay_here_and_fio_finds_what_it_wrote()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using (ServerProcess proxy = Proxies.Start(_folder, origin))
+        {
+            if (Tool.Find("fio") is not null)
+            {
+                await Tool.Succeed(
+                    "fio", "--name=v", "--ioengine=nbd", $"--uri={proxy.Uri}", "--rw=randrw", "--bsrange=512-64k", "--bs_unaligned", "--verify=crc32c",
+                    "--iodepth=16", "--size=8m", "--thread", "--verify_fatal=1");
+            }
+
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        Assert.Equal(_before, File.ReadAllBytes(_image));
+    }
+
+    [Fact]
+    public async Task A_disk_moves_under_running_clients()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        using NbdTestClient client = proxy.Open();
+        byte[] model = [.. _before];
+        Write(client, model, 5000, 3000);
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.WriteZeroes, 1 << 20, 100_000));
+        model.AsSpan(1 << 20, 100_000).Clear();
+
+        ToolResult early = await Control("--switch", Proxies.Socket(_folder));
+        Assert.Equal(1, early.ExitCode);
+        Assert.Contains("blocks of 4096 bytes are not cached yet, the first at byte 0", early.Errors, StringComparison.Ordinal);
+
+        ToolResult cached = await Control("--progress", "--cache-all", Proxies.Socket(_folder));
+        Assert.Equal((0, "all is cached\n"), (cached.ExitCode, cached.Output));
+        Assert.Contains("100.0 %", cached.Errors, StringComparison.Ordinal);
+        await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
+        origin.Kill();
+        Assert.Equal("target", (await Query()).GetProperty("mode").GetString());
+        Assert.Equal(0, await Figure("remote-connections"));
+
+        Assert.Equal(model, client.Read(0, Size)); // the session lives on
+        Write(client, model, 123_456, 7000);
+        Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush, 0, 0));
+        Assert.Equal(model, File.ReadAllBytes(_folder.File("cache.img")));
+        proxy.Signal(10);
+        Wait.Until(() => proxy.Log.Contains("snapshot complete", StringComparison.Ordinal), "snapshots work now");
+        client.Dispose();
+        Assert.Equal(0, proxy.Stop());
+        using ServerProcess target = ServerProcess.Start(_folder, _folder.File("cache.img"));
+    }
+
+    private static void Write(NbdTestClient client, byte[] model, int offset, int length)
+    {
+        byte[] data = [.. Enumerable.Repeat((byte)(offset % 251), length)];
+        Assert.Equal(NbdError.None, client.Write((ulong)offset, data));
+        data.CopyTo(model, offset);
+    }
+
+    [Fact]
+    public async Task SIGUSR2_switches_too()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        proxy.Signal(12);
+        Wait.Until(() => proxy.Log.Contains("not switched", StringComparison.Ordinal), "it is refused");
+        await Tool.Succeed(Proxies.Control, "--cache-all2", Proxies.Socket(_folder));
+        proxy.Signal(12);
+        Wait.Until(() => proxy.Log.Contains("switched: this is a target now", StringComparison.Ordinal), "it is done");
+    }
+
+    [Fact]
+    public async Task State_is_kept_and_what_does_not_fit_is_refused()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using (ServerProcess proxy = Proxies.Start(_folder, origin))
+        {
+            using NbdTestClient client = proxy.Open();
+            client.Read(0, 1 << 20);
+            client.Write(2 << 20, [.. Enumerable.Repeat((byte)7, 4096)]);
+            client.Dispose();
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        byte[] map = File.ReadAllBytes(_folder.File("cache.map"));
+        using (ServerProcess proxy = Proxies.Start(_folder, origin))
+        {
+            Assert.Equal(257, await Figure("cached-blocks"));
+            Assert.Equal(1, await Figure("written-blocks"));
+            using NbdTestClient client = proxy.Open();
+            Assert.Equal(_before[..4096], client.Read(0, 4096));
+            Assert.Equal(0, await Figure("fetched-bytes"));
+            Assert.Contains("in use", Refused(origin), StringComparison.Ordinal); // the cache's files
+            client.Dispose();
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        string otherImage = _folder.Random("other.img", Size), longer = _folder.Random("longer.img", Size + 4096);
+        using ServerProcess other = ServerProcess.Start(_folder, otherImage), long_ = ServerProcess.Start(_folder, longer);
+        Assert.Contains("--rebind", Refused(other), StringComparison.Ordinal);
+        Assert.Contains($"the remote has {Size + 4096} bytes", Refused(long_), StringComparison.Ordinal);
+        Assert.Equal(map, File.ReadAllBytes(_folder.File("cache.map")));
+        Proxies.Start(_folder, other, "--rebind").Dispose();
+
+        byte[] damaged = File.ReadAllBytes(_folder.File("cache.map"));
+        damaged[100] ^= 1;
+        damaged[4196] ^= 1;
+        File.WriteAllBytes(_folder.File("cache.map"), damaged);
+        Assert.Contains("damaged", Refused(other), StringComparison.Ordinal);
+        Assert.Equal(damaged, File.ReadAllBytes(_folder.File("cache.map")));
+        File.WriteAllBytes(_folder.File("cache.map"), map);
+        File.Delete(_folder.File("cache.img")); // a map without its image must not show zeroes
+        Assert.Contains("cache.img", Refused(origin), StringComparison.Ordinal);
+        using ServerProcess cleared = Proxies.Start(_folder, origin, "--clear-bitmap");
+        Assert.Equal(0, await Figure("cached-blocks"));
+    }
+
+    private string Refused(ServerProcess origin, params string[] options)
+        => Assert.Throws<InvalidOperationException>(() => Proxies.Start(_folder, origin, options)).Message;
+
+    [Fact]
+    public async Task A_bitmap_of_the_original_is_taken_over_when_that_is_asked_for()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        byte[] bitmap = new byte[((Size / 4096) + 1 + 63) / 64 * 8];
+        bitmap[0] = 0b10; // block 1 is cached
+        File.WriteAllBytes(_folder.File("cache.map"), bitmap);
+        byte[] cache = new byte[Size];
+        cache.AsSpan(4096, 4096).Fill(9);
+        File.WriteAllBytes(_folder.File("cache.img"), cache);
+        Assert.Contains("--import-bitmap", Refused(origin), StringComparison.Ordinal);
+        Assert.Equal(bitmap, File.ReadAllBytes(_folder.File("cache.map")));
+        using ServerProcess proxy = Proxies.Start(_folder, origin, "--import-bitmap");
+        using NbdTestClient client = proxy.Open();
+        byte[] expected = [.. _before];
+        expected.AsSpan(4096, 4096).Fill(9);
+        Assert.Equal(expected, client.Read(0, Size));
+        Assert.Equal(1, await Figure("written-blocks"));
+    }
+
+    [Fact]
+    public async Task Read_only_proxies_fill_their_cache()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin, "--readonly");
+        using NbdTestClient client = proxy.Open();
+        Assert.Equal(NbdError.Permission, client.Write(0, new byte[4096]));
+        Assert.Equal(_before[..100_000], client.Read(0, 100_000));
+        Wait.Until(() => Figure("cached-blocks").Result >= 25, "what was read is kept");
+        await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
+    }
+
+    [Fact]
+    public async Task An_origin_that_dies_comes_back_or_is_replaced()
+    {
+        string socket = _folder.File("moving");
+        using (ServerProcess first = ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]))
+        using (ServerProcess proxy = Proxies.Start(_folder, first))
+        {
+            using NbdTestClient client = proxy.Open();
+            Assert.Equal(_before[..4096], client.Read(0, 4096));
+            first.Kill();
+            client.SendRequest(NbdCommand.Read, 1 << 20, 4096); // waits
+            using NbdTestClient warm = proxy.Open();
+            Assert.Equal(_before[..4096], warm.Read(0, 4096)); // is local, and waits for nobody
+            using (ServerProcess again = ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]))
+            {
+                Assert.True(client.ReceiveReply() is { IsLast: true, Error: NbdError.None });
+                again.Kill();
+            }
+
+            client.SendRequest(NbdCommand.Read, 2 << 20, 4096);
+            using ServerProcess elsewhere = ServerProcess.Start(_folder, _image, "--readonly");
+            using ServerProcess shorter = ServerProcess.Start(_folder, _folder.Random("short", 1 << 20), "--readonly");
+            ToolResult wrong = await Control("--reconnect", Proxies.Socket(_folder), "unix:" + shorter.SocketPath, "-");
+            Assert.Equal(1, wrong.ExitCode);
+            Assert.Contains("it is another disk", wrong.Errors, StringComparison.Ordinal);
+            await Tool.Succeed(Proxies.Control, "--reconnect", Proxies.Socket(_folder), "unix:" + elsewhere.SocketPath, "-");
+            Assert.True(client.ReceiveReply() is { IsLast: true, Error: NbdError.None });
+            Assert.Contains(elsewhere.SocketPath, (await Query()).GetProperty("remote").GetString()!, StringComparison.Ordinal);
+        }
+    }
+
+    [Fact]
+    public async Task The_control_channel_answers_everybody_and_is_its_owners()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        string path = Proxies.Socket(_folder);
+        Assert.Equal(UnixFileMode.UserRead | UnixFileMode.UserWrite, File.GetUnixFileMode(path));
+        using var silent = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        silent.Connect(new UnixDomainSocketEndPoint(path));
+        silent.Send("{\"jsonrpc\""u8);
+
+        using var raw = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        raw.Connect(new UnixDomainSocketEndPoint(path));
+        using var reader = new StreamReader(new NetworkStream(raw));
+        foreach ((string line, string part) in ((string, string)[])
+        [
+            ("{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"query\"}", "\"id\":7,\"result\":{\"mode\":\"proxy\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":\"a\",\"method\":\"frob\"}", "\"code\":-32601"),
+            ("nonsense", "\"code\":-32700"),
+            ("[]", "\"code\":-32600"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"cache-all\",\"params\":{\"blocks-per-request\":0}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"switch\"}", "not cached yet"),
+        ])
+        {
+            raw.Send(Encoding.UTF8.GetBytes(line + "\n"));
+            Assert.Contains(part, await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        }
+
+        raw.Send(new byte[70_000]);
+        Assert.Contains("longer than", await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+
+        var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
+            _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]));
+        Assert.Contains("control socket", refused.Message, StringComparison.Ordinal);
+        proxy.Kill(); // and a stale one is replaced
+        using ServerProcess next = Proxies.Start(_folder, origin);
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+    }
+
+    [Theory]
+    [InlineData(2, "say what to do", "s")]
+    [InlineData(2, "only one thing", "--query", "--switch", "s")]
+    [InlineData(2, "--force goes with --switch", "--force", "--query", "s")]
+    [InlineData(2, "SOCKET HOST PORT", "--reconnect", "s")]
+    [InlineData(2, "control socket's path", "--query")]
+    [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]
+    [InlineData(1, "nobody listens", "--query", "/dev/null")]
+    public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(int exitCode, string message, params string[] args)
+    {
+        ToolResult result = await Control(args);
+        Assert.Equal((exitCode, ""), (result.ExitCode, result.Output));
+        Assert.StartsWith("xnbd-bgctl: ", result.Errors, StringComparison.Ordinal);
+        Assert.Contains(message, result.Errors.Split('\n')[0], StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_cache_that_is_full_still_serves_and_says_so()
+    {
+        using TmpfsMount small = await TmpfsMount.Create(_folder, "2m");
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        string socket = _folder.File("full"), control = _folder.File("full.ctl");
+        using ServerProcess proxy = ServerProcess.Start(
+            socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", small.File("c"), small.File("m"), control]);
+        using NbdTestClient client = proxy.Open();
+        Assert.Equal(_before, client.Read(0, Size));
+        Assert.Equal(_before, client.Read(0, Size));
+        ToolResult failed = await Control("--cache-all", control);
+        Assert.Equal(1, failed.ExitCode);
+        Assert.Contains("No space left", failed.Errors, StringComparison.Ordinal);
+        JsonElement query = JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", control)).RootElement;
+        Assert.InRange(query.GetProperty("store-failures").GetInt64(), 1, long.MaxValue);
+        Assert.True(query.GetProperty("cached-blocks").GetInt64() < query.GetProperty("blocks").GetInt64());
+    }
+
+    /// <summary>A server of another project.</summary>
+    private sealed class ForeignServer : IDisposable
+    {
+        private readonly Process _process;
+
+        public ForeignServer(string program, string image, string socket, TempFolder folder)
+        {
+            string configuration = folder.File("nbd-server.conf");
+            File.WriteAllText(
+                configuration,
+                $"[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = {ServerProcess.FreePort()}\n[disk]\nexportname = {image}\nreadonly = true\n");
+            string[] args = program switch
+            {
+                "nbdkit" => ["-f", "-r", "-U", socket, "file", image],
+                "qemu-nbd" => ["-k", socket, "-r", "-f", "raw", "-t", "--shared=8", image],
+                _ => ["-d", "-C", configuration],
+            };
+            _process = Process.Start(new ProcessStartInfo(Tool.Find(program)!, args) { RedirectStandardError = true, RedirectStandardOutput = true })!;
+            Wait.Until(() => File.Exists(socket), $"{program} listens");
+        }
+
+        public void Dispose()
+        {
+            _process.Kill(entireProcessTree: true);
+            _process.WaitForExit();
+            _process.Dispose();
+        }
+    }
+}
