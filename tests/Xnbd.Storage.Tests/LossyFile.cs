@@ -18,7 +18,33 @@ internal sealed class LossyFile(Random random)
     /// <summary>Operations that are still carried out; after them each one is a death.</summary>
     public int OperationsLeft { get; set; } = int.MaxValue;
 
-    public void Read(long offset, Span<byte> buffer)
+    /// <summary>Grows with each death: what an earlier life has under way comes too late.</summary>
+    public int Life { get; private set; }
+
+    /// <summary>Somebody died; another life begins.</summary>
+    public void Die()
+    {
+        lock (_durable)
+            Life++;
+    }
+
+    private void Live(int life)
+    {
+        if (life != Life || OperationsLeft-- <= 0)
+            throw new CrashException();
+    }
+
+    public void Read(int life, long offset, Span<byte> buffer)
+    {
+        lock (_durable)
+        {
+            if (life != Life)
+                throw new CrashException();
+            ReadInside(offset, buffer);
+        }
+    }
+
+    private void ReadInside(long offset, Span<byte> buffer)
     {
         for (int done = 0; done < buffer.Length;)
         {
@@ -32,8 +58,16 @@ internal sealed class LossyFile(Random random)
         }
     }
 
-    public void Write(long offset, ReadOnlySpan<byte> data)
+    public void Write(int life, long offset, ReadOnlySpan<byte> data)
     {
+        lock (_durable)
+            WriteInside(life, offset, data);
+    }
+
+    private void WriteInside(int life, long offset, ReadOnlySpan<byte> data)
+    {
+        if (life != Life)
+            throw new CrashException();
         bool dies = OperationsLeft-- <= 0;
         int unit = data.Length % Sector == 0 ? Sector : sizeof(ulong); // what is not torn: a sector, or a word of the map
         int end = dies ? random.Next((data.Length / unit) + 1) * unit : data.Length;
@@ -53,13 +87,18 @@ internal sealed class LossyFile(Random random)
             throw new CrashException();
     }
 
-    public void Sync()
+    /// <summary>Syncs a part of the file: as if that were a file of its own.</summary>
+    public void Sync(int life, long from, long end)
     {
-        if (OperationsLeft-- <= 0)
-            throw new CrashException();
-        foreach ((long sector, List<byte[]> versions) in _volatile)
-            _durable[sector] = versions[^1];
-        _volatile.Clear();
+        lock (_durable)
+        {
+            Live(life);
+            foreach (long sector in _volatile.Keys.Where(s => s * Sector >= from && s * Sector < end).ToList())
+            {
+                _durable[sector] = _volatile[sector][^1];
+                _volatile.Remove(sector);
+            }
+        }
     }
 
     /// <summary>The machine has died, and is up again.</summary>
@@ -80,18 +119,28 @@ internal sealed class LossyFile(Random random)
 }
 
 /// <summary>A part of a lossy file as the place of a map.</summary>
-internal sealed class LossyStore(LossyFile file) : IMapStore
+/// <param name="file">The file.</param>
+/// <param name="end">What is beyond is another file.</param>
+internal sealed class LossyStore(LossyFile file, long end = long.MaxValue) : IMapStore
 {
-    public void Read(long offset, Span<byte> buffer) => file.Read(offset, buffer);
+    private readonly int _life = file.Life;
 
-    public void Write(long offset, ReadOnlySpan<byte> data) => file.Write(offset, data);
+    public void Read(long offset, Span<byte> buffer) => file.Read(_life, offset, buffer);
 
-    public void Sync() => file.Sync();
+    public void Write(long offset, ReadOnlySpan<byte> data) => file.Write(_life, offset, data);
+
+    public void Sync() => file.Sync(_life, 0, end);
 }
 
 /// <summary>A part of a lossy file as a disk; all its operations are done at once.</summary>
-internal sealed class LossyDisk(LossyFile file, long start, long length) : Disk
+/// <param name="file">The file.</param>
+/// <param name="start">Where the disk begins.</param>
+/// <param name="length">Its length.</param>
+/// <param name="isAlone">What is before its start is another file.</param>
+internal sealed class LossyDisk(LossyFile file, long start, long length, bool isAlone = false) : Disk
 {
+    private readonly int _life = file.Life;
+
     /// <summary>Done after a flush has synced, before it returns: what others write in the meantime.</summary>
     public Action? Flushed { get; set; }
 
@@ -101,13 +150,13 @@ internal sealed class LossyDisk(LossyFile file, long start, long length) : Disk
 
     public override bool TryRead(long offset, Span<byte> buffer)
     {
-        file.Read(start + offset, buffer);
+        file.Read(_life, start + offset, buffer);
         return true;
     }
 
     public override bool TryWrite(long offset, ReadOnlySpan<byte> data)
     {
-        file.Write(start + offset, data);
+        file.Write(_life, start + offset, data);
         return true;
     }
 
@@ -132,7 +181,7 @@ internal sealed class LossyDisk(LossyFile file, long start, long length) : Disk
 
     public override ValueTask FlushAsync()
     {
-        file.Sync();
+        file.Sync(_life, isAlone ? start : 0, long.MaxValue);
         Flushed?.Invoke();
         return ValueTask.CompletedTask;
     }
