@@ -11,6 +11,9 @@ public enum Mode
 
     /// <summary>Serving an image that stays as it is, and changes beside it.</summary>
     CopyOnWrite,
+
+    /// <summary>Serving what another server has, and keeping it. The other server is xNBD's target mode for all of them.</summary>
+    Proxy,
 }
 
 /// <summary>A server under test: how it is started on an image and a Unix socket.</summary>
@@ -30,12 +33,43 @@ public sealed record Peer(string Name, string Program, Func<string, string, stri
         new("nbdkit cow", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "--filter=cow", "file", image], Mode.CopyOnWrite),
         new("qemu-nbd qcow2", "qemu-nbd", (image, socket, folder) => Overlay(image, socket, folder, "threads"), Mode.CopyOnWrite),
         new("qemu-nbd qcow2 io_uring", "qemu-nbd", (image, socket, folder) => Overlay(image, socket, folder, "io_uring"), Mode.CopyOnWrite),
+        new("xnbd", ServerProcess.Executable, (image, socket, folder) =>
+            [
+                "--proxy", "--logpath", "/dev/null", "--unix", socket, "unix:" + Origin(folder), "-", Path.Combine(folder, "cache"),
+                Path.Combine(folder, "map"), ControlSocket(folder),
+            ], Mode.Proxy),
+        new("xnbd --target", ServerProcess.Executable, (image, socket, _) =>
+            ["--target", "--logpath", "/dev/null", "--unix", socket, image], Mode.Proxy),
+        new("nbdkit cow-on-read", "nbdkit", (_, socket, folder) =>
+            ["-f", "-U", socket, "--filter=cow", "nbd", "uri=" + OriginUri(folder), "cow-on-read=true"], Mode.Proxy),
+        new("nbdkit cache", "nbdkit", (_, socket, folder) =>
+            ["-f", "-U", socket, "--filter=cache", "nbd", "uri=" + OriginUri(folder), "cache-on-read=true"], Mode.Proxy),
+        new("qemu-nbd copy-on-read", "qemu-nbd", (_, socket, folder) => CopyOnRead(socket, folder), Mode.Proxy),
         new("xnbd", ServerProcess.Executable, (image, socket, _) => ["--target", "--logpath", "/dev/null", "--unix", socket, image]),
         new("nbdkit", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "file", image]),
         new("qemu-nbd threads", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "threads")),
         new("qemu-nbd io_uring", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "io_uring")),
         new("nbd-server", "nbd-server", NbdServer),
     ];
+
+    /// <summary>Where the server listens from which proxies read.</summary>
+    public static string Origin(string folder) => Path.Combine(folder, "origin");
+
+    /// <summary>Where xNBD's proxy is controlled.</summary>
+    public static string ControlSocket(string folder) => Path.Combine(folder, "control");
+
+    private static string OriginUri(string folder) => $"nbd+unix:///?socket={Origin(folder)}";
+
+    private static string[] CopyOnRead(string socket, string folder)
+    {
+        string overlay = Path.Combine(folder, "overlay.qcow2");
+        Tool.Succeed("qemu-img", "create", "-q", "-f", "qcow2", "-b", OriginUri(folder), "-F", "raw", overlay).GetAwaiter().GetResult();
+        return
+        [
+            "-k", socket, "--shared=0", "-t", "--image-opts",
+            $"driver=copy-on-read,file.driver=qcow2,file.file.driver=file,file.file.filename={overlay},file.discard=unmap",
+        ];
+    }
 
     /// <summary>xNBD itself, as it is judged.</summary>
     public bool IsOwn => Name == "xnbd";
@@ -89,7 +123,11 @@ public sealed class RunningPeer : IDisposable
         Socket = socket;
         Uri = $"nbd+unix:///{peer.ExportName}?socket={socket}";
         ExportName = peer.ExportName;
+        IsReference = peer.IsReference;
     }
+
+    /// <summary>It is the target mode, which another mode is measured against.</summary>
+    public bool IsReference { get; }
 
     public string Uri { get; }
 

@@ -38,6 +38,9 @@ for (int round = 0; round < rounds; round++)
                 using var files = new TempFolder("/dev/shm"); // a layer, an overlay: new for each run
                 if (workload.IsFirstWrite && peer.IsReference)
                     image = files.Sparse("empty", new FileInfo(image).Length);
+                using ServerProcess? origin = workload.Mode == Mode.Proxy
+                    ? ServerProcess.Start(Peer.Origin(files.Path), ["--target", "--readonly", "--logpath", "/dev/null", "--unix", Peer.Origin(files.Path), image])
+                    : null;
                 using RunningPeer server = RunningPeer.Start(peer, image, files.Path);
                 Measurement measurement = await workload.Run(server, image, seconds);
                 if (!results.TryGetValue((workload, peer), out List<Measurement>? list))

@@ -61,6 +61,13 @@ public sealed record Workload(
         Cow("sequential read of the base, 256 KiB, depth 16", "read", "256k", quick: true),
         Cow("sequential read of the layer, 256 KiB, depth 16", "read", "256k", isFilled: true),
         Cow("sequential first write 256 KiB, depth 16", "write", "256k", isOnce: true),
+        Proxy("warm random read 4 KiB, depth 32", "randread", "4k", 32, isFilled: true),
+        Proxy("warm random write 4 KiB, depth 32", "randwrite", "4k", 32, isFilled: true),
+        Proxy("warm random read 4 KiB, 4 x 16", "randread", "4k", 16, jobs: 4, isFilled: true),
+        Proxy("warm random write 4 KiB, 4 x 16", "randwrite", "4k", 16, jobs: 4, isFilled: true),
+        Proxy("cold sequential read 64 KiB, depth 16", "read", "64k", 16, isOnce: true, quick: true),
+        Proxy("cold random read 4 KiB, depth 32", "randread", "4k", 32, isOnce: true, quick: true),
+        CacheAll(),
     ];
 
     /// <summary>fio's own start and end take less than this.</summary>
@@ -82,6 +89,36 @@ public sealed record Workload(
             IsFirstWrite = isOnce,
         };
 
+    /// <param name="name">As it stands in the table, after "proxy: ".</param>
+    /// <param name="pattern">As fio has it.</param>
+    /// <param name="blockSize">As fio has it.</param>
+    /// <param name="depth">Requests under way on each connection.</param>
+    /// <param name="jobs">Connections.</param>
+    /// <param name="isFilled">The cache holds everything before.</param>
+    /// <param name="isOnce">Each block is touched once: the run ends when that is done.</param>
+    /// <param name="quick">Part of the short form.</param>
+    private static Workload Proxy(
+        string name, string pattern, string blockSize, int depth, int jobs = 1, bool isFilled = false, bool isOnce = false, bool quick = false)
+        => Fio("proxy: " + name, pattern, blockSize, depth, jobs, quick: quick, isFilled: isFilled, isOnce: isOnce) with { Mode = Mode.Proxy };
+
+    /// <summary>Fetching everything; the target mode's figure is that of nbdcopy from the origin into a file on the same file system.</summary>
+    private static Workload CacheAll() => new("proxy: cache-all", Medium.Memory, "MiB/s", IsQuick: true, async (server, image, _) =>
+    {
+        string folder = Path.GetDirectoryName(server.Socket)!;
+        bool isProxy = File.Exists(Peer.ControlSocket(folder));
+        if (!isProxy && !server.IsReference)
+            throw new InvalidOperationException("it has no such thing");
+        long length = new FileInfo(image).Length;
+        double cpu = server.CpuSeconds;
+        long start = Stopwatch.GetTimestamp();
+        if (isProxy)
+            await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--cache-all", Peer.ControlSocket(folder));
+        else
+            await Tool.Succeed("nbdcopy", server.Uri, Path.Combine(folder, "copy"));
+        double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
+        return new Measurement(length / seconds / (1 << 20), 0, 0, (server.CpuSeconds - cpu) * 1e6 / (length >> 18), server.Kibibytes("VmHWM"));
+    }, Mode.Proxy);
+
     private static Workload Fio(
         string name,
         string pattern,
@@ -94,7 +131,7 @@ public sealed record Workload(
         bool isFilled = false,
         bool isOnce = false)
     {
-        bool isSequential = blockSize == "256k";
+        bool isSequential = blockSize is "256k" or "64k";
         return new Workload(name, medium, isSequential ? "MiB/s" : "IOPS", quick, async (server, image, seconds) =>
         {
             List<string> args =

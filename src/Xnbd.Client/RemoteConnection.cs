@@ -2,6 +2,7 @@ using System.Buffers.Binary;
 using System.Net.Sockets;
 using Xnbd.Linux;
 using Xnbd.Protocol;
+using Xnbd.Storage;
 
 namespace Xnbd.Client;
 
@@ -24,6 +25,7 @@ internal sealed class RemoteConnection : IDisposable
     private readonly RemoteAddress _address;
     private readonly Action<RemoteConnection> _freed;
     private readonly Action<RemoteConnection, string, List<RemoteRequest>> _broken;
+    private readonly Action _sendAll;
     private readonly object _sending = new();
     private readonly RemoteRequest?[] _slots = new RemoteRequest?[MaxUnderWay];
     private readonly uint[] _generations = new uint[MaxUnderWay]; // a cookie is a slot and how often it was used
@@ -48,6 +50,7 @@ internal sealed class RemoteConnection : IDisposable
         Action<RemoteConnection, string, List<RemoteRequest>> broken)
     {
         (_socket, _address, Export, IsStructured, _freed, _broken) = (socket, address, export, isStructured, freed, broken);
+        _sendAll = SendAll;
     }
 
     /// <summary>What is read.</summary>
@@ -110,10 +113,11 @@ internal sealed class RemoteConnection : IDisposable
             _outputLength += NbdSize.Request;
             if (_isSending)
                 return true; // it goes with the next call of who is sending
-            _isSending = true;
+            _isSending = true; // this thread, at the end of its batch
         }
 
-        SendAll();
+        if (!Batch.TryPutOff(_sendAll))
+            SendAll();
         return true;
     }
 
@@ -161,6 +165,7 @@ internal sealed class RemoteConnection : IDisposable
     private void ReceiveAll()
     {
         string reason;
+        Batch.Begin(); // of the replies that one receive brings
         try
         {
             while (true)
@@ -171,6 +176,7 @@ internal sealed class RemoteConnection : IDisposable
             reason = failure.Message;
         }
 
+        Batch.End();
         Break(reason);
         _input.Free();
         var left = new List<RemoteRequest>();
@@ -321,6 +327,7 @@ internal sealed class RemoteConnection : IDisposable
 
     private int ReceiveSome(Span<byte> buffer)
     {
+        Batch.Flush();
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
         return count > 0
             ? (int)count

@@ -94,6 +94,7 @@ public static unsafe class LinuxFile
     private const int LockShared = 1;
     private const int LockExclusive = 2;
     private const int LockNonBlocking = 4;
+    private const int LockRelease = 8;
 
     private const short ReadLock = 0, WriteLock = 1, Unlocked = 2;
 
@@ -250,6 +251,18 @@ public static unsafe class LinuxFile
         const int setLock = 37; // F_OFD_SETLK
         var range = new LibC.RecordLock { Type = ReadLock, Start = offset, Length = 1 };
         return LibC.Outcome(LibC.FCntl(file, setLock, &range));
+    }
+
+    /// <summary>
+    /// Lets go of all locks of this opening of the file. Closing does that too; but a child that this process is starting at that
+    /// moment would hold them until it runs its own program.
+    /// </summary>
+    public static void Unlock(SafeFileHandle file)
+    {
+        const int setLock = 37; // F_OFD_SETLK
+        var all = new LibC.RecordLock { Type = Unlocked };
+        _ = LibC.FCntl(file, setLock, &all);
+        _ = LibC.FLock(file, LockRelease);
     }
 
     /// <summary>Whether somebody else holds a lock on one byte of the file.</summary>

@@ -91,6 +91,19 @@ internal sealed partial class Session
     /// <returns>False when the session is over.</returns>
     private bool ServeBufferedRequests()
     {
+        Batch.Begin(); // each wait in it comes after FlushReplies, which does what was put off
+        try
+        {
+            return ServeBatch();
+        }
+        finally
+        {
+            Batch.End();
+        }
+    }
+
+    private bool ServeBatch()
+    {
         while (_tail - _head >= NbdSize.Request)
         {
             if (!NbdRequest.TryRead(_input!.Slice(_head, NbdSize.Request), out NbdRequest request))

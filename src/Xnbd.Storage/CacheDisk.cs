@@ -120,6 +120,7 @@ public sealed class CacheDisk : IDisposable
     {
         _origin?.Dispose();
         _image.Dispose();
+        Linux.LinuxFile.Unlock(_mapFile);
         _mapFile.Dispose();
     }
 

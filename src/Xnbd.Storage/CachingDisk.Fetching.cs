@@ -14,6 +14,9 @@ internal sealed partial class CachingDisk
     /// <summary>The furthest that is read ahead, in blocks: 4 MiB.</summary>
     private const long MaxAheadBlocks = 1024;
 
+    /// <summary>What is read ahead is fetched in pieces of so many blocks, 256 KiB: a reader need not wait for a whole MiB.</summary>
+    private const int AheadPieceBlocks = 64;
+
     // Of each reader: where it will go on if it reads in sequence, how often it has, and how far was read ahead. The most recent first.
     private readonly List<(long Next, int Count, long AheadEnd)> _streams = [];
 
@@ -101,6 +104,7 @@ internal sealed partial class CachingDisk
             fetch.Arrived.SetResult();
             try
             {
+                await Batch.Yield(); // the replies that came with this one go out first
                 await Store(fetch);
             }
             catch (DiskException caught)
@@ -241,7 +245,9 @@ internal sealed partial class CachingDisk
     {
         while (range.Count > 0)
         {
-            if (Join(range, out BlockRange covered) is { } fetch)
+            // Pieces begin at multiples of their size, so that they are whole however the reader goes on.
+            long pieceEnd = Math.Min(range.End, (range.First / AheadPieceBlocks * AheadPieceBlocks) + AheadPieceBlocks);
+            if (Join(range with { Count = pieceEnd - range.First }, out BlockRange covered) is { } fetch)
                 Release(fetch);
             range = new BlockRange(covered.End, range.End - covered.End);
         }

@@ -221,8 +221,10 @@ public sealed partial class ImageFile : Disk
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
-        if (disposing)
-            _file.Dispose();
+        if (!disposing || _file.IsClosed)
+            return;
+        LinuxFile.Unlock(_file);
+        _file.Dispose();
     }
 
     /// <summary>

@@ -265,6 +265,7 @@ public static class LayerWork
             Check(LinuxFile.Sync(file), path);
             Check(LinuxFile.RenameNoReplace(partial, path), path);
             LinuxFile.SyncDirectoryOf(path);
+            LinuxFile.Unlock(file);
         }
         catch
         {
