@@ -263,27 +263,27 @@ internal sealed class RemoteConnection : IDisposable
             case NbdChunkType.None when header.Length == 0 && isLast:
                 break;
             case NbdChunkType.OffsetData when header.Length > NbdSize.OffsetDataPrefix:
-            {
-                prefix = prefix[..NbdSize.OffsetDataPrefix];
-                Receive(prefix);
-                ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
-                uint length = header.Length - NbdSize.OffsetDataPrefix;
-                if (!request.TryCover(offset, length))
-                    throw RemoteHandshake.Broken(_address, "data that was not asked for, or twice");
-                Receive(request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length));
-                break;
-            }
+                {
+                    prefix = prefix[..NbdSize.OffsetDataPrefix];
+                    Receive(prefix);
+                    ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
+                    uint length = header.Length - NbdSize.OffsetDataPrefix;
+                    if (!request.TryCover(offset, length))
+                        throw RemoteHandshake.Broken(_address, "data that was not asked for, or twice");
+                    Receive(request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length));
+                    break;
+                }
 
             case NbdChunkType.OffsetHole when header.Length == NbdSize.OffsetHolePayload:
-            {
-                Receive(prefix);
-                ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
-                uint length = BinaryPrimitives.ReadUInt32BigEndian(prefix[8..]);
-                if (!request.TryCover(offset, length))
-                    throw RemoteHandshake.Broken(_address, "a hole that was not asked for, or twice");
-                request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length).Clear();
-                break;
-            }
+                {
+                    Receive(prefix);
+                    ulong offset = BinaryPrimitives.ReadUInt64BigEndian(prefix);
+                    uint length = BinaryPrimitives.ReadUInt32BigEndian(prefix[8..]);
+                    if (!request.TryCover(offset, length))
+                        throw RemoteHandshake.Broken(_address, "a hole that was not asked for, or twice");
+                    request.Buffer.Span.Slice((int)(offset - (ulong)request.Offset), (int)length).Clear();
+                    break;
+                }
 
             default:
                 throw RemoteHandshake.Broken(_address, $"a chunk of type {(ushort)header.Type} with {header.Length} bytes");

@@ -42,9 +42,9 @@ internal static class ControlProgram
     {
         var query = new Option<bool>("--query") { Description = "Show mode, remote, and how much is cached" };
         var cacheAll = new Option<bool>("--cache-all") { Description = "Fetch all that is missing; returns when that is done" };
-        cacheAll.Aliases.Add("--cache-all2");
+        var cacheAll2 = new Option<bool>("--cache-all2") { Hidden = true };
         var switches = new Option<bool>("--switch") { Description = "Become a plain target; refused while blocks are missing" };
-        switches.Aliases.Add("--shutdown");
+        var shutdown = new Option<bool>("--shutdown") { Hidden = true };
         var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT" };
         var cancel = new Option<bool>("--cancel") { Description = "End a caching of all that is under way; what was fetched stays" };
         var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
@@ -60,13 +60,13 @@ internal static class ControlProgram
         var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, cacheAll, switches, reconnect, cancel, progress, detach, blocks, force, exportName, json, words,
+            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, progress, detach, blocks, force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
         Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel];
-        Option<bool>[] given = [.. actions.Where(result.GetValue)];
+        Option<bool>[] given = [.. actions.Where(o => result.GetValue(o) || (o == cacheAll && result.GetValue(cacheAll2)) || (o == switches && result.GetValue(shutdown)))];
         if (given.Length != 1)
             throw new UsageException(given.Length == 0 ? "say what to do: --query, --cache-all, --switch, --reconnect or --cancel" : "only one thing can be done at a time");
         foreach ((Option option, Option of) in ((Option, Option)[])

@@ -263,6 +263,69 @@ public sealed class ProxyTests : IDisposable
     }
 
     [Fact]
+    public async Task A_remote_that_comes_late_is_waited_for_also_by_name_over_TCP()
+    {
+        int port = ServerProcess.FreePort();
+        string number = port.ToString(System.Globalization.CultureInfo.InvariantCulture), socket = _folder.File("o");
+        Task<ServerProcess> late = Task.Run(async () =>
+        {
+            await Task.Delay(700, TestContext.Current.CancellationToken);
+            return ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, "--lport", number, "--export-name", "x", _image]);
+        });
+        using ServerProcess proxy = Proxies.Start(_folder, "localhost", number, "--wait-remote", "20", "--target-exportname", "x", "--remote-connections", "2");
+        using ServerProcess origin = await late;
+        Assert.Contains("waiting for the remote", proxy.Log, StringComparison.Ordinal);
+        using NbdTestClient client = proxy.Open();
+        Assert.Equal(_before, client.Read(0, Size));
+        Wait.Until(() => Figure("remote-connections").Result == 2, "both connections are made");
+        var unknown = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
+            _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "--target-exportname", "y", "localhost", number, _folder.File("c2"), _folder.File("m2"), _folder.File("s2")]));
+        Assert.Contains("the server has no such export", unknown.Message, StringComparison.Ordinal);
+        Assert.False(File.Exists(_folder.File("c2")));
+    }
+
+    [Fact]
+    public async Task Small_limits_slow_nobody_into_a_halt()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin, "--max-queue-size", "1", "--max-buf-size", "1048576");
+        Task all = Tool.Succeed(Proxies.Control, "--cache-all", "--blocks-per-request", "3", Proxies.Socket(_folder));
+        await Tool.Succeed("nbdcopy", "--connections=4", proxy.Uri, _folder.File("seen"));
+        await all;
+        Assert.Equal(_before, File.ReadAllBytes(_folder.File("seen")));
+        await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
+    }
+
+    [Fact]
+    public async Task Four_proxies_share_one_origin_each_with_its_own_writes()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        var proxies = new List<ServerProcess>();
+        try
+        {
+            for (int i = 0; i < 4; i++)
+            {
+                string name = _folder.File("q" + i);
+                proxies.Add(ServerProcess.Start(name, ["--proxy", "--unix", name, "unix:" + origin.SocketPath, "-", name + ".img", name + ".map", name + ".ctl"]));
+            }
+
+            await Task.WhenAll(proxies.Select((proxy, i) => Task.Run(() =>
+            {
+                using NbdTestClient client = proxy.Open();
+                byte[] model = [.. _before];
+                Write(client, model, 10_000 + i, 5000);
+                Assert.Equal(model, client.Read(0, Size));
+            })));
+        }
+        finally
+        {
+            proxies.ForEach(proxy => proxy.Dispose());
+        }
+
+        Assert.Equal(_before, File.ReadAllBytes(_image));
+    }
+
+    [Fact]
     public async Task The_control_channel_answers_everybody_and_is_its_owners()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");

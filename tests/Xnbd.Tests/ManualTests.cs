@@ -38,6 +38,10 @@ public partial class ManualTests
         Compare(help, page);
     }
 
+    [Fact]
+    public async Task The_control_programs_page_has_the_options_of_the_program()
+        => Compare(await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--help"), Read("xnbd-bgctl.1"));
+
     private static void Compare(string help, string page)
     {
         string[] ofProgram = [.. OptionInHelp().Matches(help).Select(m => m.Groups[1].Value + Argument(m.Groups[2].Value)).Distinct().Order()];
@@ -71,7 +75,7 @@ public partial class ManualTests
     {
         Assert.SkipWhen(Tool.Find("mandoc") is null, "mandoc is absent");
         string[] pages = [.. Directory.GetFiles(Path.Combine(Repository.Root, "docs"), "xnbd-*")];
-        Assert.Equal(2, pages.Length);
+        Assert.Equal(3, pages.Length);
         ToolResult lint = await Tool.Run("mandoc", ["-T", "lint", "-W", "warning", .. pages]);
         Assert.Equal("", lint.Output + lint.Errors);
     }
