@@ -17,6 +17,12 @@ internal sealed partial class CachingDisk
     /// <summary>What is read ahead is fetched in pieces of so many blocks, 256 KiB: a reader need not wait for a whole MiB.</summary>
     private const int AheadPieceBlocks = 64;
 
+    /// <summary>
+    /// Where a reader in sequence, who finds all there that was read ahead, makes the next part be read ahead: a number of a
+    /// MiB, at the place that its lowest bits say; one lookup for each read, that mostly finds nothing.
+    /// </summary>
+    private readonly long[] _triggers = [.. Enumerable.Repeat(-1L, 64)];
+
     // Of each reader: where it will go on if it reads in sequence, how often it has, and how far was read ahead. The most recent first.
     private readonly List<(long Next, int Count, long AheadEnd)> _streams = [];
 
@@ -227,17 +233,32 @@ internal sealed partial class CachingDisk
 
             // Twice as far each time; and no further than half of the budget, which belongs to those who wait.
             long distance = count < SequentialReads ? 0 : Math.Min(MaxAheadBlocks, range.Count << Math.Min(count, 20));
-            if (distance > 0 && aheadEnd < range.End + (distance / 2) && _bytesInFlight < _mostBytes / 2)
+            if (distance > 0 && aheadEnd <= range.End + (distance / 2) && _bytesInFlight < _mostBytes / 2)
             {
                 long end = Math.Min(range.End + distance, Map.BlockCount);
                 ahead = new BlockRange(aheadEnd, Math.Max(0, end - aheadEnd));
                 aheadEnd = Math.Max(end, aheadEnd);
+                const int blocksOfMiB = (1 << 20) / BlockRange.BlockSize;
+                long trigger = (aheadEnd - (distance / 2) + blocksOfMiB - 1) / blocksOfMiB;
+                Volatile.Write(ref _triggers[trigger % _triggers.Length], trigger);
             }
 
             _streams.Insert(0, (range.End, count, aheadEnd));
         }
 
         return range;
+    }
+
+    /// <summary>A read found all it needed.</summary>
+    private void Hit(long offset, int length)
+    {
+        Interlocked.Increment(ref _hits);
+        long place = offset >> 20;
+        if (Volatile.Read(ref _triggers[place % _triggers.Length]) != place)
+            return;
+        Volatile.Write(ref _triggers[place % _triggers.Length], -1);
+        _ = Follow(offset, length, out BlockRange ahead);
+        ReadAhead(ahead);
     }
 
     /// <summary>Starts to fetch what a reader in sequence will want; waits for nothing.</summary>

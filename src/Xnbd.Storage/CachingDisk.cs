@@ -88,8 +88,17 @@ internal sealed partial class CachingDisk : OverlayDisk
     {
         if (!base.TryRead(offset, buffer))
             return false;
-        Interlocked.Increment(ref _hits);
+        Hit(offset, buffer.Length);
         return true;
+    }
+
+    /// <inheritdoc/>
+    public override FileRange TryLocate(long offset, int length, bool findHoles)
+    {
+        FileRange range = base.TryLocate(offset, length, findHoles);
+        if (range.Length > 0)
+            Hit(offset, range.Length);
+        return range;
     }
 
     /// <summary>Fetches all that is missing.</summary>

@@ -83,7 +83,7 @@ public sealed class CowTests : IDisposable
 
         Assert.Single(LayerFiles);
         using ServerProcess server = Start();
-        Assert.Contains("removed a layer that a killed server left", server.Log, StringComparison.Ordinal);
+        Wait.Until(() => server.Log.Contains("removed a layer that a killed server left", StringComparison.Ordinal), "it is logged");
         Assert.Single(LayerFiles);
         using NbdTestClient next = server.Open();
         Assert.Equal(_before[..4096], next.Read(0, 4096));
@@ -180,7 +180,7 @@ public sealed class CowTests : IDisposable
         Assert.Contains("is not as it was", failure.Message, StringComparison.Ordinal);
         Assert.Contains("--force", failure.Message, StringComparison.Ordinal);
         using ServerProcess forced = Start("--cow-layer", LayerPath, "--force");
-        Assert.Contains("used all the same", forced.Log, StringComparison.Ordinal);
+        Wait.Until(() => forced.Log.Contains("used all the same", StringComparison.Ordinal), "it is logged");
     }
 
     [Fact]

@@ -274,7 +274,7 @@ public sealed class ProxyTests : IDisposable
         });
         using ServerProcess proxy = Proxies.Start(_folder, "localhost", number, "--wait-remote", "20", "--target-exportname", "x", "--remote-connections", "2");
         using ServerProcess origin = await late;
-        Assert.Contains("waiting for the remote", proxy.Log, StringComparison.Ordinal);
+        Wait.Until(() => proxy.Log.Contains("waiting for the remote", StringComparison.Ordinal), "it is logged");
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before, client.Read(0, Size));
         Wait.Until(() => Figure("remote-connections").Result == 2, "both connections are made");
