@@ -20,11 +20,16 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         {
             if (port != "-")
                 throw new FormatException($"'{host}' is a Unix socket: give - in place of a port");
+            const int longestPath = 107; // sockaddr_un
+            string path = host[UnixPrefix.Length..];
+            if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
+                || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > longestPath)
+                throw new FormatException($"'{host}': the path of a Unix socket has 1 to {longestPath} bytes");
             return new RemoteAddress(null, 0, Path.GetFullPath(host[UnixPrefix.Length..]), exportName);
         }
 
-        if (host.Length == 0)
-            throw new FormatException("the remote host's name is empty");
+        if (host.Length is 0 or > 255 || host.Contains('\0', StringComparison.Ordinal))
+            throw new FormatException("the remote host's name is empty, or too long");
         if (!int.TryParse(port, System.Globalization.NumberStyles.None, System.Globalization.CultureInfo.InvariantCulture, out int number)
             || number is < 1 or > 65535)
             throw new FormatException($"remote port '{port}': not a number from 1 to 65535");

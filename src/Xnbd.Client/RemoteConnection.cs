@@ -59,6 +59,19 @@ internal sealed class RemoteConnection : IDisposable
     /// <summary>Reads are answered with structured replies.</summary>
     public bool IsStructured { get; }
 
+    /// <summary>It can be used no more.</summary>
+    public bool IsBroken => Volatile.Read(ref _reason) is not null;
+
+    /// <summary>Breaks it, if reads are under way and nothing has arrived for so long.</summary>
+    public void BreakIfSilent(TimeSpan time)
+    {
+        if (UnderWay > 0 && Environment.TickCount64 - Math.Max(Volatile.Read(ref _lastArrival), Volatile.Read(ref _busySince)) > time.TotalMilliseconds)
+            Break($"{_address}: the server has been silent for {time.TotalSeconds:0} seconds");
+    }
+
+    private long _lastArrival = Environment.TickCount64;
+    private long _busySince = Environment.TickCount64; // when the first of the reads under way was made
+
     /// <summary>Reads under way.</summary>
     public int UnderWay => MaxUnderWay - Volatile.Read(ref _freeCount);
 
@@ -103,8 +116,10 @@ internal sealed class RemoteConnection : IDisposable
     {
         lock (_sending)
         {
-            if (_reason is not null || !_free.TryPop(out int slot))
+            if (_reason is not null || _outputLength + NbdSize.Request > _output.Length || !_free.TryPop(out int slot))
                 return false;
+            if (_freeCount == MaxUnderWay)
+                Volatile.Write(ref _busySince, Environment.TickCount64);
             _freeCount = _free.Count;
             _slots[slot] = request;
             ulong cookie = ((ulong)++_generations[slot] << 32) | (uint)slot;
@@ -329,6 +344,7 @@ internal sealed class RemoteConnection : IDisposable
     {
         Batch.Flush();
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
+        Volatile.Write(ref _lastArrival, Environment.TickCount64);
         return count > 0
             ? (int)count
             : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : ((Errno)(-count)).Describe())}");

@@ -28,7 +28,8 @@ public sealed partial class RemoteDisk : Disk
     private readonly int _mostConnections;
     private readonly List<RemoteConnection> _connections = [];
     private readonly Queue<RemoteRequest> _waiting = new();
-    private readonly uint _blockBytes;
+    private volatile uint _blockBytes;
+    private long _lastBreak; // of a connection, in milliseconds of the system's clock
     private RemoteAddress _address;
     private int _wanted;
     private bool _isClosed;
@@ -95,7 +96,7 @@ public sealed partial class RemoteDisk : Disk
             disk = new RemoteDisk(address, first, 0, log) { _isClosed = true };
             ready.Set();
             first.Dispose();
-            throw new RemoteException($"{address}: the server wants blocks of {first.Export.MinimumBlock} bytes; more than {BlockRange.BlockSize} is not supported");
+            throw TooLargeBlocks(address, first);
         }
 
         disk = new RemoteDisk(address, first, connections, log);
@@ -113,8 +114,15 @@ public sealed partial class RemoteDisk : Disk
         List<RemoteConnection> old;
         lock (_lock)
         {
+            if (_isClosed || fresh.IsBroken)
+            {
+                fresh.Dispose();
+                throw new RemoteException($"{address}: the server has closed the connection, or the remote is not needed any more");
+            }
+
             _address = address;
             _wanted = WantedOf(fresh);
+            _blockBytes = fresh.Export.MinimumBlock;
             old = [.. _connections];
             _connections.Clear();
             _connections.Add(fresh);
@@ -187,6 +195,9 @@ public sealed partial class RemoteDisk : Disk
         open.ForEach(connection => connection.Dispose());
     }
 
+    private static RemoteException TooLargeBlocks(RemoteAddress address, RemoteConnection connection)
+        => new($"{address}: the server wants blocks of {connection.Export.MinimumBlock} bytes; more than {BlockRange.BlockSize} is not supported");
+
     private DiskException ReadOnlyFailure() => new(DiskError.Permission, $"{Address}: nothing is written to a remote disk");
 
     private async ValueTask ReadInParts(long offset, Memory<byte> buffer)
@@ -211,9 +222,11 @@ public sealed partial class RemoteDisk : Disk
     private RemoteConnection Open(RemoteAddress address)
     {
         RemoteConnection connection = RemoteConnection.Connect(address, ConnectTime, _ => SubmitWaiting(), Broken);
-        if ((long)connection.Export.Length == Length)
+        if ((long)connection.Export.Length == Length && connection.Export.MinimumBlock <= BlockRange.BlockSize)
             return connection;
         connection.Dispose();
+        if (connection.Export.MinimumBlock > BlockRange.BlockSize)
+            throw TooLargeBlocks(address, connection);
         throw new RemoteException($"{address}: the export has {connection.Export.Length} bytes, not {Length}: it is another disk");
     }
 
@@ -238,7 +251,7 @@ public sealed partial class RemoteDisk : Disk
         RemoteConnection? best = null;
         foreach (RemoteConnection connection in _connections)
         {
-            if (best is null || connection.UnderWay < best.UnderWay)
+            if (!connection.IsBroken && (best is null || connection.UnderWay < best.UnderWay))
                 best = connection;
         }
 
@@ -260,6 +273,7 @@ public sealed partial class RemoteDisk : Disk
         lock (_lock)
         {
             isClosed = _isClosed;
+            _lastBreak = Environment.TickCount64;
             if (_connections.Remove(connection))
                 LogBroken(_log, reason);
             if (!isClosed)
@@ -292,10 +306,12 @@ public sealed partial class RemoteDisk : Disk
             lock (_lock)
             {
                 if (_connections.Count >= _wanted && !_isClosed)
-                    Monitor.Wait(_lock);
+                    Monitor.Wait(_lock, TimeSpan.FromSeconds(1));
                 else if (pause > TimeSpan.Zero && !_isClosed)
                     Monitor.Wait(_lock, pause);
+                _connections.ForEach(connection => connection.BreakIfSilent(PatienceTime));
                 while (_waiting.TryPeek(out RemoteRequest? oldest)
+                    && (_isClosed || _connections.Count == 0)
                     && (_isClosed || Environment.TickCount64 - oldest.StartedAt > PatienceTime.TotalMilliseconds))
                     late.Add(_waiting.Dequeue());
                 if (_isClosed)
@@ -316,7 +332,7 @@ public sealed partial class RemoteDisk : Disk
                 bool isStale;
                 lock (_lock)
                 {
-                    isStale = _isClosed || _address != address;
+                    isStale = _isClosed || _address != address || connection.IsBroken;
                     if (!isStale)
                         _connections.Add(connection);
                 }
@@ -325,7 +341,10 @@ public sealed partial class RemoteDisk : Disk
                     connection.Dispose();
                 if (wasDown)
                     LogBack(_log, address);
-                (pause, wasDown) = (TimeSpan.Zero, false);
+
+                // Where connections keep breaking soon, they are made in no hurry.
+                pause = Environment.TickCount64 - Volatile.Read(ref _lastBreak) > 5000 ? TimeSpan.Zero : Longer(pause);
+                wasDown = false;
                 SubmitWaiting();
             }
             catch (RemoteException failure)
@@ -333,9 +352,11 @@ public sealed partial class RemoteDisk : Disk
                 if (!wasDown)
                     LogUnreachable(_log, failure.Message);
                 wasDown = true;
-                pause = pause == TimeSpan.Zero ? TimeSpan.FromMilliseconds(100) : TimeSpan.FromSeconds(Math.Min(2, pause.TotalSeconds * 2));
+                pause = Longer(pause);
             }
         }
+
+        static TimeSpan Longer(TimeSpan pause) => TimeSpan.FromSeconds(Math.Clamp(pause.TotalSeconds * 2, 0.1, 2));
     }
 
     [LoggerMessage(Level = LogLevel.Warning, Message = "a connection to the remote has broken: {Reason}")]

@@ -20,10 +20,13 @@ internal sealed class RemoteHandshake
     private readonly Socket _socket;
     private readonly RemoteAddress _address;
 
-    private RemoteHandshake(Socket socket, RemoteAddress address)
+    private readonly long _deadline;
+
+    private RemoteHandshake(Socket socket, RemoteAddress address, TimeSpan timeout)
     {
         _socket = socket;
         _address = address;
+        _deadline = Environment.TickCount64 + (long)timeout.TotalMilliseconds;
     }
 
     /// <summary>Runs the handshake.</summary>
@@ -32,7 +35,7 @@ internal sealed class RemoteHandshake
     public static (NbdExportInfo Export, bool IsStructured) Run(Socket socket, RemoteAddress address, TimeSpan timeout)
     {
         socket.ReceiveTimeout = socket.SendTimeout = (int)timeout.TotalMilliseconds;
-        (NbdExportInfo export, bool isStructured) = new RemoteHandshake(socket, address).Run();
+        (NbdExportInfo export, bool isStructured) = new RemoteHandshake(socket, address, timeout).Run();
         socket.ReceiveTimeout = socket.SendTimeout = 0;
         if (export.Length > long.MaxValue || (export.Flags & NbdTransmissionFlags.HasFlags) == 0)
             throw Broken(address, "an impossible size, or no flags");
@@ -149,6 +152,7 @@ internal sealed class RemoteHandshake
         byte[] data = new byte[length];
         for (int done = 0; done < length;)
         {
+            _socket.ReceiveTimeout = (int)Math.Max(1, _deadline - Environment.TickCount64);
             long count = LinuxSocket.Receive(_socket.SafeHandle, data.AsSpan(done));
             if (count <= 0)
                 throw Gone((Errno)(-count));

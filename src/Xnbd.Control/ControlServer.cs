@@ -47,6 +47,7 @@ public sealed class ControlServer : IDisposable
     private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
     private readonly List<Socket> _clients = [];
+    private volatile bool _isClosed;
 
     private ControlServer(string path, Socket listener, Func<string, JsonObject, JsonNode?> call)
     {
@@ -96,6 +97,7 @@ public sealed class ControlServer : IDisposable
     /// <summary>Closes the channel, and removes its socket.</summary>
     public void Dispose()
     {
+        _isClosed = true;
         _listener.Dispose();
         File.Delete(_path);
         lock (_clients)
@@ -139,7 +141,16 @@ public sealed class ControlServer : IDisposable
             {
                 client = _listener.Accept();
             }
-            catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
+            catch (ObjectDisposedException)
+            {
+                return;
+            }
+            catch (SocketException) when (!_isClosed)
+            {
+                Thread.Sleep(100); // no descriptors, for example: that passes
+                continue;
+            }
+            catch (SocketException)
             {
                 return;
             }
@@ -176,7 +187,7 @@ public sealed class ControlServer : IDisposable
                 for (int end; (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0; start += end + 1)
                 {
                     if (Answer(buffer.AsSpan(start, end)) is { } answer)
-                        client.Send(Encoding.UTF8.GetBytes(answer.ToJsonString() + "\n"));
+                        client.Send(Encoding.UTF8.GetBytes(answer + "\n"));
                 }
 
                 buffer.AsSpan(start, length - start).CopyTo(buffer);
@@ -200,7 +211,7 @@ public sealed class ControlServer : IDisposable
     }
 
     /// <returns>Null for a notification, which has no id, and gets no answer.</returns>
-    private JsonObject? Answer(ReadOnlySpan<byte> line)
+    private string? Answer(ReadOnlySpan<byte> line)
     {
         JsonNode? id = null;
         try
@@ -210,23 +221,24 @@ public sealed class ControlServer : IDisposable
                 || request["jsonrpc"] is not JsonValue version || !version.TryGetValue(out string? text) || text != "2.0"
                 || request["method"] is not JsonValue method || !method.TryGetValue(out string? name)
                 || request["params"] is not (null or JsonObject))
-                return Error(null, ControlException.InvalidRequest, "no request of JSON-RPC 2.0 with named parameters");
+                return Error(null, ControlException.InvalidRequest, "no request of JSON-RPC 2.0 with named parameters").ToJsonString();
             bool isNotification = !request.ContainsKey("id");
             id = request["id"]?.DeepClone();
             JsonNode? result = _call(name, request["params"] as JsonObject ?? []);
-            return isNotification ? null : new JsonObject { ["jsonrpc"] = "2.0", ["id"] = id, ["result"] = result };
+            return isNotification ? null : new JsonObject { ["jsonrpc"] = "2.0", ["id"] = id, ["result"] = result }.ToJsonString();
         }
         catch (JsonException failure)
         {
-            return Error(null, ControlException.ParseError, failure.Message);
+            return Error(null, ControlException.ParseError, failure.Message).ToJsonString();
         }
         catch (ControlException failure)
         {
-            return Error(id, failure.Code, failure.Message);
+            return Error(id, failure.Code, failure.Message).ToJsonString();
         }
-        catch (Exception failure) when (failure is InvalidOperationException or FormatException)
+        catch (Exception failure)
         {
-            return Error(id, ControlException.InvalidParameters, failure.Message);
+            // Whatever a client sends, and whatever goes wrong with it: the disk is served on. The id may be what is wrong.
+            return Error(null, ControlException.InvalidParameters, failure.Message).ToJsonString();
         }
     }
 

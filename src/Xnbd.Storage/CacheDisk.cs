@@ -100,9 +100,11 @@ public sealed class CacheDisk : IDisposable
             if (Image is not null)
                 return;
             RefuseIfIncomplete(force);
-            Complete(force); // most of it while all goes on,
+            Complete(force: false); // most of it while all goes on,
             _disk.Switch(_ =>
             {
+                if (force)
+                    _cache.ZeroAbsent().GetAwaiter().GetResult(); // what may fail comes before anything has changed
                 Complete(force); // and the rest while nothing does
                 return _image;
             });

@@ -76,7 +76,7 @@ internal sealed partial class CachingDisk
             if (_waiting.Count > 0 || !HasRoom(fetch))
                 _waiting.Enqueue((fetch, room = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)));
             else
-                _bytesInFlight += BytesOf(fetch);
+                Enter(fetch);
         }
 
         _ = Run(fetch, room);
@@ -86,7 +86,35 @@ internal sealed partial class CachingDisk
     private long BytesOf(Fetch fetch) => fetch.Range.LengthOn(Length);
 
     private bool HasRoom(Fetch fetch)
-        => _bytesInFlight == 0 || (_bytesInFlight + BytesOf(fetch) <= _mostBytes && _fetches.Count - _waiting.Count <= _mostFetches);
+        => _running == 0 || (_bytesInFlight + BytesOf(fetch) <= _mostBytes && _running < _mostFetches);
+
+    private void Enter(Fetch fetch)
+    {
+        _running++;
+        _bytesInFlight += BytesOf(fetch);
+    }
+
+    /// <summary>
+    /// The origin has answered: others may ask it. A fetch that has arrived counts no more, whoever still holds it: its storing
+    /// may wait for a writer who waits for another fetch.
+    /// </summary>
+    private void Leave(Fetch fetch)
+    {
+        List<TaskCompletionSource>? started = null;
+        lock (_fetching)
+        {
+            _running--;
+            _bytesInFlight -= BytesOf(fetch);
+            while (_waiting.TryPeek(out (Fetch Fetch, TaskCompletionSource Room) next) && HasRoom(next.Fetch))
+            {
+                _waiting.Dequeue();
+                Enter(next.Fetch);
+                (started ??= []).Add(next.Room);
+            }
+        }
+
+        started?.ForEach(room => room.SetResult());
+    }
 
     private async Task Run(Fetch fetch, TaskCompletionSource? room)
     {
@@ -105,6 +133,7 @@ internal sealed partial class CachingDisk
             failure = caught as DiskException ?? new DiskException(DiskError.NoMemory, caught.Message);
         }
 
+        Leave(fetch);
         if (failure is null)
         {
             fetch.Arrived.SetResult();
@@ -113,10 +142,10 @@ internal sealed partial class CachingDisk
                 await Batch.Yield(); // the replies that came with this one go out first
                 await Store(fetch);
             }
-            catch (DiskException caught)
+            catch (Exception caught)
             {
-                failure = caught;
-                _cannotStore(caught);
+                failure = caught as DiskException ?? new DiskException(DiskError.Io, caught.Message);
+                _cannotStore(failure);
             }
         }
         else
@@ -188,7 +217,6 @@ internal sealed partial class CachingDisk
 
     private void Release(Fetch fetch)
     {
-        List<TaskCompletionSource>? started = null;
         lock (_fetching)
         {
             if (--fetch.References > 0)
@@ -196,16 +224,7 @@ internal sealed partial class CachingDisk
             if (fetch.Buffer is { } buffer)
                 _buffers.Return(buffer);
             fetch.Buffer = null;
-            _bytesInFlight -= BytesOf(fetch);
-            while (_waiting.TryPeek(out (Fetch Fetch, TaskCompletionSource Room) next) && HasRoom(next.Fetch))
-            {
-                _waiting.Dequeue();
-                _bytesInFlight += BytesOf(next.Fetch);
-                (started ??= []).Add(next.Room);
-            }
         }
-
-        started?.ForEach(room => room.SetResult());
     }
 
     /// <summary>

@@ -41,7 +41,8 @@ internal sealed partial class CachingDisk : OverlayDisk
     private readonly Queue<(Fetch Fetch, TaskCompletionSource Room)> _waiting = new();
     private readonly long _mostBytes;
     private readonly int _mostFetches;
-    private long _bytesInFlight;
+    private int _running; // fetches that the origin has not answered yet, without those that wait for room
+    private long _bytesInFlight; // of them
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
@@ -70,7 +71,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         {
             (int fetches, long bytes) inFlight;
             lock (_fetching)
-                inFlight = (_fetches.Count, _bytesInFlight);
+                inFlight = (_running, _bytesInFlight);
             return new CacheStatistics(
                 Map.Count(BlockState.Absent),
                 Map.Count(BlockState.Fetched),
@@ -111,19 +112,25 @@ internal sealed partial class CachingDisk : OverlayDisk
         using var slots = new SemaphoreSlim(parallel);
         var running = new List<Task>();
         DiskException? failure = null;
-        for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0 && failure is null;)
+        try
         {
-            BlockRange run = Map.Run(left, out BlockState state);
-            run = run with { Count = Math.Min(run.Count, state == BlockState.Absent ? blocksPerRequest : run.Count) };
-            left = new BlockRange(run.End, left.End - run.End);
-            if (state != BlockState.Absent)
-                continue;
-            await slots.WaitAsync(cancel);
-            running.RemoveAll(task => task.IsCompleted);
-            running.Add(FetchOnce(run));
+            for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0 && failure is null;)
+            {
+                BlockRange run = Map.Run(left, out BlockState state);
+                run = run with { Count = Math.Min(run.Count, state == BlockState.Absent ? blocksPerRequest : run.Count) };
+                left = new BlockRange(run.End, left.End - run.End);
+                if (state != BlockState.Absent)
+                    continue;
+                await slots.WaitAsync(cancel);
+                running.RemoveAll(task => task.IsCompleted);
+                running.Add(FetchOnce(run));
+            }
+        }
+        finally
+        {
+            await Task.WhenAll(running);
         }
 
-        await Task.WhenAll(running);
         if (failure is not null)
             throw failure;
 
@@ -141,6 +148,16 @@ internal sealed partial class CachingDisk : OverlayDisk
             {
                 slots.Release();
             }
+        }
+    }
+
+    /// <summary>Writes zeroes to the file where blocks are absent; the map does not change yet.</summary>
+    public async Task ZeroAbsent()
+    {
+        foreach ((BlockRange run, BlockState state) in Map.Runs())
+        {
+            if (state == BlockState.Absent)
+                await Local.ZeroAsync(run.Offset, run.LengthOn(Length), ZeroMode.MayPunch, durable: false);
         }
     }
 

@@ -19,6 +19,7 @@ internal sealed class ProxyMode : IDisposable
     private readonly CacheDisk _cache;
     private readonly ILogger _log;
     private readonly Lock _lock = new();
+    private readonly Lock _reconnecting = new();
     private ControlServer? _control;
     private CacheAllJob? _job; // the last one
     private int _jobs;
@@ -213,8 +214,12 @@ internal sealed class ProxyMode : IDisposable
             throw new ControlException(ControlException.InvalidParameters, failure.Message);
         }
 
-        _remote.SwitchTo(address);
-        _cache.Rebind(address.ToString());
+        lock (_reconnecting)
+        {
+            _remote.SwitchTo(address);
+            _cache.Rebind(address.ToString());
+        }
+
         return Query();
     }
 }

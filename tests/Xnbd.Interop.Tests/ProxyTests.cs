@@ -289,10 +289,17 @@ public sealed class ProxyTests : IDisposable
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         using ServerProcess proxy = Proxies.Start(_folder, origin, "--max-queue-size", "1", "--max-buf-size", "1048576");
+        byte[] model = [.. _before];
+        using (NbdTestClient client = proxy.Open())
+        {
+            Write(client, model, (5 << 20) + 10, 5000); // holds two blocks, and needs to fetch both
+            Assert.Equal(model[..(3 << 20)], client.Read(0, 3 << 20)); // more than may be under way
+        }
+
         Task all = Tool.Succeed(Proxies.Control, "--cache-all", "--blocks-per-request", "3", Proxies.Socket(_folder));
         await Tool.Succeed("nbdcopy", "--connections=4", proxy.Uri, _folder.File("seen"));
         await all;
-        Assert.Equal(_before, File.ReadAllBytes(_folder.File("seen")));
+        Assert.Equal(model, File.ReadAllBytes(_folder.File("seen")));
         await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
     }
 
@@ -344,6 +351,9 @@ public sealed class ProxyTests : IDisposable
             ("{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"query\"}", "\"id\":7,\"result\":{\"mode\":\"proxy\""),
             ("{\"jsonrpc\":\"2.0\",\"id\":\"a\",\"method\":\"frob\"}", "\"code\":-32601"),
             ("nonsense", "\"code\":-32700"),
+            ("{\"jsonrpc\":\"2.0\",\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"query\"}", "\"error\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":\"\\ud800\",\"method\":\"query\"}", "\"error\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:\",\"port\":\"-\"}}", "\"code\":-32602"),
             ("[]", "\"code\":-32600"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"code\":-32602"),
