@@ -36,7 +36,7 @@ for (int round = 0; round < rounds; round++)
             try
             {
                 using var files = new TempFolder("/dev/shm"); // a layer, an overlay: new for each run
-                if (workload.IsFirstWrite && peer.IsReference)
+                if (workload.IsOfFreshFile && peer.IsReference)
                     image = files.Sparse("empty", new FileInfo(image).Length);
                 using ServerProcess? origin = workload.Mode == Mode.Proxy
                     ? ServerProcess.Start(Peer.Origin(files.Path), ["--target", "--readonly", "--logpath", "/dev/null", "--unix", Peer.Origin(files.Path), image])

@@ -30,9 +30,9 @@ public enum Medium
 /// <param name="IsQuick">Part of the short form.</param>
 /// <param name="Run">Does it: server, image, seconds.</param>
 /// <param name="Mode">Which servers it is for.</param>
-/// <param name="IsFirstWrite">Of a layer; the target mode, which it is measured against, then writes into an empty sparse image.</param>
+/// <param name="IsOfFreshFile">A layer is written first; the target mode, which it is measured against, then begins with an empty sparse image, too.</param>
 public sealed record Workload(
-    string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run, Mode Mode = Mode.Target, bool IsFirstWrite = false)
+    string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run, Mode Mode = Mode.Target, bool IsOfFreshFile = false)
 {
     public static readonly IReadOnlyList<Workload> All =
     [
@@ -86,7 +86,7 @@ public sealed record Workload(
         => Fio("copy-on-write: " + name, pattern, blockSize, blockSize == "256k" ? 16 : 32, 1, quick: quick, isFilled: isFilled, isOnce: isOnce) with
         {
             Mode = Mode.CopyOnWrite,
-            IsFirstWrite = isOnce,
+            IsOfFreshFile = isOnce || isFilled,
         };
 
     /// <param name="name">As it stands in the table, after "proxy: ".</param>
