@@ -66,8 +66,14 @@ internal sealed class RemoteConnection : IDisposable
     public void BreakIfSilent(TimeSpan time)
     {
         if (UnderWay > 0 && Environment.TickCount64 - Math.Max(Volatile.Read(ref _lastArrival), Volatile.Read(ref _busySince)) > time.TotalMilliseconds)
+        {
+            IsSilent = true;
             Break($"{_address}: the server has been silent for {time.TotalSeconds:0} seconds");
+        }
     }
+
+    /// <summary>It was broken because nothing arrived: its reads have waited long enough.</summary>
+    public bool IsSilent { get; private set; }
 
     private long _lastArrival = Environment.TickCount64;
     private long _busySince = Environment.TickCount64; // when the first of the reads under way was made

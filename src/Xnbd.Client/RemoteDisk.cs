@@ -276,7 +276,7 @@ public sealed partial class RemoteDisk : Disk
             _lastBreak = Environment.TickCount64;
             if (_connections.Remove(connection))
                 LogBroken(_log, reason);
-            if (!isClosed)
+            if (!isClosed && !connection.IsSilent)
             {
                 foreach (RemoteRequest request in left)
                 {
@@ -288,9 +288,9 @@ public sealed partial class RemoteDisk : Disk
             Monitor.PulseAll(_lock);
         }
 
-        if (isClosed)
-            left.ForEach(request => request.Fail("the remote disk is closed"));
-        else
+        if (isClosed || connection.IsSilent)
+            left.ForEach(request => request.Fail(isClosed ? "the remote disk is closed" : reason));
+        if (!isClosed)
             SubmitWaiting();
     }
 
