@@ -19,6 +19,12 @@ internal sealed class RemoteConnection : IDisposable
     /// <summary>Reads under way at once: enough for a line of 100 MB/s and 100 ms with reads of 128 KiB and more.</summary>
     public const int MaxUnderWay = 128;
 
+    /// <summary>
+    /// Reads that go out with one call, while other connections are free: a part of what a busy client asks for at once. So
+    /// a server that answers one connection's reads one after the other works at several, too.
+    /// </summary>
+    private const int MostGathered = 16;
+
     private const int InputBytes = 256 * 1024;
 
     private readonly Socket _socket;
@@ -65,7 +71,7 @@ internal sealed class RemoteConnection : IDisposable
     /// <summary>Breaks it, if reads are under way and nothing has arrived for so long.</summary>
     public void BreakIfSilent(TimeSpan time)
     {
-        if (UnderWay > 0 && Environment.TickCount64 - Math.Max(Volatile.Read(ref _lastArrival), Volatile.Read(ref _busySince)) > time.TotalMilliseconds)
+        if (UnderWay > 0 && Environment.TickCount64 - Math.Max(Volatile.Read(ref _waitsSince), Volatile.Read(ref _busySince)) > time.TotalMilliseconds)
         {
             IsSilent = true;
             Break($"{_address}: the server has been silent for {time.TotalSeconds:0} seconds");
@@ -75,11 +81,14 @@ internal sealed class RemoteConnection : IDisposable
     /// <summary>It was broken because nothing arrived: its reads have waited long enough.</summary>
     public bool IsSilent { get; private set; }
 
-    private long _lastArrival = Environment.TickCount64;
+    private long _waitsSince = long.MaxValue; // when the receiver began to wait for the server; not while it has other work
     private long _busySince = Environment.TickCount64; // when the first of the reads under way was made
 
     /// <summary>Reads under way.</summary>
     public int UnderWay => MaxUnderWay - Volatile.Read(ref _freeCount);
+
+    /// <summary>It is about to send reads, and another one may go out with the same call.</summary>
+    public bool IsGathering => Volatile.Read(ref _outputLength) is > 0 and < MostGathered * NbdSize.Request;
 
     private int _freeCount = MaxUnderWay;
 
@@ -349,8 +358,9 @@ internal sealed class RemoteConnection : IDisposable
     private int ReceiveSome(Span<byte> buffer)
     {
         Batch.Flush();
+        Volatile.Write(ref _waitsSince, Environment.TickCount64);
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
-        Volatile.Write(ref _lastArrival, Environment.TickCount64);
+        Volatile.Write(ref _waitsSince, long.MaxValue);
         return count > 0
             ? (int)count
             : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : ((Errno)(-count)).Describe())}");

@@ -8,18 +8,21 @@ namespace Xnbd.Client;
 /// A disk on another machine, read-only, over one connection, or several where the server allows that.
 /// <para>
 /// A connection that breaks is made anew, by a thread of its own, as long as it takes; reads that were under way go to
-/// another connection, or wait for one, at most <see cref="PatienceTime"/>. The address can be changed while reads are under
+/// another connection, or wait for one, as long as there is patience. The address can be changed while reads are under
 /// way. Nothing is ever written to the server.
 /// </para>
 /// Locks: <c>_lock</c> guards connections and waiting reads; a connection's own lock is taken inside it, never outside.
 /// </summary>
 public sealed partial class RemoteDisk : Disk
 {
-    /// <summary>The largest read that is sent, in bytes: what every server takes.</summary>
+    /// <summary>The largest read that is sent, in bytes; less where the server says that it takes less.</summary>
     public const int MaxRead = 1 << 20;
 
-    /// <summary>How long a read waits for a connection to come back, before it fails.</summary>
-    private static readonly TimeSpan PatienceTime = TimeSpan.FromSeconds(30);
+    /// <summary>A read from which on a system call of its own costs nothing, in bytes; its data are better spread over connections.</summary>
+    private const int LargeRead = 64 * 1024;
+
+    /// <summary>How long a read waits for a connection to come back, or for a silent server, before it fails.</summary>
+    public static readonly TimeSpan PatienceTime = TimeSpan.FromSeconds(30);
 
     private static readonly TimeSpan ConnectTime = TimeSpan.FromSeconds(10);
 
@@ -28,20 +31,31 @@ public sealed partial class RemoteDisk : Disk
     private readonly int _mostConnections;
     private readonly List<RemoteConnection> _connections = [];
     private readonly Queue<RemoteRequest> _waiting = new();
-    private volatile uint _blockBytes;
+    private readonly TimeSpan _patience;
+    private volatile uint _blockBytes; // reads are multiples of it,
+    private volatile int _mostBytes; // and no longer than this
     private long _lastBreak; // of a connection, in milliseconds of the system's clock
     private RemoteAddress _address;
     private int _wanted;
     private bool _isClosed;
 
-    private RemoteDisk(RemoteAddress address, RemoteConnection first, int connections, ILogger log)
+    private RemoteDisk(RemoteAddress address, RemoteConnection first, int connections, ILogger log, TimeSpan patience)
     {
+        _patience = patience;
         _address = address;
         _log = log;
         Length = (long)first.Export.Length;
-        _blockBytes = first.Export.MinimumBlock;
         _mostConnections = connections;
-        _wanted = WantedOf(first);
+        Suit(first);
+    }
+
+    /// <summary>Keeps to what a server wants.</summary>
+    private void Suit(RemoteConnection connection)
+    {
+        NbdExportInfo export = connection.Export;
+        _wanted = WantedOf(connection);
+        _blockBytes = export.MinimumBlock;
+        _mostBytes = (int)Math.Max(export.MinimumBlock, Math.Min(MaxRead, export.MaximumPayload) / export.MinimumBlock * export.MinimumBlock);
     }
 
     private int WantedOf(RemoteConnection connection)
@@ -77,8 +91,9 @@ public sealed partial class RemoteDisk : Disk
     /// <param name="address">The server and its export.</param>
     /// <param name="connections">How many connections are made, at most, if the server allows several.</param>
     /// <param name="log">Told when connections break and come back.</param>
+    /// <param name="patience">How long a read waits for a server that is away or silent; <see cref="PatienceTime"/> unless given.</param>
     /// <exception cref="RemoteException">The server cannot be used.</exception>
-    public static RemoteDisk Connect(RemoteAddress address, int connections, ILogger log)
+    public static RemoteDisk Connect(RemoteAddress address, int connections, ILogger log, TimeSpan? patience = null)
     {
         RemoteDisk? disk = null;
         var ready = new ManualResetEventSlim(); // not disposed of: the connection may break at any later time
@@ -93,13 +108,13 @@ public sealed partial class RemoteDisk : Disk
             });
         if (first.Export.MinimumBlock > BlockRange.BlockSize)
         {
-            disk = new RemoteDisk(address, first, 0, log) { _isClosed = true };
+            disk = new RemoteDisk(address, first, 0, log, PatienceTime) { _isClosed = true };
             ready.Set();
             first.Dispose();
             throw TooLargeBlocks(address, first);
         }
 
-        disk = new RemoteDisk(address, first, connections, log);
+        disk = new RemoteDisk(address, first, connections, log, patience ?? PatienceTime);
         disk._connections.Add(first);
         ready.Set();
         new Thread(disk.KeepConnected, 256 * 1024) { IsBackground = true, Name = "remote keeper" }.Start();
@@ -121,8 +136,7 @@ public sealed partial class RemoteDisk : Disk
             }
 
             _address = address;
-            _wanted = WantedOf(fresh);
-            _blockBytes = fresh.Export.MinimumBlock;
+            Suit(fresh);
             old = [.. _connections];
             _connections.Clear();
             _connections.Add(fresh);
@@ -146,7 +160,7 @@ public sealed partial class RemoteDisk : Disk
     /// <inheritdoc/>
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
     {
-        if (buffer.Length > MaxRead)
+        if (buffer.Length > _mostBytes)
             return ReadInParts(offset, buffer);
         if (offset % _blockBytes != 0 || buffer.Length % _blockBytes != 0)
             return ReadWidened(offset, buffer);
@@ -202,15 +216,16 @@ public sealed partial class RemoteDisk : Disk
 
     private async ValueTask ReadInParts(long offset, Memory<byte> buffer)
     {
-        for (int done = 0; done < buffer.Length; done += MaxRead)
-            await ReadAsync(offset + done, buffer.Slice(done, Math.Min(MaxRead, buffer.Length - done)));
+        int most = _mostBytes;
+        for (int done = 0; done < buffer.Length; done += most)
+            await ReadAsync(offset + done, buffer.Slice(done, Math.Min(most, buffer.Length - done)));
     }
 
     /// <summary>For servers that take whole blocks only.</summary>
     private async ValueTask ReadWidened(long offset, Memory<byte> buffer)
     {
-        long start = offset / _blockBytes * _blockBytes;
-        long end = Math.Min((offset + buffer.Length + _blockBytes - 1) / _blockBytes * _blockBytes, Length);
+        long block = _blockBytes, start = offset / block * block;
+        long end = Math.Min((offset + buffer.Length + block - 1) / block * block, Length);
         byte[] wide = new byte[end - start];
         RemoteRequest request = RemoteRequest.Rent(start, wide);
         ValueTask task = request.Task;
@@ -245,13 +260,17 @@ public sealed partial class RemoteDisk : Disk
             request.Fail(failure);
     }
 
-    /// <summary>To the connection with the fewest reads under way.</summary>
+    /// <summary>To a connection that is about to send anyway; else to the one with the fewest reads under way.</summary>
     private bool TrySubmit(RemoteRequest request)
     {
         RemoteConnection? best = null;
         foreach (RemoteConnection connection in _connections)
         {
-            if (!connection.IsBroken && (best is null || connection.UnderWay < best.UnderWay))
+            if (connection.IsBroken)
+                continue;
+            if (connection.IsGathering && request.Buffer.Length < LargeRead && connection.TrySubmit(request))
+                return true;
+            if (best is null || connection.UnderWay < best.UnderWay)
                 best = connection;
         }
 
@@ -276,20 +295,18 @@ public sealed partial class RemoteDisk : Disk
             _lastBreak = Environment.TickCount64;
             if (_connections.Remove(connection))
                 LogBroken(_log, reason);
-            if (!isClosed && !connection.IsSilent)
+            bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
+            foreach (RemoteRequest request in left.Where(r => !IsLate(r)))
             {
-                foreach (RemoteRequest request in left)
-                {
-                    request.Restart();
-                    _waiting.Enqueue(request);
-                }
+                request.Restart();
+                _waiting.Enqueue(request);
             }
 
+            left.RemoveAll(r => !IsLate(r));
             Monitor.PulseAll(_lock);
         }
 
-        if (isClosed || connection.IsSilent)
-            left.ForEach(request => request.Fail(isClosed ? "the remote disk is closed" : reason));
+        left.ForEach(request => request.Fail(isClosed ? "the remote disk is closed" : reason));
         if (!isClosed)
             SubmitWaiting();
     }
@@ -309,10 +326,10 @@ public sealed partial class RemoteDisk : Disk
                     Monitor.Wait(_lock, TimeSpan.FromSeconds(1));
                 else if (pause > TimeSpan.Zero && !_isClosed)
                     Monitor.Wait(_lock, pause);
-                _connections.ForEach(connection => connection.BreakIfSilent(PatienceTime));
+                _connections.ForEach(connection => connection.BreakIfSilent(_patience));
                 while (_waiting.TryPeek(out RemoteRequest? oldest)
                     && (_isClosed || _connections.Count == 0)
-                    && (_isClosed || Environment.TickCount64 - oldest.StartedAt > PatienceTime.TotalMilliseconds))
+                    && (_isClosed || Environment.TickCount64 - oldest.StartedAt > _patience.TotalMilliseconds))
                     late.Add(_waiting.Dequeue());
                 if (_isClosed)
                 {
@@ -334,7 +351,10 @@ public sealed partial class RemoteDisk : Disk
                 {
                     isStale = _isClosed || _address != address || connection.IsBroken;
                     if (!isStale)
+                    {
+                        Suit(connection); // it may be another server by now
                         _connections.Add(connection);
+                    }
                 }
 
                 if (isStale)

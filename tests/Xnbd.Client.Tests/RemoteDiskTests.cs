@@ -1,0 +1,379 @@
+using System.Buffers.Binary;
+using Microsoft.Extensions.Logging;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+using Xnbd.TestKit;
+using Peer = Xnbd.TestKit.FakeServer.Peer;
+
+namespace Xnbd.Client.Tests;
+
+/// <summary>A remote disk, whose server lies, stalls, breaks off, or answers in an order of its own.</summary>
+public sealed class RemoteDiskTests : IDisposable
+{
+    private const int Size = 1 << 20;
+
+    private readonly TempFolder _folder = new();
+    private readonly byte[] _image = new byte[Size];
+    private readonly MessageList _log = new();
+
+    public RemoteDiskTests() => new Random(1).NextBytes(_image);
+
+    public void Dispose() => _folder.Dispose();
+
+    private string SocketPath => _folder.File("s");
+
+    private RemoteDisk Connect(int connections = 1, double patienceSeconds = 30)
+        => RemoteDisk.Connect(RemoteAddress.Parse("unix:" + SocketPath, "-", ""), connections, _log, TimeSpan.FromSeconds(patienceSeconds));
+
+    private static async Task<byte[]> Read(RemoteDisk disk, long offset, int length)
+    {
+        byte[] buffer = new byte[length];
+        await disk.ReadAsync(offset, buffer).AsTask().WaitAsync(TimeSpan.FromSeconds(20));
+        return buffer;
+    }
+
+    private static readonly Dictionary<string, Action<Peer, NbdRequest>> s_lies = new()
+    {
+        ["another magic"] = (peer, request) => peer.Send(new byte[NbdSize.SimpleReply]),
+        ["an unknown cookie"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie + 1, request.Offset, (int)request.Length),
+        ["an old cookie"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie - (1UL << 32), request.Offset, (int)request.Length),
+        ["data before the request"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset - 512, 1024),
+        ["data behind the request"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length + 1),
+        ["data at an offset that overflows"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, ulong.MaxValue - 3, 8),
+        ["data twice"] = (peer, request) =>
+        {
+            peer.SendData(NbdChunkFlags.None, request.Cookie, request.Offset, 1024);
+            peer.SendData(NbdChunkFlags.None, request.Cookie, request.Offset + 512, 1024);
+        },
+        ["too little data"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length - 1),
+        ["no data at all"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.None, request.Cookie, []),
+        ["an empty chunk of data"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, 0),
+        ["nothing, without an end"] = (peer, request) => peer.SendChunk(NbdChunkFlags.None, NbdChunkType.None, request.Cookie, []),
+        ["a hole of no length"] = (peer, request) => SendHole(peer, request, request.Offset, 0),
+        ["a hole behind the request"] = (peer, request) => SendHole(peer, request, request.Offset, request.Length + 1),
+        ["a short hole chunk"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.OffsetHole, request.Cookie, new byte[11]),
+        ["an unknown chunk"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, (NbdChunkType)99, request.Cookie, new byte[4]),
+        ["the status of blocks"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, new byte[12]),
+        ["an error too short"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[3]),
+        ["an error too long"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[10_000]),
+        ["a simple reply"] = (peer, request) => SendSimple(peer, request),
+    };
+
+    public static TheoryData<string> Lies => [.. s_lies.Keys];
+
+    private static void SendHole(Peer peer, NbdRequest request, ulong offset, uint length)
+    {
+        byte[] payload = new byte[NbdSize.OffsetHolePayload];
+        BinaryPrimitives.WriteUInt64BigEndian(payload, offset);
+        BinaryPrimitives.WriteUInt32BigEndian(payload.AsSpan(8), length);
+        peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.OffsetHole, request.Cookie, payload);
+    }
+
+    private static void SendSimple(Peer peer, NbdRequest request)
+    {
+        byte[] reply = new byte[NbdSize.SimpleReply + request.Length];
+        NbdReply.WriteSimple(reply, NbdError.None, request.Cookie);
+        peer.Send(reply);
+    }
+
+    /// <summary>The first connection lies; the read goes to the next one, and the log names the culprit.</summary>
+    [Theory]
+    [MemberData(nameof(Lies))]
+    public async Task A_server_that_lies_is_named_and_its_data_are_not_used(string lie)
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (peer, number, request) =>
+            {
+                if (number > 0)
+                    return false;
+                s_lies[lie](peer, request);
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
+        Assert.Equal(2, server.Count);
+        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
+        Assert.Contains(SocketPath, _log.Text, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Structured = false,
+            Answer = (peer, number, request) =>
+            {
+                if (number > 0)
+                    return false;
+                peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length);
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
+        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_server_that_always_lies_fails_the_read_in_the_end()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (peer, _, _) =>
+            {
+                peer.Send(new byte[NbdSize.SimpleReply]);
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect(patienceSeconds: 1);
+        DiskException failure = await Assert.ThrowsAsync<DiskException>(() => Read(disk, 0, 4096));
+        Assert.Equal(DiskError.Io, failure.Error);
+    }
+
+    [Fact]
+    public async Task A_connection_that_breaks_off_amid_a_reply_is_made_anew()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (peer, number, request) =>
+            {
+                if (number > 0)
+                    return false;
+                byte[] part = new byte[NbdSize.StructuredReply + NbdSize.OffsetDataPrefix + 1000];
+                NbdReply.WriteOffsetData(part, NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length);
+                peer.Send(part);
+                peer.Close();
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal(_image[..200_000], await Read(disk, 0, 200_000));
+        Assert.Contains("the server has closed the connection", _log.Text, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_silent_server_fails_the_reads_that_wait_and_serves_those_that_come_when_it_speaks_again()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image) { Answer = (_, number, _) => number == 0 }.Start();
+        using RemoteDisk disk = Connect(patienceSeconds: 1);
+        Task<byte[]>[] reads = [.. Enumerable.Range(0, 5).Select(i => Read(disk, i * 4096, 4096))];
+        foreach (Task<byte[]> read in reads)
+        {
+            DiskException failure = await Assert.ThrowsAsync<DiskException>(() => read);
+            Assert.Contains("the server has been silent for 1 seconds", failure.Message, StringComparison.Ordinal);
+        }
+
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+    }
+
+    [Fact]
+    public async Task An_error_is_the_reads_alone()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (peer, _, request) =>
+            {
+                if (request.Offset != 4096)
+                    return false;
+                byte[] error = new byte[NbdReply.MaxErrorChunk];
+                int length = NbdReply.WriteErrorChunk(error, request.Cookie, NbdError.Io, "a bad sector");
+                peer.Send(error.AsSpan(0, length));
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Task<byte[]> good = Read(disk, 0, 4096), bad = Read(disk, 4096, 4096), other = Read(disk, 8192, 4096);
+        DiskException failure = await Assert.ThrowsAsync<DiskException>(() => bad);
+        Assert.Contains("a bad sector", failure.Message, StringComparison.Ordinal);
+        Assert.Contains(SocketPath, failure.Message, StringComparison.Ordinal);
+        Assert.Equal(_image[..4096], await good);
+        Assert.Equal(_image[8192..12288], await other);
+        Assert.Equal(1, server.Count);
+    }
+
+    /// <summary>Sixteen reads, answered from the last to the first, each in three chunks, which are mixed.</summary>
+    [Fact]
+    public async Task Replies_come_in_any_order_and_in_pieces()
+    {
+        const int reads = 16, length = 8192;
+        var held = new List<NbdRequest>();
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (peer, _, request) =>
+            {
+                held.Add(request);
+                if (held.Count < reads)
+                    return true;
+                held.Reverse();
+                foreach ((int start, int end) in ((int, int)[])[(5000, length), (0, 100), (100, 5000)])
+                {
+                    foreach (NbdRequest each in held)
+                    {
+                        byte[] payload = new byte[8 + end - start];
+                        BinaryPrimitives.WriteUInt64BigEndian(payload, each.Offset + (ulong)start);
+                        _image.AsSpan((int)each.Offset + start, end - start).CopyTo(payload.AsSpan(8));
+                        peer.SendChunk(start == 100 ? NbdChunkFlags.Done : NbdChunkFlags.None, NbdChunkType.OffsetData, each.Cookie, payload);
+                    }
+                }
+
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        byte[][] seen = await Task.WhenAll(Enumerable.Range(0, reads).Select(i => Read(disk, i * length, length)));
+        for (int i = 0; i < reads; i++)
+            Assert.Equal(_image[(i * length)..((i + 1) * length)], seen[i]);
+    }
+
+    [Fact]
+    public async Task Several_connections_are_made_only_where_the_server_allows_it()
+    {
+        using FakeServer several = new FakeServer(SocketPath, _image)
+        {
+            Flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.CanMultiConn,
+        }.Start();
+        using RemoteDisk disk = Connect(connections: 3);
+        Wait.Until(() => disk.ConnectionCount == 3, "all are made");
+        using FakeServer one = new FakeServer(_folder.File("one"), _image).Start();
+        disk.SwitchTo(RemoteAddress.Parse("unix:" + one.Path, "-", ""));
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+        Assert.Equal((1, 1), (disk.ConnectionCount, one.Count));
+    }
+
+    private static readonly Dictionary<string, (Action<Peer> Say, string Message)> s_badHandshakes = new()
+    {
+        ["another protocol"] = (peer => peer.Send("SSH-2.0-OpenSSH_9.2p1 Debian-2"u8), "there is no NBD server"),
+        ["the end"] = (peer => peer.Close(), "has closed the connection in the handshake"),
+        ["a reply to nothing"] = (peer => Negotiate(peer, (p, _) => p.ReplyOption(NbdOption.List, NbdOptionReplyType.Ack)), "fault of that server"),
+        ["a reply without its magic"] = (peer => Negotiate(peer, (p, _) => p.Send(new byte[NbdSize.OptionReplyHeader])), "fault of that server"),
+        ["a reply of a gigabyte"] = (
+            peer => Negotiate(peer, (p, option) =>
+            {
+                byte[] reply = new byte[NbdSize.OptionReplyHeader];
+                NbdHandshake.WriteOptionReply(reply, option, NbdOptionReplyType.Info, []);
+                BinaryPrimitives.WriteUInt32BigEndian(reply.AsSpan(16), 1 << 30);
+                p.Send(reply);
+            }),
+            "fault of that server"),
+        ["no size"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Ack)), "fault of that server"),
+        ["an endless answer"] = (
+            peer => Negotiate(peer, (p, option) =>
+            {
+                while (true)
+                    p.ReplyOption(option, NbdOptionReplyType.Info, [0, 7]);
+            }),
+            "too many replies"),
+        ["short information"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Info, [0])), "malformed information"),
+        ["a size beyond all disks"] = (
+            peer => Negotiate(peer, (p, option) =>
+            {
+                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(-1, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(option, NbdOptionReplyType.Ack);
+            }),
+            "impossible size"),
+        ["blocks of a megabyte"] = (
+            peer => Negotiate(peer, (p, option) =>
+            {
+                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(1 << 20, 1 << 20, 1 << 20));
+                p.ReplyOption(option, NbdOptionReplyType.Ack);
+            }),
+            "is not supported"),
+        ["a refusal"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrPolicy, [.. "go away"u8])), "go away"),
+        ["that it wants TLS"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrTlsRequired)), "TLS"),
+    };
+
+    public static TheoryData<string> BadHandshakes => [.. s_badHandshakes.Keys];
+
+    /// <summary>Agrees on structured replies, and answers GO as it is told.</summary>
+    private static void Negotiate(Peer peer, Action<Peer, NbdOption> answer)
+    {
+        peer.Greet();
+        (NbdOption first, _) = peer.ReceiveOption();
+        peer.ReplyOption(first, NbdOptionReplyType.Ack);
+        (NbdOption go, _) = peer.ReceiveOption();
+        answer(peer, go);
+    }
+
+    [Theory]
+    [MemberData(nameof(BadHandshakes))]
+    public void A_handshake_that_fails_says_why_and_whose_fault_it_is(string says)
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Handshake = (peer, _) =>
+            {
+                s_badHandshakes[says].Say(peer);
+                return true;
+            },
+        }.Start();
+        var failure = Assert.Throws<RemoteException>(() => Connect());
+        Assert.Contains(s_badHandshakes[says].Message, failure.Message, StringComparison.Ordinal);
+        Assert.Contains(SocketPath, failure.Message, StringComparison.Ordinal);
+    }
+
+    /// <summary>Of the wanted sizes of blocks and payloads.</summary>
+    [Theory]
+    [InlineData(1u, 4096u)]
+    [InlineData(512u, 1536u)]
+    [InlineData(4096u, 65536u)]
+    [InlineData(1u, uint.MaxValue)]
+    public async Task No_read_is_longer_or_finer_than_the_server_wants(uint block, uint most)
+    {
+        var seen = new List<NbdRequest>();
+        FakeServer? server = null;
+        using (server = new FakeServer(SocketPath, _image)
+        {
+            Handshake = (peer, _) =>
+            {
+                Negotiate(peer, (p, option) =>
+                {
+                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
+                    p.ReplyOption(option, NbdOptionReplyType.Ack);
+                });
+                return true;
+            },
+            Answer = (_, _, request) =>
+            {
+                lock (seen)
+                    seen.Add(request);
+                return false;
+            },
+        }.Start())
+        {
+            using RemoteDisk disk = Connect();
+            Assert.Equal(_image[4096..300_000], await Read(disk, 4096, 300_000 - 4096));
+            Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
+        }
+    }
+}
+
+/// <summary>A log that is kept.</summary>
+internal sealed class MessageList : ILogger
+{
+    private readonly System.Text.StringBuilder _text = new();
+
+    public string Text
+    {
+        get
+        {
+            lock (_text)
+                return _text.ToString();
+        }
+    }
+
+    public IDisposable? BeginScope<TState>(TState state)
+        where TState : notnull => null;
+
+    public bool IsEnabled(LogLevel logLevel) => true;
+
+    public void Log<TState>(LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+    {
+        lock (_text)
+            _text.AppendLine(formatter(state, exception));
+    }
+}
