@@ -48,32 +48,4 @@ public static class Batch
         Flush();
         t_isOpen = false;
     }
-
-    /// <summary>Goes on at the end of this thread's batch, after what was put off before; without a batch, at once.</summary>
-    public static YieldAwaitable Yield() => default;
-
-    /// <summary>See <see cref="Yield"/>.</summary>
-    public readonly struct YieldAwaitable : System.Runtime.CompilerServices.ICriticalNotifyCompletion
-    {
-        /// <summary>There is no batch.</summary>
-        public bool IsCompleted => !t_isOpen;
-
-        /// <summary>Itself.</summary>
-        public YieldAwaitable GetAwaiter() => this;
-
-        /// <summary>Nothing.</summary>
-        public void GetResult()
-        {
-        }
-
-        /// <inheritdoc/>
-        public void OnCompleted(Action continuation) => UnsafeOnCompleted(continuation);
-
-        /// <inheritdoc/>
-        public void UnsafeOnCompleted(Action continuation)
-        {
-            if (!TryPutOff(continuation))
-                continuation();
-        }
-    }
 }

@@ -26,7 +26,7 @@ public enum BlockState
 /// written (or discarded) the block's data before.
 /// <para>
 /// It stands in three places. In memory, where it is read without a lock. In the file as the <em>live</em> map, which is
-/// written first at each change, and so survives the death of the process: it is right as long as the machine has not
+/// written first at each change (but of a copy), and so survives the death of the process: it is right as long as the machine has not
 /// been started anew, which the boot id tells. And in the file as the <em>durable</em> map: pages with checksums, each in
 /// two slots that are written in turn, and only after the data they speak of has been synced (<see cref="Collect"/>, sync
 /// the data, <see cref="WritePages"/>, <see cref="SyncPages"/>). It survives the death of the machine. Blocks change state independently of each
@@ -36,7 +36,11 @@ public enum BlockState
 /// The file is written with system calls, not through a mapping: on a full disk, a copy-on-write file system would end
 /// the process with SIGBUS, where a call fails with an error for one request.
 /// </para>
-/// Locks: one of <c>_locks</c> for each page; nothing else is taken inside.
+/// <para>
+/// The live map may be behind by copies (<see cref="SetFetched"/>): a block that it calls absent, although the file has what
+/// the source has, is right all the same. So many changes cost one write (<see cref="WriteBehind"/>).
+/// </para>
+/// Locks: <c>_writingBehind</c>, then one of <c>_locks</c> for each page, then <c>_behind</c>.
 /// </summary>
 internal sealed class BlockMap
 {
@@ -58,6 +62,9 @@ internal sealed class BlockMap
     private readonly ulong[] _sequences; // of each page's newest durable copy
     private readonly bool[] _isDirty; // pages that differ from their newest durable copy
     private readonly Lock[] _locks = new Lock[LockCount];
+    private readonly bool[] _isBehind; // pages whose live map in the file lacks copies that were made since
+    private readonly List<int> _behind = []; // those pages
+    private readonly Lock _writingBehind = new();
     private readonly List<long> _torn = []; // slots, as offsets in bytes, whose copies are torn
     private Guid _bootId;
 
@@ -71,6 +78,7 @@ internal sealed class BlockMap
         _words = new ulong[pages * WordsPerPage];
         _sequences = new ulong[pages];
         _isDirty = new bool[pages];
+        _isBehind = new bool[pages];
         for (int i = 0; i < LockCount; i++)
             _locks[i] = new Lock();
     }
@@ -132,8 +140,7 @@ internal sealed class BlockMap
             const int piece = BlocksPerPage; // in words, about a hundred KiB
             for (int at = 0; at < _words.Length; at += piece)
             {
-                Span<ulong> words = _words.AsSpan(at, Math.Min(piece, _words.Length - at));
-                _store.Write(LiveStart + ((long)at * sizeof(ulong)), MemoryMarshal.AsBytes(words));
+                WriteLive(at, _words.AsSpan(at, Math.Min(piece, _words.Length - at)));
             }
         }
 
@@ -210,7 +217,15 @@ internal sealed class BlockMap
 
     /// <summary>Changes the state of blocks. What the new state promises of the file has been done.</summary>
     /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some pages.</exception>
-    public void Set(BlockRange range, BlockState state)
+    public void Set(BlockRange range, BlockState state) => Set(range, state, isWritten: true);
+
+    /// <summary>
+    /// Notes that the file has what the source has of absent blocks. Only <see cref="WriteBehind"/> makes that survive the
+    /// process: until then, an earlier death makes them absent again.
+    /// </summary>
+    public void SetFetched(BlockRange range) => Set(range, BlockState.Fetched, isWritten: false);
+
+    private void Set(BlockRange range, BlockState state, bool isWritten)
     {
         Span<ulong> scratch = stackalloc ulong[WordsPerPage];
         while (range.Count > 0)
@@ -218,24 +233,81 @@ internal sealed class BlockMap
             long page = range.First / BlocksPerPage;
             long count = Math.Min(range.Count, ((page + 1) * BlocksPerPage) - range.First);
             lock (_locks[page % LockCount])
-                SetInPage(page, range with { Count = count }, state, scratch);
+                SetInPage(page, range with { Count = count }, state, scratch, isWritten);
             range = new BlockRange(range.First + count, range.Count - count);
         }
     }
 
-    /// <summary>How many blocks are in a state.</summary>
-    public long Count(BlockState state)
+    /// <summary>Writes to the live map what <see cref="SetFetched"/> has left; any thread may.</summary>
+    /// <exception cref="DiskException">It cannot be written; it stays to be done.</exception>
+    public void WriteBehind()
     {
-        ulong pattern = (ulong)state * EachBlock;
-        long count = 0;
-        for (int i = 0; i < _words.Length; i++)
+        lock (_writingBehind) // who finds nothing left to write must not be ahead of who is writing it
+            WriteAllBehind();
+    }
+
+    private void WriteAllBehind()
+    {
+        int[] pages;
+        lock (_behind)
         {
-            ulong differing = Volatile.Read(ref _words[i]) ^ pattern;
-            count += BlocksPerWord - BitOperations.PopCount((differing | (differing >> 1)) & EachBlock);
+            pages = [.. _behind];
+            _behind.Clear();
         }
 
-        // What follows the last block is always absent.
-        return state == BlockState.Absent ? count - (((long)_words.Length * BlocksPerWord) - BlockCount) : count;
+        for (int i = 0; i < pages.Length; i++)
+        {
+            int page = pages[i], first = page * WordsPerPage;
+            try
+            {
+                lock (_locks[page % LockCount])
+                {
+                    _isBehind[page] = false;
+                    WriteLive(first, _words.AsSpan(first, WordsPerPage));
+                }
+            }
+            catch
+            {
+                foreach (int left in pages.AsSpan(i))
+                {
+                    lock (_locks[left % LockCount])
+                        NoteBehind(left);
+                }
+
+                throw;
+            }
+        }
+    }
+
+    private void NoteBehind(int page)
+    {
+        _isBehind[page] = true;
+        lock (_behind)
+            _behind.Add(page);
+    }
+
+    private void WriteLive(int firstWord, ReadOnlySpan<ulong> words)
+        => _store.Write(LiveStart + ((long)firstWord * sizeof(ulong)), MemoryMarshal.AsBytes(words));
+
+    /// <summary>How many blocks are in a state.</summary>
+    public long Count(BlockState state) => CountAll()[(int)state];
+
+    /// <summary>How many blocks are in each state, by its number; of a map that changes meanwhile, about so many.</summary>
+    public long[] CountAll()
+    {
+        long fetched = 0, zero = 0, written = 0;
+        for (int i = 0; i < _words.Length; i++)
+        {
+            ulong word = Volatile.Read(ref _words[i]);
+            if (word == 0)
+                continue;
+            ulong low = word & EachBlock, high = (word >> 1) & EachBlock;
+            fetched += BitOperations.PopCount(low & ~high);
+            zero += BitOperations.PopCount(high & ~low);
+            written += BitOperations.PopCount(high & low);
+        }
+
+        return [BlockCount - fetched - zero - written, fetched, zero, written];
     }
 
     /// <summary>The durable map says the same as the live one.</summary>
@@ -307,7 +379,7 @@ internal sealed class BlockMap
             Volatile.Write(ref _isDirty[page], true);
     }
 
-    private void SetInPage(long page, BlockRange range, BlockState state, Span<ulong> scratch)
+    private void SetInPage(long page, BlockRange range, BlockState state, Span<ulong> scratch, bool isWritten)
     {
         int first = (int)(range.First / BlocksPerWord), last = (int)((range.End - 1) / BlocksPerWord);
         Span<ulong> present = _words.AsSpan(first, last - first + 1);
@@ -325,7 +397,10 @@ internal sealed class BlockMap
             return;
 
         // The file first: who sees the new state may acknowledge what relies on it.
-        _store.Write(LiveStart + ((long)first * sizeof(ulong)), MemoryMarshal.AsBytes(changed));
+        if (isWritten)
+            WriteLive(first, changed);
+        else if (!_isBehind[page])
+            NoteBehind((int)page);
         for (int i = 0; i < changed.Length; i++)
             Volatile.Write(ref present[i], changed[i]);
         Volatile.Write(ref _isDirty[page], true);

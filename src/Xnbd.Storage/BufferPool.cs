@@ -8,13 +8,14 @@ namespace Xnbd.Storage;
 /// kept for reuse, so that a steady load touches no fresh pages; what is beyond goes back to the system at once.
 /// </summary>
 /// <param name="maxSpareBytes">The most that is kept in buffers that nobody uses.</param>
-public sealed class BufferPool(long maxSpareBytes)
+public sealed class BufferPool(long maxSpareBytes) : IDisposable
 {
     private const int SmallestLog = 12;
     private const int LargestLog = 26;
 
     private readonly Stack<NativeBuffer>[] _spare = [.. Enumerable.Range(SmallestLog, LargestLog - SmallestLog + 1).Select(_ => new Stack<NativeBuffer>())];
     private long _spareBytes;
+    private bool _isDisposed;
 
     /// <summary>A buffer of at least <paramref name="length"/> bytes, with any contents.</summary>
     public NativeBuffer Rent(int length)
@@ -37,7 +38,7 @@ public sealed class BufferPool(long maxSpareBytes)
     {
         lock (_spare)
         {
-            if (_spareBytes + buffer.Length <= maxSpareBytes)
+            if (!_isDisposed && _spareBytes + buffer.Length <= maxSpareBytes)
             {
                 _spareBytes += buffer.Length;
                 _spare[IndexOf(buffer.Length)].Push(buffer);
@@ -46,6 +47,20 @@ public sealed class BufferPool(long maxSpareBytes)
         }
 
         buffer.Free();
+    }
+
+    /// <summary>Frees what nobody uses; what comes back later is freed then.</summary>
+    public void Dispose()
+    {
+        lock (_spare)
+        {
+            _isDisposed = true;
+            foreach (Stack<NativeBuffer> stack in _spare)
+            {
+                while (stack.TryPop(out NativeBuffer? buffer))
+                    buffer.Free();
+            }
+        }
     }
 
     private static int IndexOf(int length)

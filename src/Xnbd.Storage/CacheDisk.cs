@@ -2,9 +2,9 @@ using Microsoft.Win32.SafeHandles;
 
 namespace Xnbd.Storage;
 
-/// <summary>Bounds of what a cache has under way with its origin.</summary>
+/// <summary>Bounds of what a cache has under way.</summary>
 /// <param name="Requests">Reads of the origin at once, at least 1.</param>
-/// <param name="Bytes">Of them, at least 1 MiB.</param>
+/// <param name="Bytes">Of them, and of what they brought and is not in the file yet; at least 1 MiB.</param>
 public readonly record struct CacheLimits(int Requests, long Bytes);
 
 /// <summary>
@@ -61,7 +61,7 @@ public sealed class CacheDisk : IDisposable
         try
         {
             (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(imagePath, mapPath, originName, origin.Length, opening);
-            var cache = new CachingDisk(origin, image, map, readOnly, limits.Requests, limits.Bytes, cannotStore);
+            var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
             if (!map.IsCommitted)
                 cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says
             return new CacheDisk(cache, image, mapFile, origin);
@@ -92,7 +92,7 @@ public sealed class CacheDisk : IDisposable
     /// way ends.
     /// </summary>
     /// <param name="force">Also if blocks are missing: they become zeroes.</param>
-    /// <exception cref="DiskException">Blocks are missing, or the image cannot be made complete; nothing has changed.</exception>
+    /// <exception cref="DiskException">Blocks are missing, or the image cannot be made complete; it goes on as before. (With force, missing blocks may be zeroes already.)</exception>
     public void Switch(bool force)
     {
         lock (_switching)
@@ -114,13 +114,19 @@ public sealed class CacheDisk : IDisposable
         }
     }
 
-    /// <summary>Makes durable all that is cached, also of a disk that clients may not write.</summary>
-    public Task FlushAll() => Image is null ? _cache.FlushAll().AsTask() : _image.FlushAsync().AsTask();
+    /// <summary>Makes durable all that is cached, also of a disk that clients may not write, and what has just been fetched.</summary>
+    public async Task FlushAll()
+    {
+        if (Image is null)
+            await _cache.StoredAsync();
+        await (Image is null ? _cache.FlushAll() : _image.FlushAsync());
+    }
 
     /// <inheritdoc/>
     public void Dispose()
     {
         _origin?.Dispose();
+        _cache.StopStoring();
         _image.Dispose();
         Linux.LinuxFile.Unlock(_mapFile);
         _mapFile.Dispose();
@@ -130,6 +136,7 @@ public sealed class CacheDisk : IDisposable
     private void Complete(bool force)
     {
         _cache.Materialize(giveUpAbsent: force).GetAwaiter().GetResult();
+        _cache.Map.WriteBehind(); // from now on nobody does, and what clients write must not be fetched anew by a proxy of the same files
         _cache.FlushAll().AsTask().GetAwaiter().GetResult();
     }
 

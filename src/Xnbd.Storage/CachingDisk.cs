@@ -20,29 +20,39 @@ public readonly record struct CacheStatistics(
 /// arrived; the file is written afterwards. It is written while the blocks are held, and only where they are still absent: so
 /// a fetch never overwrites what was written since it started. A reader that goes on in sequence is read ahead of.
 /// </para>
-/// Locks: <c>_fetching</c> guards the list, the budget and the streams; the map's locks are taken inside it. Blocks are held in
-/// <see cref="OverlayDisk.Changing"/> without it.
+/// <para>
+/// Fetched bytes in memory are bounded: from when a fetch is let in until it is stored. Only a fetch that must wait for a
+/// writer, to be stored, counts no more: that writer may wait for a fetch itself.
+/// </para>
+/// Locks: <c>_fetching</c> guards the lists, the budget and the streams. Inside it nothing is held: the map is only read. Blocks
+/// are held in <see cref="OverlayDisk.Changing"/>; <c>_fetching</c> may be taken while they are, never the other way round.
+/// <para>
+/// The type's other files: <c>CachingDisk.Fetching.cs</c>, <c>CachingDisk.Storing.cs</c>, <c>CachingDisk.Following.cs</c> (reading ahead).
+/// </para>
 /// </summary>
 internal sealed partial class CachingDisk : OverlayDisk
 {
     /// <summary>The most that is fetched at once, in bytes: what is missing side by side goes out as one request.</summary>
     public const int MaxFetchBytes = 1 << 20;
 
-    private const int MaxFetchBlocks = MaxFetchBytes / BlockRange.BlockSize;
+    /// <summary>A failure within this time, in milliseconds, is what the origin says; later it is that it says nothing.</summary>
+    private const int QuickFailure = 5000;
 
-    /// <summary>Zeroes that were fetched become holes of the file in units of this size, in bytes.</summary>
-    private const int HoleGrain = 64 * 1024;
+    private const int MaxFetchBlocks = MaxFetchBytes / BlockRange.BlockSize;
 
     private readonly Disk _origin;
     private readonly Action<DiskException> _cannotStore;
     private readonly BufferPool _buffers = new(MaxFetchBytes * 8);
     private readonly object _fetching = new();
-    private readonly List<Fetch> _fetches = [];
-    private readonly Queue<(Fetch Fetch, TaskCompletionSource Room)> _waiting = new();
+    private readonly List<Fetch> _fetches = []; // all of them
+    private readonly Queue<Fetch> _waiting = new(); // for room
+    private readonly Queue<Fetch> _toSend = new();
+    private readonly Queue<Fetch> _toStore = new();
     private readonly long _mostBytes;
     private readonly int _mostFetches;
-    private int _running; // fetches that the origin has not answered yet, without those that wait for room
+    private int _running; // fetches that were let in, and that the origin has not answered yet
     private long _bytesInFlight; // of them
+    private long _bytesToStore; // of those that have arrived
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
@@ -52,16 +62,25 @@ internal sealed partial class CachingDisk : OverlayDisk
     /// <param name="cache">The local file, as long as the origin.</param>
     /// <param name="map">Which blocks it holds.</param>
     /// <param name="readOnly">The disk is not to be written by clients; reads fill the cache all the same.</param>
-    /// <param name="mostFetches">Reads of the origin under way at once.</param>
-    /// <param name="mostBytes">Bytes of them; at least <see cref="MaxFetchBytes"/>.</param>
+    /// <param name="limits">Of reads of the origin, and of bytes that were read and are not stored yet.</param>
     /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
-    public CachingDisk(Disk origin, Disk cache, BlockMap map, bool readOnly, int mostFetches, long mostBytes, Action<DiskException> cannotStore)
+    /// <param name="runStoring">Runs all storing, at any later time; by default it is done at once, or on a disk thread.</param>
+    public CachingDisk(
+        Disk origin, Disk cache, BlockMap map, bool readOnly, CacheLimits limits, Action<DiskException> cannotStore, Action<IDiskWork>? runStoring = null)
         : base(cache, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim))
     {
+        ArgumentOutOfRangeException.ThrowIfLessThan(limits.Requests, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(limits.Bytes, MaxFetchBytes);
         _origin = origin;
-        _mostFetches = mostFetches;
-        _mostBytes = mostBytes;
+        _mostFetches = limits.Requests;
+        _mostBytes = limits.Bytes;
         _cannotStore = cannotStore;
+        _runStoring = runStoring;
+        _storeHere = () => StartStoring(isHere: true);
+        _storeLast = () => Batch.TryPutOff(_storeHere); // there is a batch: it has put off this
+        _sendFetches = SendFetches;
+        _mayHaveHoles = new bool[(map.Header.Source.Length >> HolesShift) + 1];
+        Array.Fill(_mayHaveHoles, map.Count(BlockState.Absent) < map.BlockCount); // of an earlier life nobody knows
     }
 
     /// <summary>What it has done so far, and is doing.</summary>
@@ -72,10 +91,11 @@ internal sealed partial class CachingDisk : OverlayDisk
             (int fetches, long bytes) inFlight;
             lock (_fetching)
                 inFlight = (_running, _bytesInFlight);
+            long[] blocks = Map.CountAll();
             return new CacheStatistics(
-                Map.Count(BlockState.Absent),
-                Map.Count(BlockState.Fetched),
-                Map.Count(BlockState.Written) + Map.Count(BlockState.Zero),
+                blocks[(int)BlockState.Absent],
+                blocks[(int)BlockState.Fetched],
+                blocks[(int)BlockState.Written] + blocks[(int)BlockState.Zero],
                 Interlocked.Read(ref _hits),
                 Interlocked.Read(ref _misses),
                 Interlocked.Read(ref _fetchedBytes),
@@ -133,12 +153,13 @@ internal sealed partial class CachingDisk : OverlayDisk
 
         if (failure is not null)
             throw failure;
+        Map.WriteBehind(); // what others have just stored, too
 
         async Task FetchOnce(BlockRange range)
         {
             try
             {
-                await Bring(range, keep: true);
+                await Bring(range);
             }
             catch (DiskException caught)
             {
@@ -152,27 +173,24 @@ internal sealed partial class CachingDisk : OverlayDisk
     }
 
     /// <summary>Writes zeroes to the file where blocks are absent; the map does not change yet.</summary>
-    public async Task ZeroAbsent()
-    {
-        foreach ((BlockRange run, BlockState state) in Map.Runs())
-        {
-            if (state == BlockState.Absent)
-                await Local.ZeroAsync(run.Offset, run.LengthOn(Length), ZeroMode.MayPunch, durable: false);
-        }
-    }
+    public Task ZeroAbsent() => ForEachHeld(state => state == BlockState.Absent, isMarked: false);
 
     /// <summary>
     /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map: from then on the file alone is
     /// the disk. Absent blocks become zero, too, if they are to be given up.
     /// </summary>
-    public async Task Materialize(bool giveUpAbsent)
+    public Task Materialize(bool giveUpAbsent)
+        => ForEachHeld(state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), isMarked: true);
+
+    /// <summary>Zeroes blocks of some states in the file, and marks them as written, while they are held: nobody stores there meanwhile.</summary>
+    private async Task ForEachHeld(Func<BlockState, bool> isMeant, bool isMarked)
     {
         for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0;)
         {
             BlockRange run = Map.Run(left, out BlockState state);
             run = run with { Count = Math.Min(run.Count, 16 * 1024) };
             left = new BlockRange(run.End, left.End - run.End);
-            if (IsLocal(state) || (state == BlockState.Absent && !giveUpAbsent))
+            if (!isMeant(state))
                 continue;
             await Changing.EnterAsync(run);
             try
@@ -180,13 +198,12 @@ internal sealed partial class CachingDisk : OverlayDisk
                 for (BlockRange inside = run; inside.Count > 0;)
                 {
                     BlockRange part = Map.Run(inside, out BlockState now);
-                    if (!IsLocal(now) && (now == BlockState.Zero || giveUpAbsent))
-                    {
-                        await Local.ZeroAsync(part.Offset, part.LengthOn(Length), ZeroMode.MayPunch, durable: false);
-                        Map.Set(part, BlockState.Written);
-                    }
-
                     inside = new BlockRange(part.End, inside.End - part.End);
+                    if (!isMeant(now))
+                        continue;
+                    await Local.ZeroAsync(part.Offset, part.LengthOn(Length), ZeroMode.MayPunch, durable: false);
+                    if (isMarked)
+                        Map.Set(part, BlockState.Written);
                 }
             }
             finally
@@ -205,7 +222,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         Interlocked.Increment(ref _misses);
         long end = offset + buffer.Length;
         BlockRange wanted = Follow(offset, buffer.Length, out BlockRange ahead);
-        Fetch? first = Join(wanted, out BlockRange covered);
+        Fetch? first = Join(wanted, mayGrow: true, out BlockRange covered);
         if (first is not null && (covered.End * BlockRange.BlockSize) >= end)
         {
             ReadAhead(ahead);
@@ -217,7 +234,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         var parts = new List<(Fetch? Fetch, BlockRange Range)> { (first, covered) };
         while (covered.End * BlockRange.BlockSize < end)
         {
-            Fetch? next = Join(new BlockRange(covered.End, wanted.End - covered.End), out covered);
+            Fetch? next = Join(new BlockRange(covered.End, wanted.End - covered.End), mayGrow: true, out covered);
             parts.Add((next, covered));
         }
 
@@ -251,7 +268,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         for (BlockRange left = BlockRange.Touching(offset, length); left.Count > 0;)
         {
             var part = left with { Count = Math.Min(left.Count, MaxFetchBlocks) };
-            await Bring(part, keep: true);
+            await Bring(part);
             left = new BlockRange(part.End, left.End - part.End);
         }
     }
@@ -266,21 +283,20 @@ internal sealed partial class CachingDisk : OverlayDisk
         if (!disposing)
             return;
         _origin.Dispose();
+        StopStoring();
         Local.Dispose();
     }
 
-    /// <summary>Fetches what is absent of a range.</summary>
-    /// <param name="range">At most <see cref="MaxFetchBlocks"/>.</param>
-    /// <param name="keep">Wait until it is in the file, and fail if it cannot be.</param>
-    private async Task Bring(BlockRange range, bool keep)
+    /// <summary>Fetches what is absent of a range, until it is in the file, and fails if it cannot be.</summary>
+    private async Task Bring(BlockRange range)
     {
         while (range.Count > 0)
         {
-            if (Join(range, out BlockRange covered) is { } fetch)
+            if (Join(range, mayGrow: false, out BlockRange covered) is { } fetch)
             {
                 try
                 {
-                    await (keep ? fetch.Stored.Task : fetch.Arrived.Task);
+                    await fetch.Stored.Task;
                 }
                 finally
                 {
@@ -292,16 +308,31 @@ internal sealed partial class CachingDisk : OverlayDisk
         }
     }
 
+    /// <summary>Takes a part of what a fetch brings, and gives the fetch up.</summary>
     private async ValueTask CopyFrom(Fetch fetch, long offset, Memory<byte> buffer)
     {
         try
         {
             await fetch.Arrived.Task;
             fetch.Buffer!.Slice((int)(offset - fetch.Range.Offset), buffer.Length).CopyTo(buffer.Span);
+            return;
+        }
+        catch (DiskException) when (MayHaveFailedForOthers(fetch, BlockRange.Touching(offset, buffer.Length)))
+        {
+            // A bad sector among what was fetched with it must not fail a good one: it is asked for once more, alone.
         }
         finally
         {
             Release(fetch);
         }
+
+        byte[] alone = new byte[BlockRange.Touching(offset, buffer.Length).LengthOn(Length)];
+        long start = BlockRange.Touching(offset, buffer.Length).Offset;
+        await _origin.ReadAsync(start, alone);
+        alone.AsMemory((int)(offset - start), buffer.Length).CopyTo(buffer);
     }
+
+    /// <summary>The fetch was of more than is needed; and its failure was no time-out, which would only be repeated.</summary>
+    private static bool MayHaveFailedForOthers(Fetch fetch, BlockRange needed)
+        => fetch.Range.Count > needed.Count && Environment.TickCount64 - fetch.SentAt < QuickFailure;
 }

@@ -152,14 +152,27 @@ public sealed class CrashTests
                     Write(isDurable: false); // comes too late for the commit that is under way
             };
             return _isCache
-                ? new CachingDisk(s_base, local, map, readOnly: false, 16, 64 << 20, _ => { })
+                ? new CachingDisk(s_base, local, map, readOnly: false, new CacheLimits(16, CachingDisk.MaxFetchBytes), _ => { }, _toStore.Add)
                 : new CowDisk(s_base, local, map, readOnly: false);
         }
+
+        /// <summary>What a cache has fetched is stored at some later time.</summary>
+        private void StoreFetched()
+        {
+            IDiskWork[] work = [.. _toStore];
+            _toStore.Clear();
+            foreach (IDiskWork each in work)
+                each.Run();
+        }
+
+        private readonly List<IDiskWork> _toStore = [];
 
         private bool Die()
         {
             bool isPowerLoss = _random.Next(3) > 0; // else only the process dies
             _file.Die();
+            StoreFetched(); // too late: it fails
+            (_disk as CachingDisk)?.StopStoring();
             if (isPowerLoss)
             {
                 _file.LoseUnsynced();
@@ -172,6 +185,8 @@ public sealed class CrashTests
         private void Operate()
         {
             bool isDurable = _random.Next(8) == 0;
+            if (_random.Next(4) == 0)
+                StoreFetched();
             switch (_random.Next(11))
             {
                 case 10:
@@ -256,7 +271,13 @@ public sealed class CrashTests
         private readonly Dictionary<long, int> _underWay = []; // operations that have not ended, of each sector
         private bool _flushing;
 
-        private static void Wait(ValueTask operation) => operation.AsTask().GetAwaiter().GetResult();
+        private void Wait(ValueTask operation)
+        {
+            Task task = operation.AsTask();
+            while (!task.IsCompleted && _toStore.Count > 0)
+                StoreFetched(); // it may wait for room
+            task.GetAwaiter().GetResult();
+        }
 
         /// <param name="isExact">Nothing that was completed may be missing.</param>
         private void Check(bool isExact)

@@ -1,0 +1,397 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.TestKit;
+
+namespace Xnbd.Storage.Tests;
+
+/// <summary>The cache of a far disk: what is fetched, when, and what never waits or is overwritten.</summary>
+public sealed class CachingDiskTests : IDisposable
+{
+    private const int Block = BlockRange.BlockSize;
+    private const int Length = (16 << 20) + 1234;
+
+    private readonly TempFolder _folder = new();
+    private readonly byte[] _bytes = new byte[Length];
+    private readonly MemoryDisk _memory = new(Length);
+    private readonly FaultDisk _origin;
+    private readonly List<(long Offset, long Length)> _asked = []; // of the origin
+    private readonly List<DiskException> _notStored = [];
+    private SafeFileHandle? _mapFile;
+
+    public CachingDiskTests()
+    {
+        new Random(1).NextBytes(_bytes);
+        _memory.TryWrite(0, _bytes);
+        _origin = new FaultDisk(_memory) { Slow = true, Before = Ask };
+    }
+
+    public void Dispose()
+    {
+        _mapFile?.Dispose();
+        _folder.Dispose();
+    }
+
+    private Task Ask(string operation, long offset, long length)
+    {
+        lock (_asked)
+            _asked.Add((offset, length));
+        return Task.CompletedTask;
+    }
+
+    /// <summary>The origin answers nothing before this task ends.</summary>
+    private void Hold(Task until) => _origin.Before = async (operation, offset, length) =>
+    {
+        await Ask(operation, offset, length);
+        await until;
+    };
+
+    private List<(long Offset, long Length)> Asked
+    {
+        get
+        {
+            lock (_asked)
+                return [.. _asked];
+        }
+    }
+
+    private CachingDisk Open(Func<Disk, Disk>? local = null, int requests = 64, long bytes = 32 << 20)
+    {
+        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(_folder.File("image"), _folder.File("map"), "origin", Length, CacheOpening.GoOn);
+        return new CachingDisk(_origin, local?.Invoke(image) ?? image, map, readOnly: false, new CacheLimits(requests, bytes), failure =>
+        {
+            lock (_notStored)
+                _notStored.Add(failure);
+        });
+    }
+
+    /// <summary>The file takes nothing before this is set.</summary>
+    private static FaultDisk HoldWrites(Disk image, ManualResetEventSlim until)
+        => new(image)
+        {
+            Before = (operation, _, _) =>
+            {
+                if (operation == "write")
+                    until.Wait();
+                return Task.CompletedTask;
+            },
+        };
+
+    /// <summary>Lets the file go on when a test has failed: the disk waits for it at its end.</summary>
+    private sealed class Release(ManualResetEventSlim hold) : IDisposable
+    {
+        public void Dispose() => hold.Set();
+    }
+
+    private static Task<byte[]> Read(CachingDisk disk, long offset, int length)
+    {
+        byte[] buffer = new byte[length];
+        return Read();
+
+        async Task<byte[]> Read()
+        {
+            if (!disk.TryRead(offset, buffer))
+                await disk.ReadAsync(offset, buffer);
+            await Task.Yield(); // a test may block; the thread that brought the data must not
+            return buffer;
+        }
+    }
+
+    private static async Task<T> Soon<T>(Task<T> task) => await task.WaitAsync(TimeSpan.FromSeconds(20));
+
+    private static async Task Soon(ValueTask task)
+    {
+        await task.AsTask().WaitAsync(TimeSpan.FromSeconds(20));
+        await Task.Yield();
+    }
+
+    private byte[] Expected(long offset, int length) => _bytes.AsSpan((int)offset, length).ToArray();
+
+    private static void WaitUntilStored(CachingDisk disk, long blocks)
+        => Wait.Until(() => disk.Statistics.FetchedBlocks >= blocks, $"{blocks} blocks are stored");
+
+    [Fact]
+    public async Task A_block_is_fetched_once_however_many_ask()
+    {
+        using CachingDisk disk = Open();
+        var hold = new TaskCompletionSource();
+        Hold(hold.Task);
+        Task<byte[]>[] reads = [.. Enumerable.Range(0, 50).Select(i => Task.Run(() => Read(disk, (100 * Block) + (i * 70), 500)))];
+        Wait.Until(() => Asked.Count > 0, "the origin is asked");
+        hold.SetResult();
+        for (int i = 0; i < 50; i++)
+            Assert.Equal(Expected((100 * Block) + (i * 70), 500), await Soon(reads[i]));
+        Assert.Equal([(100L * Block, Block)], Asked);
+        WaitUntilStored(disk, 1);
+        Assert.Equal(Expected(100 * Block, Block), await Read(disk, 100 * Block, Block));
+        Assert.Single(Asked);
+    }
+
+    [Fact]
+    public async Task Neighbouring_misses_go_out_as_one_request_of_at_most_a_MiB()
+    {
+        using CachingDisk disk = Open();
+        var reads = new List<(int Block, Task<byte[]> Task)>();
+        Batch.Begin(); // as a session does, while it works off what one receive brought
+        foreach (int block in (int[])[500, 502, 501, 499, 700, 503])
+            reads.Add((block, Read(disk, (long)block * Block, Block)));
+        Assert.Empty(Asked);
+        Batch.End();
+        foreach ((int block, Task<byte[]> task) in reads)
+            Assert.Equal(Expected((long)block * Block, Block), await Soon(task));
+
+        // 501 came after 500 and 502, and went with the former.
+        Assert.Equal([(499L * Block, 3L * Block), (502L * Block, 2L * Block), (700L * Block, Block)], Asked.Order());
+
+        reads.Clear();
+        lock (_asked)
+            _asked.Clear();
+        Batch.Begin();
+        for (int block = 1500; block > 1500 - 300; block--) // downwards: nobody takes it for a stream
+            reads.Add((block, Read(disk, (long)block * Block, Block)));
+        Batch.End();
+        foreach ((int block, Task<byte[]> task) in reads)
+            Assert.Equal(Expected((long)block * Block, Block), await Soon(task));
+        Assert.Equal([(1201L * Block, 44L * Block), (1245L * Block, 256L * Block)], Asked.Order());
+    }
+
+    [Fact]
+    public async Task A_write_is_not_overwritten_by_a_fetch_that_started_earlier()
+    {
+        using CachingDisk disk = Open();
+        var hold = new TaskCompletionSource();
+        Hold(hold.Task);
+        Task<byte[]> early = Read(disk, 0, 8 * Block);
+        byte[] whole = new byte[2 * Block];
+        whole.AsSpan().Fill(7);
+        await Soon(disk.WriteAsync(2 * Block, whole, durable: true)); // whole blocks wait for nobody
+        await Soon(disk.ZeroAsync(5 * Block, Block, ZeroMode.MayPunch, durable: false));
+        await Soon(disk.TrimAsync(6 * Block, Block, durable: false));
+        ValueTask partial = disk.WriteAsync((7 * Block) + 10, new byte[] { 1, 2, 3 }, durable: false); // waits for the rest of its block
+        Assert.False(partial.IsCompleted);
+        hold.SetResult();
+        await Soon(early);
+        await Soon(partial);
+
+        byte[] model = Expected(0, 8 * Block);
+        whole.CopyTo(model, 2 * Block);
+        model.AsSpan(5 * Block, 2 * Block).Clear();
+        ((byte[])[1, 2, 3]).CopyTo(model, (7 * Block) + 10);
+        Wait.Until(() => disk.Statistics.AbsentBlocks == BlockRange.CountOf(Length) - 8, "the rest is stored");
+        Assert.Equal(model, await Read(disk, 0, 8 * Block));
+        Assert.Equal(3, disk.Statistics.FetchedBlocks);
+        Assert.Equal([(0L, 8L * Block)], Asked);
+    }
+
+    [Fact]
+    public async Task What_is_local_waits_for_no_miss()
+    {
+        using CachingDisk disk = Open(requests: 2);
+        await Read(disk, 0, 4 * Block);
+        WaitUntilStored(disk, 4);
+        var hold = new TaskCompletionSource();
+        Hold(hold.Task);
+        Task<byte[]>[] misses = [.. Enumerable.Range(0, 20).Select(i => Read(disk, (100 + (2 * i)) * Block, Block))];
+        byte[] buffer = new byte[4 * Block];
+        Assert.True(disk.TryRead(0, buffer));
+        Assert.Equal(Expected(0, 4 * Block), buffer);
+        Assert.True(disk.TryWrite(Block, new byte[Block]));
+        await Soon(disk.FlushAsync());
+        Assert.Equal(2, disk.Statistics.FetchesInFlight);
+        Assert.DoesNotContain(misses, task => task.IsCompleted);
+        hold.SetResult();
+        await Task.WhenAll(misses).WaitAsync(TimeSpan.FromSeconds(20));
+    }
+
+    [Fact]
+    public async Task No_reader_waits_for_the_file()
+    {
+        using var writing = new ManualResetEventSlim();
+        using CachingDisk disk = Open(image => HoldWrites(image, writing));
+        using var release = new Release(writing);
+        Assert.Equal(Expected(0, Block), await Soon(Read(disk, 0, Block)));
+        Assert.Equal(Expected(40 * Block, Block), await Soon(Read(disk, 40 * Block, Block)));
+        Assert.Equal(Expected(0, Block), await Soon(Read(disk, 0, Block))); // of memory, while it is being stored
+        Assert.Equal(2, Asked.Count);
+        Assert.Equal(0, disk.Statistics.FetchedBlocks);
+        writing.Set();
+        WaitUntilStored(disk, 2);
+    }
+
+    [Fact]
+    public async Task A_random_reader_is_not_read_ahead_of_and_one_in_sequence_is_within_bounds()
+    {
+        using (CachingDisk disk = Open())
+        {
+            var random = new Random(5);
+            var touched = new HashSet<long>();
+            for (int i = 0; i < 1000; i++)
+            {
+                long block = random.Next(Length / Block);
+                touched.Add(block);
+                await Soon(Read(disk, block * Block, Block));
+            }
+
+            Assert.InRange(disk.Statistics.FetchedBytes, touched.Count * Block, (long)(touched.Count * Block * 1.2));
+            _mapFile!.Dispose();
+            _mapFile = null;
+        }
+
+        File.Delete(_folder.File("image"));
+        File.Delete(_folder.File("map"));
+        lock (_asked)
+            _asked.Clear();
+        using CachingDisk fresh = Open();
+        const int read = 4 << 20;
+        for (int offset = 0; offset < read; offset += Block)
+            Assert.Equal(Expected(offset, Block), await Soon(Read(fresh, offset, Block)));
+        Wait.Until(() => fresh.Statistics.FetchesInFlight == 0, "nothing is under way");
+        Assert.InRange(Asked.Count, 1, 64); // not a thousand
+        Assert.InRange(fresh.Statistics.FetchedBytes, read, read + (4 << 20) + (256 * Block));
+    }
+
+    [Fact]
+    public async Task An_origin_that_fails_fails_who_needs_it_and_is_asked_again()
+    {
+        using CachingDisk disk = Open();
+        _origin.Before = (_, offset, _) => offset == 8 * Block ? throw new DiskException(DiskError.Io, "the line is down") : Task.CompletedTask;
+        Task<byte[]> bad = Read(disk, 8 * Block, Block), good = Read(disk, 30 * Block, Block);
+        Assert.Contains("the line is down", (await Assert.ThrowsAsync<DiskException>(() => bad)).Message, StringComparison.Ordinal);
+        Assert.Equal(Expected(30 * Block, Block), await Soon(good));
+        await Assert.ThrowsAsync<DiskException>(() => disk.WriteAsync(8 * Block, new byte[100], durable: false).AsTask());
+        await Soon(disk.WriteAsync(9 * Block, new byte[Block], durable: true));
+        await Assert.ThrowsAsync<DiskException>(() => disk.CacheAll(1, 4, CancellationToken.None));
+        _origin.Before = Ask;
+        Assert.Equal(Expected(8 * Block, Block), await Soon(Read(disk, 8 * Block, Block))); // the write that failed has changed nothing
+        await disk.CacheAll(256, 4, CancellationToken.None);
+        Assert.Equal(0, disk.Statistics.AbsentBlocks);
+        Assert.Empty(_notStored);
+    }
+
+    [Fact]
+    public async Task A_bad_sector_fails_nobody_who_does_not_need_it()
+    {
+        using CachingDisk disk = Open();
+        _origin.Before = (_, offset, length) => offset <= 50 * Block && offset + length > 50 * Block
+            ? throw new DiskException(DiskError.Io, "a bad sector")
+            : Ask("read", offset, length);
+        var reads = new List<(int Block, Task<byte[]> Task)>();
+        Batch.Begin();
+        foreach (int block in (int[])[48, 49, 50, 51])
+            reads.Add((block, Read(disk, (long)block * Block, Block)));
+        Batch.End();
+        foreach ((int block, Task<byte[]> task) in reads)
+        {
+            if (block == 50)
+                await Assert.ThrowsAsync<DiskException>(() => Soon(task));
+            else
+                Assert.Equal(Expected((long)block * Block, Block), await Soon(task));
+        }
+
+        for (int block = 0; block < 80; block++) // and of what is read ahead
+        {
+            if (block != 50)
+                Assert.Equal(Expected((long)block * Block, Block), await Soon(Read(disk, (long)block * Block, Block)));
+        }
+    }
+
+    /// <summary>The file takes nothing: what was fetched fills the room that there is, and no more is fetched.</summary>
+    [Fact]
+    public async Task What_is_fetched_and_not_stored_is_bounded()
+    {
+        const long most = 2 << 20;
+        using var writing = new ManualResetEventSlim();
+        using CachingDisk disk = Open(image => HoldWrites(image, writing), bytes: most);
+        using var release = new Release(writing);
+        Task<byte[]>[] reads = [.. Enumerable.Range(0, 64).Select(i => Read(disk, i * 50L * Block, 16 * Block))];
+        Wait.Until(() => Asked.Sum(r => r.Length) > most - (16 * Block), "the room is taken");
+        Assert.True(reads.Count(r => r.IsCompleted) is var completed and < 64 && completed * 16 * Block <= most, "more is held than there is room for");
+        writing.Set();
+        for (int i = 0; i < reads.Length; i++)
+            Assert.Equal(Expected(i * 50L * Block, 16 * Block), await Soon(reads[i]));
+        WaitUntilStored(disk, 64 * 16);
+    }
+
+    /// <summary>
+    /// Storing waits for a writer, who waits for a fetch, for which there is room only after storing: unless what waits for a
+    /// writer does not count.
+    /// </summary>
+    [Fact]
+    public async Task Writers_and_storing_do_not_wait_for_each_other()
+    {
+        using CachingDisk disk = Open(requests: 1, bytes: CachingDisk.MaxFetchBytes);
+        for (int round = 0; round < 15; round++)
+        {
+            long at = round * 258L * Block;
+            var hold = new TaskCompletionSource();
+            Hold(hold.Task);
+            Task<byte[]> all = Read(disk, at, 256 * Block); // all of the room
+            ValueTask writer = disk.WriteAsync(at + (255 * Block) + 1, new byte[2 * Block], durable: false); // holds its last block, and needs one behind
+            hold.SetResult();
+            await Soon(writer);
+            Assert.Equal(Expected(at, 255 * Block), (await Soon(all))[..(255 * Block)]);
+            Wait.Until(() => disk.Statistics.AbsentBlocks <= BlockRange.CountOf(Length) - ((round + 1) * 258), "all is stored");
+        }
+    }
+
+    [Fact]
+    public async Task Zeroes_of_the_origin_take_no_space()
+    {
+        byte[] zeroes = new byte[8 << 20];
+        _memory.TryWrite(1 << 20, zeroes);
+        zeroes.CopyTo(_bytes, 1 << 20);
+        string image = _folder.File("image");
+        using CachingDisk disk = Open();
+        await disk.CacheAll(256, 8, CancellationToken.None);
+        Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
+        Assert.Equal(BlockRange.CountOf(Length), disk.Statistics.FetchedBlocks);
+        Assert.InRange(long.Parse((await Tool.Succeed("stat", "-c", "%b", image)).Trim(), null) * 512, Length - (9 << 20), Length - (7 << 20));
+        Assert.True(disk.TryLocate(2 << 20, 1 << 20, findHoles: true).IsHole);
+        Assert.False(disk.TryLocate(0, 1 << 20, findHoles: true).IsHole);
+    }
+
+    /// <summary>Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.</summary>
+    [Theory]
+    [InlineData(1, false)]
+    [InlineData(2, true)]
+    public async Task Concurrent_clients_and_fetching_all_equal_the_model(int seed, bool isSlowFile)
+    {
+        const int clients = 4, stripe = 1000;
+        byte[] model = [.. _bytes];
+        using CachingDisk disk = Open(image => isSlowFile ? new FaultDisk(image) { Slow = true } : image, requests: 8, bytes: 2 << 20);
+        var seeds = new Random(seed);
+        Task[] running = [.. Enumerable.Range(0, clients).Select(client =>
+        {
+            var random = new Random(seeds.Next());
+            return Task.Run(async () =>
+            {
+                for (int i = 0; i < 1500; i++)
+                {
+                    int index = (random.Next((Length / stripe / clients) - 1) * clients) + client;
+                    int offset = index * stripe, length = random.Next(1, stripe);
+                    if (random.Next(3) == 0)
+                    {
+                        Assert.Equal(model[offset..(offset + length)], await Soon(Read(disk, offset, length)));
+                    }
+                    else if (random.Next(8) == 0)
+                    {
+                        await Soon(disk.ZeroAsync(offset, length, ZeroMode.MayPunch, random.Next(10) == 0));
+                        model.AsSpan(offset, length).Clear();
+                    }
+                    else
+                    {
+                        byte[] data = new byte[length];
+                        random.NextBytes(data);
+                        if (!disk.TryWrite(offset, data))
+                            await Soon(disk.WriteAsync(offset, data, random.Next(30) == 0));
+                        data.CopyTo(model, offset);
+                    }
+                }
+            });
+        })];
+        await disk.CacheAll(seed, 4, CancellationToken.None);
+        await Task.WhenAll(running);
+        Assert.Equal(0, disk.Statistics.AbsentBlocks);
+        Assert.Equal(model, await Soon(Read(disk, 0, Length)));
+        Assert.Empty(_notStored);
+        await disk.FlushAll();
+    }
+}
