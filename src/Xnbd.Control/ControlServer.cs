@@ -38,7 +38,7 @@ public sealed class ControlServer : IDisposable
     /// <summary>The longest line, in bytes: a request has a few short parameters.</summary>
     private const int MaxLine = 64 * 1024;
 
-    /// <summary>Clients at once; a further one pushes out the oldest.</summary>
+    /// <summary>Clients at once; a further one pushes out the one that has been silent for longest.</summary>
     private const int MaxClients = 16;
 
     private static readonly TimeSpan s_sendTime = TimeSpan.FromSeconds(5);
@@ -46,7 +46,8 @@ public sealed class ControlServer : IDisposable
     private readonly string _path;
     private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
-    private readonly List<Socket> _clients = [];
+    private readonly List<Socket> _clients = []; // who spoke last stands last
+    private readonly HashSet<Socket> _calling = []; // whose request is being carried out
     private volatile bool _isClosed;
 
     private ControlServer(string path, Socket listener, Func<string, JsonObject, JsonNode?> call)
@@ -159,8 +160,9 @@ public sealed class ControlServer : IDisposable
             {
                 if (_clients.Count == MaxClients)
                 {
-                    _clients[0].Dispose();
-                    _clients.RemoveAt(0);
+                    Socket longestSilent = _clients.Find(c => !_calling.Contains(c)) ?? _clients[0];
+                    longestSilent.Dispose();
+                    _clients.Remove(longestSilent);
                 }
 
                 _clients.Add(client);
@@ -183,6 +185,7 @@ public sealed class ControlServer : IDisposable
                 if (count == 0)
                     return;
                 length += count;
+                NoteCall(client, isUnderWay: true);
                 int start = 0;
                 for (int end; (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0; start += end + 1)
                 {
@@ -190,6 +193,7 @@ public sealed class ControlServer : IDisposable
                         client.Send(Encoding.UTF8.GetBytes(answer + "\n"));
                 }
 
+                NoteCall(client, isUnderWay: false);
                 buffer.AsSpan(start, length - start).CopyTo(buffer);
                 length -= start;
                 if (length < buffer.Length)
@@ -205,8 +209,27 @@ public sealed class ControlServer : IDisposable
         finally
         {
             lock (_clients)
+            {
                 _clients.Remove(client);
+                _calling.Remove(client);
+            }
+
             client.Dispose();
+        }
+    }
+
+    /// <summary>A client has spoken, or its requests have been answered.</summary>
+    private void NoteCall(Socket client, bool isUnderWay)
+    {
+        lock (_clients)
+        {
+            if (!_clients.Remove(client))
+                return; // pushed out meanwhile
+            _clients.Add(client);
+            if (isUnderWay)
+                _calling.Add(client);
+            else
+                _calling.Remove(client);
         }
     }
 

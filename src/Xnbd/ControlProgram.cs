@@ -129,7 +129,7 @@ internal static class ControlProgram
         using var interrupted = new ManualResetEventSlim();
         using var sigint = PosixSignalRegistration.Create(PosixSignal.SIGINT, context =>
         {
-            context.Cancel = true;
+            context.Cancel = !interrupted.IsSet; // the second one ends the program, whatever it is doing
             interrupted.Set();
         });
         bool isTerminal = !Console.IsErrorRedirected;
