@@ -16,10 +16,11 @@ namespace Xnbd.Server;
 /// <param name="exports">What is served.</param>
 /// <param name="style">How clients are greeted.</param>
 /// <param name="logger">For what happens.</param>
-public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger) : IDisposable
+/// <param name="limits">Of what is in flight; <see cref="RequestLimits.Default"/> unless given.</param>
+public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger, RequestLimits? limits = null) : IDisposable
 {
     private readonly SessionServices _services = new(
-        new BufferPool(ServerLimits.MaxSpareBuffers), new ByteBudget(ServerLimits.MaxBytesInFlight), new FailureLog(logger));
+        new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger));
 
     private readonly List<Socket> _listeners = [];
     private readonly List<string> _socketPaths = [];

@@ -250,6 +250,6 @@ internal sealed partial class Session
 
 /// <summary>What all sessions of a server share.</summary>
 /// <param name="Buffers">For requests and replies.</param>
-/// <param name="Budget">Bytes in flight.</param>
+/// <param name="Budget">What may be in flight.</param>
 /// <param name="Failures">For requests that failed.</param>
-internal sealed record SessionServices(BufferPool Buffers, ByteBudget Budget, FailureLog Failures);
+internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures);

@@ -7,7 +7,7 @@ namespace Xnbd.Server;
 /// session waits for its client while it holds bytes of the budget, until nothing of it waits for the client any more;
 /// single bytes do not wind it back. Any thread may use it; its figures need not agree to the byte.
 /// </summary>
-internal sealed class StallClock(ByteBudget budget)
+internal sealed class StallClock(RequestBudget budget)
 {
     private long _since;
     private long _movedBytes;

@@ -34,7 +34,7 @@ internal sealed class ProxyMode : IDisposable
         _log = log;
         _remote = Connect();
         _cache = CacheDisk.Open(
-            _remote, options.Remote.ToString(), options.CacheImage, options.Map, options.Opening, readOnly, options.Limits, CannotStore);
+            _remote, options.Remote.ToString(), options.CacheImage, options.Map, options.Opening, readOnly, options.FetchLimits, CannotStore);
     }
 
     /// <summary>What is served.</summary>

@@ -1,6 +1,7 @@
 using System.CommandLine;
 using System.Globalization;
 using Xnbd.Client;
+using Xnbd.Server;
 using Xnbd.Storage;
 
 namespace Xnbd.Programs;
@@ -66,12 +67,12 @@ internal sealed record ServerOptions
         var importBitmap = new Option<bool>("--import-bitmap") { Description = "With --proxy: take over a bitmap of the original xNBD" };
         var maxQueue = new Option<string?>("--max-queue-size")
         {
-            Description = $"With --proxy: requests to the remote at once [default: {ProxyOptions.DefaultRequests}]",
+            Description = $"With --proxy: requests in flight, of clients, and to the remote [default: {ProxyOptions.DefaultRequests}]",
             HelpName = "NUMBER",
         };
         var maxBuffer = new Option<string?>("--max-buf-size")
         {
-            Description = "With --proxy: bytes of such requests at once, at least 1 MiB [default: 64 MiB]",
+            Description = "With --proxy: bytes in flight, half of them of clients, half fetched; at least 2 MiB [default: 64 MiB]",
             HelpName = "BYTES",
         };
         var port = new Option<string?>("--lport")
@@ -154,9 +155,8 @@ internal sealed record ServerOptions
                 WaitSeconds = Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
                 Opening = (result.GetValue(clearBitmap) ? CacheOpening.Clear : 0) | (result.GetValue(rebind) ? CacheOpening.Rebind : 0)
                     | (result.GetValue(importBitmap) ? CacheOpening.ImportBitmap : 0),
-                Limits = new CacheLimits(
-                    Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
-                    Number("--max-buf-size", result.GetValue(maxBuffer), 1 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes),
+                MostRequests = Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
+                MostBytes = Number("--max-buf-size", result.GetValue(maxBuffer), 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
             };
         }
         else if (images.Length != 1)
@@ -240,7 +240,7 @@ internal sealed record ServerOptions
 internal sealed record ProxyOptions
 {
     public const int DefaultConnections = 4;
-    public const int DefaultRequests = 256;
+    public const int DefaultRequests = 1024; // eight clients that ask for as much as a client may
     public const int DefaultBytes = 64 << 20;
 
     public required RemoteAddress Remote { get; init; }
@@ -250,7 +250,14 @@ internal sealed record ProxyOptions
     public int Connections { get; init; }
     public int WaitSeconds { get; init; }
     public CacheOpening Opening { get; init; }
-    public CacheLimits Limits { get; init; }
+    public int MostRequests { get; init; }
+    public int MostBytes { get; init; }
+
+    /// <summary>Of what clients wait for; when they are reached, nobody's data requests are received before others have ended.</summary>
+    public RequestLimits ClientLimits => new(MostRequests, MostBytes / 2);
+
+    /// <summary>Of what the remote is asked for.</summary>
+    public CacheLimits FetchLimits => new(MostRequests, MostBytes / 2);
 
     /// <summary>Reads the five arguments.</summary>
     public static ProxyOptions Parse(string[] words, string exportName)

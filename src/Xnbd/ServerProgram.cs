@@ -115,7 +115,7 @@ internal sealed class ServerProgram
         var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
-        var server = new NbdServer(exports, style, _log);
+        var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
         var snapshots = new SnapshotSignal(() => proxy is null ? disk as ImageFile : proxy.Image, _log, _stop.Token);
         List<PosixSignalRegistration> signals =
         [

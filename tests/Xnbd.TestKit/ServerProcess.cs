@@ -97,7 +97,16 @@ public sealed class ServerProcess : IDisposable
         => NbdTestClient.Open(SocketPath, structured, name, contexts);
 
     /// <summary>Sends a signal.</summary>
-    public void Signal(int number) => _ = Kill(Id, number);
+    public void Signal(int number) => Signal(Id, number);
+
+    /// <summary>Sends a signal to any process.</summary>
+    public static void Signal(int process, int number) => _ = Kill(process, number);
+
+    /// <summary>
+    /// This process, and so all that it starts, ignores SIGINT: a shell that has no job control does so to what it starts in the background.
+    /// </summary>
+    public static bool IsInterruptIgnored { get; } = (Convert.ToInt64(
+        File.ReadLines("/proc/self/status").First(l => l.StartsWith("SigIgn:", StringComparison.Ordinal)).Split('\t')[1], 16) & 2) != 0;
 
     /// <summary>Ends it with SIGKILL, and waits until it is gone.</summary>
     public void Kill()

@@ -1,0 +1,216 @@
+using System.Diagnostics;
+using System.Net.Sockets;
+using System.Text;
+using System.Text.Json;
+using Xnbd.TestKit;
+
+namespace Xnbd.Interop.Tests;
+
+/// <summary>The proxy's control channel, and xnbd-bgctl, with clients of all kinds.</summary>
+public sealed class ProxyControlTests : IDisposable
+{
+    private const int Size = 8 << 20;
+
+    private readonly TempFolder _folder = new();
+    private readonly string _image;
+
+    public ProxyControlTests() => _image = _folder.Random("origin.img", Size);
+
+    public void Dispose() => _folder.Dispose();
+
+    private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
+
+    private async Task<JsonElement> Query()
+        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+
+    private async Task<string?> JobState() => (await Query()).GetProperty("job") is { ValueKind: JsonValueKind.Object } job ? job.GetProperty("state").GetString() : null;
+
+    /// <summary>An origin that takes its time for each read, until it is told to hurry.</summary>
+    private FakeServer SlowOrigin(ManualResetEventSlim hurry) => new FakeServer(_folder.File("slow"), File.ReadAllBytes(_image))
+    {
+        Answer = (_, _, _) =>
+        {
+            hurry.Wait(100);
+            return false;
+        },
+    }.Start();
+
+    [Fact]
+    public async Task The_control_channel_answers_everybody_and_is_its_owners()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        string path = Proxies.Socket(_folder);
+        Assert.Equal(UnixFileMode.UserRead | UnixFileMode.UserWrite, File.GetUnixFileMode(path));
+        using var silent = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        silent.Connect(new UnixDomainSocketEndPoint(path));
+        silent.Send("{\"jsonrpc\""u8);
+
+        using var raw = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        raw.Connect(new UnixDomainSocketEndPoint(path));
+        using var reader = new StreamReader(new NetworkStream(raw));
+        foreach ((string line, string part) in ((string, string)[])
+        [
+            ("{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"query\"}", "\"id\":7,\"result\":{\"mode\":\"proxy\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":\"a\",\"method\":\"frob\"}", "\"code\":-32601"),
+            ("nonsense", "\"code\":-32700"),
+            ("{\"jsonrpc\":\"2.0\",\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"query\"}", "\"error\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":\"\\ud800\",\"method\":\"query\"}", "\"error\""),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:\",\"port\":\"-\"}}", "\"code\":-32602"),
+            ("[]", "\"code\":-32600"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"cache-all\",\"params\":{\"blocks-per-request\":0}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"switch\"}", "not cached yet"),
+        ])
+        {
+            raw.Send(Encoding.UTF8.GetBytes(line + "\n"));
+            Assert.Contains(part, await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        }
+
+        raw.Send(new byte[70_000]);
+        Assert.Contains("longer than", await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+
+        var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
+            _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]));
+        Assert.Contains("control socket", refused.Message, StringComparison.Ordinal);
+        proxy.Kill(); // and a stale one is replaced
+        using ServerProcess next = Proxies.Start(_folder, origin);
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+    }
+
+    [Theory]
+    [InlineData(2, "say what to do", "s")]
+    [InlineData(2, "only one thing", "--query", "--switch", "s")]
+    [InlineData(2, "--force goes with --switch", "--force", "--query", "s")]
+    [InlineData(2, "SOCKET HOST PORT", "--reconnect", "s")]
+    [InlineData(2, "control socket's path", "--query")]
+    [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]
+    [InlineData(1, "nobody listens", "--query", "/dev/null")]
+    public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(int exitCode, string message, params string[] args)
+    {
+        ToolResult result = await Control(args);
+        Assert.Equal((exitCode, ""), (result.ExitCode, result.Output));
+        Assert.StartsWith("xnbd-bgctl: ", result.Errors, StringComparison.Ordinal);
+        Assert.Contains(message, result.Errors.Split('\n')[0], StringComparison.Ordinal);
+    }
+
+    /// <summary>Sixteen silent clients, and then as many again: who works is not pushed out.</summary>
+    [Fact]
+    public async Task Silent_clients_push_out_each_other_and_nobody_who_works()
+    {
+        using var hurry = new ManualResetEventSlim();
+        using FakeServer origin = SlowOrigin(hurry);
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        Task<ToolResult> caching = Control("--cache-all", "--blocks-per-request", "16", Proxies.Socket(_folder));
+        Wait.Until(() => JobState().Result == "running", "it is being cached");
+        var silent = new List<Socket>();
+        try
+        {
+            for (int i = 0; i < 40; i++)
+            {
+                var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+                silent.Add(socket);
+                socket.Connect(new UnixDomainSocketEndPoint(Proxies.Socket(_folder)));
+                if (i % 10 == 0)
+                    await Task.Delay(300, TestContext.Current.CancellationToken); // meanwhile the one that works has asked again
+            }
+
+            hurry.Set();
+            Assert.Equal((0, "all is cached\n"), ((await caching).ExitCode, (await caching).Output));
+        }
+        finally
+        {
+            silent.ForEach(socket => socket.Dispose());
+        }
+    }
+
+    [Fact]
+    public async Task A_job_that_is_detached_goes_on_can_be_waited_for_and_ended()
+    {
+        using var hurry = new ManualResetEventSlim();
+        using FakeServer origin = SlowOrigin(hurry);
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        string socket = Proxies.Socket(_folder);
+        Assert.Contains("is running", await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", "--blocks-per-request", "16", socket), StringComparison.Ordinal);
+        Assert.Equal("running", await JobState());
+        Assert.Contains("cancelled", await Tool.Succeed(Proxies.Control, "--cancel", socket), StringComparison.Ordinal);
+        Assert.Equal("cancelled", await JobState());
+        long cached = (await Query()).GetProperty("cached-blocks").GetInt64();
+        Assert.InRange(cached, 0, (Size / 4096) - 1);
+        Task<ToolResult> waiting = Control("--cache-all", "--progress", socket), second = Control("--cache-all", "--json", socket);
+        Wait.Until(() => JobState().Result == "running", "it is being cached");
+        hurry.Set();
+        Assert.Equal(0, (await waiting).ExitCode);
+        Assert.Equal("done", JsonDocument.Parse((await second).Output).RootElement.GetProperty("state").GetString());
+        Assert.Contains("100.0 %", (await waiting).Errors, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Interrupted_without_a_terminal_the_caching_goes_on()
+    {
+        Skip.Unless(!ServerProcess.IsInterruptIgnored, "SIGINT is ignored here, as in a job in a shell's background");
+        using var hurry = new ManualResetEventSlim();
+        using FakeServer origin = SlowOrigin(hurry);
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        using Process caching = Process.Start(new ProcessStartInfo(Proxies.Control, ["--cache-all", "--blocks-per-request", "16", Proxies.Socket(_folder)])
+        {
+            RedirectStandardError = true,
+        })!;
+        Wait.Until(() => JobState().Result == "running", "it is being cached");
+        ServerProcess.Signal(caching.Id, 2);
+        Assert.StartsWith("xnbd-bgctl: interrupted", await caching.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        await caching.WaitForExitAsync(TestContext.Current.CancellationToken);
+        Assert.Equal(1, caching.ExitCode);
+        Assert.Equal("running", await JobState());
+        hurry.Set();
+        Wait.Until(() => JobState().Result == "done", "it goes on to the end");
+    }
+
+    [Theory]
+    [InlineData("y", "cancelled")]
+    [InlineData("n", "running")]
+    public async Task Interrupted_on_a_terminal_it_asks(string answer, string state)
+    {
+        Skip.Unless(!ServerProcess.IsInterruptIgnored, "SIGINT is ignored here, as in a job in a shell's background");
+        Skip.Unless(Tool.Find("script") is not null, "script is absent");
+        using var hurry = new ManualResetEventSlim();
+        using FakeServer origin = SlowOrigin(hurry);
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        using Process terminal = Process.Start(new ProcessStartInfo(
+            "script",
+            ["-qefc", $"{Proxies.Control} --cache-all --progress --blocks-per-request 16 {Proxies.Socket(_folder)}", "/dev/null"])
+        {
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+        })!;
+        var shown = new StringBuilder();
+        Task reading = Task.Run(() =>
+        {
+            for (int c; (c = terminal.StandardOutput.Read()) >= 0;)
+            {
+                lock (shown)
+                    shown.Append((char)c);
+            }
+        });
+        bool Shows(string text)
+        {
+            lock (shown)
+                return shown.ToString().Contains(text, StringComparison.Ordinal);
+        }
+
+        Wait.Until(() => Shows("MiB/s"), "the bar is drawn");
+        await terminal.StandardInput.WriteAsync('\x03');
+        await terminal.StandardInput.FlushAsync(TestContext.Current.CancellationToken);
+        Wait.Until(() => Shows("Stop caching?"), "it asks");
+        await terminal.StandardInput.WriteAsync(answer + "\r");
+        await terminal.StandardInput.FlushAsync(TestContext.Current.CancellationToken);
+        Wait.Until(() => Shows("interrupted"), "it ends");
+        await terminal.WaitForExitAsync(TestContext.Current.CancellationToken);
+        await reading;
+        Assert.Equal(1, terminal.ExitCode);
+        Assert.Equal(state, await JobState());
+        hurry.Set();
+    }
+}
