@@ -50,9 +50,10 @@ internal sealed partial class CachingDisk
                 count++; // who reads the same block again goes nowhere
             aheadEnd = Math.Max(aheadEnd, range.End);
 
-            // Twice as far each time; and no further than half of the budget, which belongs to those who wait.
+            // Twice as far each time; with no more than half of the budget, which belongs to those who wait; and not while much is to be
+            // stored: what is stored late has left the processor's cache, and its readers find it in memory only, not in the file.
             long distance = count < SequentialReads ? 0 : Math.Min(MaxAheadBlocks, range.Count << Math.Min(count, 20));
-            if (distance > 0 && aheadEnd <= range.End + (distance / 2) && _bytesInFlight + _bytesToStore < _mostBytes / 2)
+            if (distance > 0 && aheadEnd <= range.End + (distance / 2) && _bytesInFlight < _mostBytes / 2 && _bytesToStore <= MaxFetchBytes)
             {
                 long end = Math.Min(range.End + distance, Map.BlockCount);
                 ahead = new BlockRange(aheadEnd, Math.Max(0, end - aheadEnd));
