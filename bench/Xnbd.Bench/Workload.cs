@@ -30,7 +30,7 @@ public enum Medium
 /// <param name="IsQuick">Part of the short form.</param>
 /// <param name="Run">Does it: server, image, seconds.</param>
 /// <param name="Mode">Which servers it is for.</param>
-/// <param name="IsOfFreshFile">A layer is written first; the target mode, which it is measured against, then begins with an empty sparse image, too.</param>
+/// <param name="IsOfFreshFile">A layer, or a cache, is written first; the target mode, which it is measured against, then begins with an empty sparse image, too.</param>
 public sealed record Workload(
     string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run, Mode Mode = Mode.Target, bool IsOfFreshFile = false)
 {
@@ -99,7 +99,11 @@ public sealed record Workload(
     /// <param name="quick">Part of the short form.</param>
     private static Workload Proxy(
         string name, string pattern, string blockSize, int depth, int jobs = 1, bool isFilled = false, bool isOnce = false, bool quick = false)
-        => Fio("proxy: " + name, pattern, blockSize, depth, jobs, quick: quick, isFilled: isFilled, isOnce: isOnce) with { Mode = Mode.Proxy };
+        => Fio("proxy: " + name, pattern, blockSize, depth, jobs, quick: quick, isFilled: isFilled, isOnce: isOnce) with
+        {
+            Mode = Mode.Proxy,
+            IsOfFreshFile = isFilled,
+        };
 
     /// <summary>Fetching everything; the target mode's figure is that of nbdcopy from the origin into a file on the same file system.</summary>
     private static Workload CacheAll() => new("proxy: cache-all", Medium.Memory, "MiB/s", IsQuick: true, async (server, image, _) =>
