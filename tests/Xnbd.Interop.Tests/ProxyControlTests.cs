@@ -180,7 +180,8 @@ public sealed class ProxyControlTests : IDisposable
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
         using Process terminal = Process.Start(new ProcessStartInfo(
             "script",
-            ["-qefc", $"{Proxies.Control} --cache-all --progress --blocks-per-request 16 {Proxies.Socket(_folder)}", "/dev/null"])
+            // exec, as a shell that stays would take the Ctrl-C, too, and end with 130 (dash does, bash does not stay).
+            ["-qefc", $"exec {Proxies.Control} --cache-all --progress --blocks-per-request 16 {Proxies.Socket(_folder)}", "/dev/null"])
         {
             RedirectStandardInput = true,
             RedirectStandardOutput = true,
