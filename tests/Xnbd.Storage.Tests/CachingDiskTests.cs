@@ -53,14 +53,16 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
-    private CachingDisk Open(Func<Disk, Disk>? local = null, int requests = 64, long bytes = 32 << 20)
+    private CachingDisk Open(Func<Disk, Disk>? local = null, int requests = 64, long bytes = 32 << 20, Action<IDiskWork>? runStoring = null)
     {
         (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(_folder.File("image"), _folder.File("map"), "origin", Length, CacheOpening.GoOn);
-        return new CachingDisk(_origin, local?.Invoke(image) ?? image, map, readOnly: false, new CacheLimits(requests, bytes), failure =>
+        return new CachingDisk(_origin, local?.Invoke(image) ?? image, map, readOnly: false, new CacheLimits(requests, bytes), CannotStore, runStoring);
+
+        void CannotStore(DiskException failure)
         {
             lock (_notStored)
                 _notStored.Add(failure);
-        });
+        }
     }
 
     /// <summary>The file takes nothing before this is set.</summary>
@@ -239,7 +241,7 @@ public sealed class CachingDiskTests : IDisposable
         File.Delete(_folder.File("map"));
         lock (_asked)
             _asked.Clear();
-        using CachingDisk fresh = Open();
+        using CachingDisk fresh = Open(runStoring: work => work.Run()); // at once: nobody is read ahead of while much is to be stored
         const int read = 4 << 20;
         for (int offset = 0; offset < read; offset += Block)
             Assert.Equal(Expected(offset, Block), await Soon(Read(fresh, offset, Block)));
