@@ -80,6 +80,18 @@ public sealed class CacheDisk : IDisposable
         await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, CachingDisk.MaxFetchBytes / BlockRange.BlockSize), parallel, cancel);
     }
 
+    /// <summary>Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.</summary>
+    /// <exception cref="DiskException">The origin does not answer, or the map cannot be written, or the image alone is the disk now.</exception>
+    public void Invalidate()
+    {
+        lock (_switching)
+        {
+            if (Image is not null)
+                throw new DiskException(DiskError.Permission, "this is a target now: nothing here is a copy");
+            _cache.Invalidate().GetAwaiter().GetResult();
+        }
+    }
+
     /// <summary>Records that the origin has another address now.</summary>
     public void Rebind(string originName)
     {

@@ -23,6 +23,7 @@ internal sealed partial class CachingDisk
         public int References = 2; // whoever makes it, and its own
         public long SentAt; // in milliseconds of the system's clock
         public bool IsCounted; // among the bytes that are under way, or to be stored
+        public volatile bool IsStale; // the origin may have changed since: it is not to be stored
 
         /// <summary>What it brings; until it is sent, neighbours that are missed as well may be added on both sides.</summary>
         public BlockRange Range { get; set; } = range;

@@ -227,10 +227,10 @@ internal sealed partial class CachingDisk : IDiskWork
     private static DiskException AsDiskException(Exception failure)
         => failure as DiskException ?? new DiskException(DiskError.Io, failure.Message);
 
-    /// <summary>Writes to the file what has arrived, where nobody has written meanwhile.</summary>
+    /// <summary>Writes to the file what has arrived, where nobody has written meanwhile, unless it is stale.</summary>
     private async ValueTask Store(Fetch fetch)
     {
-        for (BlockRange left = fetch.Range; left.Count > 0;)
+        for (BlockRange left = fetch.Range; left.Count > 0 && !fetch.IsStale;)
         {
             BlockRange run = Map.Run(left, out BlockState state);
             left = new BlockRange(run.End, left.End - run.End);
@@ -254,7 +254,7 @@ internal sealed partial class CachingDisk : IDiskWork
                 for (BlockRange inside = run; inside.Count > 0;)
                 {
                     BlockRange part = Map.Run(inside, out BlockState now);
-                    if (now == BlockState.Absent)
+                    if (now == BlockState.Absent && !fetch.IsStale) // whoever makes it stale looks at these blocks when they have been left
                     {
                         await StoreData(part.Offset, fetch.Buffer!.Memory.Slice((int)(part.Offset - fetch.Range.Offset), (int)part.LengthOn(Length)));
                         Map.SetFetched(part);

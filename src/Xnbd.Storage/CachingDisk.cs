@@ -172,18 +172,64 @@ internal sealed partial class CachingDisk : OverlayDisk
         }
     }
 
+    /// <summary>
+    /// Gives up what was fetched, because the origin has changed: all is absent again, durably, and what is being fetched
+    /// reaches those who asked for it, but is not kept. A read that begins when this has ended sees the origin as it was when
+    /// this began, or later.
+    /// </summary>
+    /// <exception cref="DiskException">
+    /// Something was written here, which does not belong to other contents of the origin (and a fetched block may hold a write
+    /// that a death of the machine has left half done); or the origin does not answer, so that what was fetched may be the only
+    /// copy: all is kept. Or the map cannot be written, or somebody writes meanwhile: some of it may be kept.
+    /// </exception>
+    public async Task Invalidate()
+    {
+        RefuseIfWritten();
+        byte[] probe = new byte[Math.Min(Length, BlockRange.BlockSize)];
+        if (probe.Length > 0)
+            await _origin.ReadAsync(0, probe);
+        lock (_fetching)
+        {
+            foreach (Fetch fetch in _fetches)
+                fetch.IsStale = true;
+            _fetches.Clear(); // nobody joins them any more
+        }
+
+        // Absent blocks, too: one of them may be being stored, by somebody who has looked at its fetch before.
+        await ForEachHeld(state => state is BlockState.Fetched or BlockState.Absent, part =>
+        {
+            Map.Set(part, BlockState.Absent);
+            return ValueTask.CompletedTask;
+        });
+        await FlushAll();
+        RefuseIfWritten();
+    }
+
+    private void RefuseIfWritten()
+    {
+        if (Map.Count(BlockState.Written) + Map.Count(BlockState.Zero) is var written and > 0)
+            throw new DiskException(DiskError.Permission, $"{written} blocks were written here, and do not belong to other contents of the remote");
+    }
+
     /// <summary>Writes zeroes to the file where blocks are absent; the map does not change yet.</summary>
-    public Task ZeroAbsent() => ForEachHeld(state => state == BlockState.Absent, isMarked: false);
+    public Task ZeroAbsent() => ForEachHeld(state => state == BlockState.Absent, ZeroInFile);
 
     /// <summary>
     /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map: from then on the file alone is
     /// the disk. Absent blocks become zero, too, if they are to be given up.
     /// </summary>
     public Task Materialize(bool giveUpAbsent)
-        => ForEachHeld(state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), isMarked: true);
+        => ForEachHeld(state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), async part =>
+        {
+            await ZeroInFile(part);
+            Map.Set(part, BlockState.Written);
+        });
 
-    /// <summary>Zeroes blocks of some states in the file, and marks them as written, while they are held: nobody stores there meanwhile.</summary>
-    private async Task ForEachHeld(Func<BlockState, bool> isMeant, bool isMarked)
+    private ValueTask ZeroInFile(BlockRange range)
+        => Local.ZeroAsync(range.Offset, range.LengthOn(Length), ZeroMode.MayPunch, durable: false);
+
+    /// <summary>Works on blocks of some states, while they are held: nobody stores or writes there meanwhile.</summary>
+    private async Task ForEachHeld(Func<BlockState, bool> isMeant, Func<BlockRange, ValueTask> work)
     {
         for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0;)
         {
@@ -199,11 +245,8 @@ internal sealed partial class CachingDisk : OverlayDisk
                 {
                     BlockRange part = Map.Run(inside, out BlockState now);
                     inside = new BlockRange(part.End, inside.End - part.End);
-                    if (!isMeant(now))
-                        continue;
-                    await Local.ZeroAsync(part.Offset, part.LengthOn(Length), ZeroMode.MayPunch, durable: false);
-                    if (isMarked)
-                        Map.Set(part, BlockState.Written);
+                    if (isMeant(now))
+                        await work(part);
                 }
             }
             finally

@@ -47,6 +47,7 @@ internal static class ControlProgram
         var shutdown = new Option<bool>("--shutdown") { Hidden = true };
         var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT" };
         var cancel = new Option<bool>("--cancel") { Description = "End a caching of all that is under way; what was fetched stays" };
+        var invalidate = new Option<bool>("--invalidate") { Description = "The remote has changed: give up what was fetched; what was written here stays" };
         var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
         var detach = new Option<bool>("--detach") { Description = "With --cache-all: start it, and return at once" };
         var blocks = new Option<int?>("--blocks-per-request")
@@ -60,15 +61,15 @@ internal static class ControlProgram
         var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, progress, detach, blocks, force, exportName, json, words,
+            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, invalidate, progress, detach, blocks, force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
-        Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel];
+        Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel, invalidate];
         Option<bool>[] given = [.. actions.Where(o => result.GetValue(o) || (o == cacheAll && result.GetValue(cacheAll2)) || (o == switches && result.GetValue(shutdown)))];
         if (given.Length != 1)
-            throw new UsageException(given.Length == 0 ? "say what to do: --query, --cache-all, --switch, --reconnect or --cancel" : "only one thing can be done at a time");
+            throw new UsageException(given.Length == 0 ? "say what to do: --query, --cache-all, --switch, --reconnect, --cancel or --invalidate" : "only one thing can be done at a time");
         foreach ((Option option, Option of) in ((Option, Option)[])
             [(progress, cacheAll), (detach, cacheAll), (blocks, cacheAll), (force, switches), (exportName, reconnect)])
         {
@@ -96,6 +97,8 @@ internal static class ControlProgram
             return Say(answer, isJson, $"the remote is {answer["remote"]!.GetValue<string>()} now");
         }
 
+        if (given[0] == invalidate)
+            return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched anew");
         if (given[0] == cancel)
         {
             int id = client.Call("query")!["job"]?["job"]?.GetValue<int>() ?? throw new FailureException("nothing is being cached");

@@ -139,6 +139,8 @@ internal sealed class ProxyMode : IDisposable
                     return Query();
                 case "reconnect":
                     return Reconnect(parameters);
+                case "invalidate":
+                    return Invalidate();
                 default:
                     throw new ControlException(ControlException.NoSuchMethod, $"there is no method '{method}'");
             }
@@ -197,6 +199,15 @@ internal sealed class ProxyMode : IDisposable
         {
             return _job?.Id == id ? _job : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
         }
+    }
+
+    private JsonObject Invalidate()
+    {
+        if (_job is { IsRunning: true })
+            throw new ControlException(ControlException.Failed, "all is being cached: end that first (xnbd-bgctl --cancel)");
+        _cache.Invalidate();
+        _log.LogInformation("invalidated: what was fetched is absent again");
+        return Query();
     }
 
     private JsonObject Reconnect(JsonObject parameters)

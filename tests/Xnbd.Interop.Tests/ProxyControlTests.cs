@@ -164,6 +164,7 @@ public sealed class ProxyControlTests : IDisposable
         await caching.WaitForExitAsync(TestContext.Current.CancellationToken);
         Assert.Equal(1, caching.ExitCode);
         Assert.Equal("running", await JobState());
+        Assert.Contains("--cancel", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
         hurry.Set();
         Wait.Until(() => JobState().Result == "done", "it goes on to the end");
     }

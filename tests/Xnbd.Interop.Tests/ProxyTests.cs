@@ -139,6 +139,38 @@ public sealed class ProxyTests : IDisposable
         data.CopyTo(model, offset);
     }
 
+    /// <summary>As QEMU does: who waits for a machine reads the first block already, while that still runs and writes elsewhere.</summary>
+    [Fact]
+    public async Task What_was_fetched_before_the_machine_came_is_given_up_durably()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image);
+        byte[] model = [.. _before];
+        using NbdTestClient old = origin.Open();
+        using (ServerProcess proxy = Proxies.Start(_folder, origin))
+        {
+            using NbdTestClient next = proxy.Open();
+            Assert.Equal(model[..8192], next.Read(0, 8192));
+            Wait.Until(() => Figure("cached-blocks").Result == 2, "it is kept");
+            Write(old, model, 0, 4096);
+            Assert.Equal(_before[..8192], next.Read(0, 8192)); // that is what is fetched once
+            await Tool.Succeed(Proxies.Control, "--invalidate", Proxies.Socket(_folder));
+            proxy.Kill();
+        }
+
+        using ServerProcess again = Proxies.Start(_folder, origin);
+        using NbdTestClient client = again.Open();
+        Assert.Equal(0, await Figure("cached-blocks"));
+        Assert.Equal(model, client.Read(0, Size));
+        Write(client, model, 0, 100);
+        ToolResult late = await Control("--invalidate", Proxies.Socket(_folder));
+        Assert.Equal((1, ""), (late.ExitCode, late.Output));
+        Assert.Contains("1 blocks were written here", late.Errors, StringComparison.Ordinal);
+        await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
+        await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
+        Assert.Contains("a target now", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
+        Assert.Equal(model, client.Read(0, Size));
+    }
+
     [Fact]
     public async Task SIGUSR2_switches_too()
     {

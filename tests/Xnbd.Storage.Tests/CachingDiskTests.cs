@@ -350,6 +350,86 @@ public sealed class CachingDiskTests : IDisposable
         Assert.False(disk.TryLocate(0, 1 << 20, findHoles: true).IsHole);
     }
 
+    /// <summary>Of each moment in a fetch's life: waiting for room, with the origin, being stored, stored.</summary>
+    [Fact]
+    public async Task An_origin_that_has_changed_is_asked_anew()
+    {
+        const int stored = 0, storing = 300, asked = 600, waiting = 900;
+        using var writing = new ManualResetEventSlim(initialState: true);
+        using var isStoring = new ManualResetEventSlim();
+        using CachingDisk disk = Open(image => new FaultDisk(HoldWrites(image, writing))
+        {
+            Before = (operation, offset, _) =>
+            {
+                if (operation == "write" && offset == storing * Block)
+                    isStoring.Set();
+                return Task.CompletedTask;
+            },
+        }, requests: 1);
+        using var release = new Release(writing);
+        var hold = new TaskCompletionSource();
+        await Soon(Read(disk, stored * Block, 2 * Block));
+        WaitUntilStored(disk, 2);
+        writing.Reset();
+        await Soon(Read(disk, storing * Block, Block));
+        Assert.True(isStoring.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
+        using var isRead = new ManualResetEventSlim();
+        _origin.After = (_, offset, _) =>
+        {
+            isRead.Set();
+            return offset == asked * Block ? hold.Task : Task.CompletedTask;
+        };
+        byte[] before = Expected(asked * Block, Block);
+        Task<byte[]> early = Read(disk, asked * Block, Block), late = Read(disk, waiting * Block, Block);
+        Assert.True(isRead.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
+
+        _origin.After = null;
+        foreach (int block in (int[])[stored, storing, asked, waiting])
+        {
+            new Random(block).NextBytes(_bytes.AsSpan(block * Block, Block));
+            _memory.TryWrite(block * Block, Expected(block * Block, Block));
+        }
+
+        Task invalidating = disk.Invalidate();
+        await Task.Delay(50, TestContext.Current.CancellationToken);
+        Assert.False(invalidating.IsCompleted); // for something old is being stored
+        writing.Set();
+        await invalidating.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        Assert.Equal(0, disk.Statistics.FetchedBlocks);
+        Task<byte[]> anew = Read(disk, asked * Block, Block);
+        hold.SetResult();
+        Assert.Equal(before, await Soon(early));
+        foreach (int block in (int[])[stored, storing, asked, waiting])
+            Assert.Equal(Expected(block * Block, Block), await Soon(Read(disk, block * Block, Block)));
+        Assert.Equal(Expected(asked * Block, Block), await Soon(anew));
+        Assert.Equal(Expected(waiting * Block, Block), await Soon(late)); // it was asked for afterwards
+        WaitUntilStored(disk, 4);
+        foreach (int block in (int[])[stored, storing, asked, waiting])
+            Assert.Equal(Expected(block * Block, Block), await Soon(Read(disk, block * Block, Block)));
+    }
+
+    [Fact]
+    public async Task What_was_fetched_of_an_origin_that_has_gone_is_not_given_up()
+    {
+        using CachingDisk disk = Open();
+        await Soon(Read(disk, 0, 4 * Block));
+        WaitUntilStored(disk, 4);
+        _origin.Before = (_, _, _) => throw new DiskException(DiskError.Io, "the line is down");
+        await Assert.ThrowsAsync<DiskException>(disk.Invalidate);
+        Assert.Equal(Expected(0, 4 * Block), await Soon(Read(disk, 0, 4 * Block)));
+    }
+
+    [Fact]
+    public async Task What_was_written_is_not_mixed_with_other_contents_of_the_origin()
+    {
+        using CachingDisk disk = Open();
+        await Soon(Read(disk, 0, 4 * Block));
+        WaitUntilStored(disk, 4);
+        await Soon(disk.ZeroAsync(8 * Block, Block, ZeroMode.MayPunch, durable: false));
+        Assert.Contains("1 blocks were written here", (await Assert.ThrowsAsync<DiskException>(disk.Invalidate)).Message, StringComparison.Ordinal);
+        Assert.Equal((4, 1), (disk.Statistics.FetchedBlocks, disk.Statistics.WrittenBlocks));
+    }
+
     /// <summary>Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.</summary>
     [Theory]
     [InlineData(1, false)]

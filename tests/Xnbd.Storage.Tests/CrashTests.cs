@@ -187,8 +187,11 @@ public sealed class CrashTests
             bool isDurable = _random.Next(8) == 0;
             if (_random.Next(4) == 0)
                 StoreFetched();
-            switch (_random.Next(11))
+            switch (_random.Next(12))
             {
+                case 11 when _disk is CachingDisk cache && cache.Statistics.WrittenBlocks == 0:
+                    Invalidate(cache);
+                    break;
                 case 10:
                     (long from, int sectors) = Range();
                     byte[] seen = new byte[sectors * Sector];
@@ -218,6 +221,23 @@ public sealed class CrashTests
                 default:
                     Flush(_model.Values, () => Wait(_disk.FlushAsync()));
                     break;
+            }
+        }
+
+        /// <summary>Afterwards all is as in the base, also what a death of the machine has left of writes for which nothing was promised.</summary>
+        private void Invalidate(CachingDisk cache)
+        {
+            foreach ((long sector, List<ulong> values) in _model)
+            {
+                values.Add(BaseValue(sector));
+                _underWay[sector] = _underWay.GetValueOrDefault(sector) + 1;
+            }
+
+            Wait(new ValueTask(cache.Invalidate()));
+            foreach ((long sector, List<ulong> values) in _model)
+            {
+                values.RemoveRange(0, values.Count - 1);
+                _underWay[sector]--;
             }
         }
 

@@ -4,12 +4,15 @@ namespace Xnbd.TestKit;
 
 /// <summary>
 /// A disk that misbehaves on demand: it passes everything on to another disk, after what <see cref="Before"/> does,
-/// which may wait or throw. <see cref="Slow"/> makes it refuse the fast forms, as a disk that must be waited for.
+/// which may wait or throw, and before what <see cref="After"/> does. <see cref="Slow"/> makes it refuse the fast forms, as a disk that must be waited for.
 /// </summary>
 public sealed class FaultDisk(Disk inner) : Disk
 {
     /// <summary>Called before each operation with its name, offset and length.</summary>
     public Func<string, long, long, Task>? Before { get; set; }
+
+    /// <summary>Called after each operation that is no fast form, as <see cref="Before"/>.</summary>
+    public Func<string, long, long, Task>? After { get; set; }
 
     /// <summary>The fast forms say no.</summary>
     public bool Slow { get; set; }
@@ -74,6 +77,8 @@ public sealed class FaultDisk(Disk inner) : Disk
         if (Before is { } before)
             await Task.Run(() => before(operation, offset, length));
         await action();
+        if (After is { } after)
+            await Task.Run(() => after(operation, offset, length));
         if (durable)
             Interlocked.Increment(ref Syncs);
     }
