@@ -101,8 +101,9 @@ internal static class ControlProgram
             return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched anew");
         if (given[0] == cancel)
         {
-            int id = client.Call("query")!["job"]?["job"]?.GetValue<int>() ?? throw new FailureException("nothing is being cached");
-            JsonNode status = client.Call("job.cancel", new JsonObject { ["job"] = id })!;
+            if (client.Call("query")!["job"] is not { } running || running["state"]!.GetValue<string>() != "running")
+                throw new FailureException("nothing is being cached");
+            JsonNode status = client.Call("job.cancel", new JsonObject { ["job"] = running["job"]!.GetValue<int>() })!;
             return Say(status, isJson, $"caching all: {status["state"]!.GetValue<string>()}");
         }
 

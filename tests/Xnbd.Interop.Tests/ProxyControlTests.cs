@@ -137,6 +137,7 @@ public sealed class ProxyControlTests : IDisposable
         Assert.Equal("running", await JobState());
         Assert.Contains("cancelled", await Tool.Succeed(Proxies.Control, "--cancel", socket), StringComparison.Ordinal);
         Assert.Equal("cancelled", await JobState());
+        Assert.Contains("nothing is being cached", (await Control("--cancel", socket)).Errors, StringComparison.Ordinal);
         long cached = (await Query()).GetProperty("cached-blocks").GetInt64();
         Assert.InRange(cached, 0, (Size / 4096) - 1);
         Task<ToolResult> waiting = Control("--cache-all", "--progress", socket), second = Control("--cache-all", "--json", socket);
