@@ -64,6 +64,14 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         throw failure ?? new SocketException((int)SocketError.HostNotFound);
     }
 
+    private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
+
+    /// <summary>
+    /// A line whose other end does not even acknowledge what was sent, for so long, is broken (by itself, the kernel would try on
+    /// for a quarter of an hour). It is short enough for a read to be tried on another line before it has to fail.
+    /// </summary>
+    public static readonly TimeSpan UnacknowledgedTime = TimeSpan.FromSeconds(5);
+
     private static Socket ConnectTo(EndPoint endPoint, TimeSpan timeout)
     {
         var socket = new Socket(endPoint.AddressFamily, SocketType.Stream, endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
@@ -83,9 +91,10 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
             {
                 socket.NoDelay = true;
                 socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
-                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, 10);
-                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, 5);
-                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveRetryCount, 4);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, (int)UnacknowledgedTime.TotalSeconds);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, 2);
+                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveRetryCount, 3);
+                socket.SetRawSocketOption(ProtocolTcp, TcpUserTimeout, BitConverter.GetBytes((int)UnacknowledgedTime.TotalMilliseconds));
             }
 
             _ = Linux.LinuxSocket.SetBlocking(socket.SafeHandle); // an asynchronous connect has made it non-blocking

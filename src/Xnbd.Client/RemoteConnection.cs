@@ -78,6 +78,16 @@ internal sealed class RemoteConnection : IDisposable
         }
     }
 
+    /// <summary>Breaks it, if nothing has arrived for so long, whether reads are under way or not.</summary>
+    public void BreakIfQuiet(TimeSpan time)
+    {
+        if (Environment.TickCount64 - Volatile.Read(ref _waitsSince) > time.TotalMilliseconds)
+            Break($"{_address}: quiet, as the connection that has timed out");
+    }
+
+    /// <summary>What was sent was not even acknowledged by the other end's kernel: the fault may be the line's.</summary>
+    public bool IsTimedOut { get; private set; }
+
     /// <summary>It was broken because nothing arrived: its reads have waited long enough.</summary>
     public bool IsSilent { get; private set; }
 
@@ -361,6 +371,7 @@ internal sealed class RemoteConnection : IDisposable
         Volatile.Write(ref _waitsSince, Environment.TickCount64);
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
         Volatile.Write(ref _waitsSince, long.MaxValue);
+        IsTimedOut = count == -(long)Errno.ETIMEDOUT;
         return count > 0
             ? (int)count
             : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : ((Errno)(-count)).Describe())}");

@@ -295,6 +295,8 @@ public sealed partial class RemoteDisk : Disk
             _lastBreak = Environment.TickCount64;
             if (_connections.Remove(connection))
                 LogBroken(_log, reason);
+            if (connection.IsTimedOut)
+                _connections.ForEach(other => other.BreakIfQuiet(RemoteAddress.UnacknowledgedTime)); // or reads would try them one by one
             bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
             foreach (RemoteRequest request in left.Where(r => !IsLate(r)))
             {

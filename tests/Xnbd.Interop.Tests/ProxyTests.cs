@@ -407,6 +407,29 @@ public sealed class ProxyTests : IDisposable
         Assert.Equal($"nbd://[::1]:{port}/", (await Query()).GetProperty("remote").GetString());
     }
 
+    /// <summary>A router that loses its table tells nobody: what is sent is never answered.</summary>
+    [Fact]
+    public async Task A_line_that_has_forgotten_its_connections_costs_time_but_no_error()
+    {
+        using NetworkNamespace network = await NetworkNamespace.Create();
+        string[] server = [.. network.Prefix, ServerProcess.Executable, "--target", "--readonly", "--laddr", network.Address, "--lport", "8520", _image];
+        using Process origin = Process.Start(new ProcessStartInfo(Tool.Find(server[0])!, server[1..]) { RedirectStandardError = true })!;
+        try
+        {
+            using ServerProcess proxy = Proxies.Start(_folder, network.Address, "8520", "--wait-remote", "20");
+            using NbdTestClient client = proxy.Open();
+            Assert.Equal(_before[..4096], client.Read(0, 4096));
+            Wait.Until(() => Figure("remote-connections").Result == 4, "all connections are made");
+            await network.ForgetConnections();
+            Assert.Equal(_before[(1 << 20)..(2 << 20)], client.Read(1 << 20, 1 << 20));
+            Assert.Contains("connection to the remote has broken", proxy.Log, StringComparison.Ordinal);
+        }
+        finally
+        {
+            origin.Kill();
+        }
+    }
+
     [Fact]
     public async Task A_block_device_is_a_cache_if_it_is_large_enough()
     {
