@@ -47,7 +47,8 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         {
             if (listener.AddressFamily == AddressFamily.InterNetworkV6)
                 listener.DualMode = isWildcard;
-            listener.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.ReuseAddress, true);
+            // Binding sets SO_REUSEADDR, so that a server starts again at once. Not SocketOptionName.ReuseAddress, which is
+            // SO_REUSEPORT, too: a second server on the same port would get a part of the connections, to another disk.
             listener.Bind(address);
             listener.Listen();
         }

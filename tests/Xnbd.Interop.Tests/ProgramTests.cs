@@ -83,6 +83,20 @@ public sealed class ProgramTests : IDisposable
         Assert.Equal(1, result.ExitCode);
         Assert.Equal($"xnbd-server: cannot listen on address 127.0.0.1, port {port}: Address already in use\n", result.Errors);
 
+        // Another xnbd-server is refused as well: connections divided between two disks would be the end of both.
+        string socket = _folder.File("first");
+        port = ServerProcess.FreePort();
+        using (ServerProcess first = ServerProcess.Start(socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
+        {
+            foreach (string[] where in (string[][])[[], ["--laddr", "127.0.0.1"]])
+            {
+                ToolResult second = await Tool.Run(
+                    "timeout", ["5", ServerProcess.Executable, "--target", .. where, "--lport", Text(port), _folder.Sparse("other.img", 4096)]);
+                Assert.Equal(1, second.ExitCode);
+                Assert.EndsWith($"port {port}: Address already in use\n", second.Errors, StringComparison.Ordinal);
+            }
+        }
+
         string elsewhere = await Tool.Run("true") is { ExitCode: 0 } ? _folder.File("no/such/socket") : "";
         Assert.Equal(1, (await Tool.Run(ServerProcess.Executable, "--target", "--unix", elsewhere, image)).ExitCode);
 
