@@ -2,6 +2,7 @@ using System.Net.Sockets;
 using System.Text;
 using System.Text.Json;
 using System.Text.Json.Nodes;
+using Xnbd.Linux;
 
 namespace Xnbd.Control;
 
@@ -61,17 +62,12 @@ public sealed class ControlServer : IDisposable
     /// <param name="path">The socket.</param>
     /// <param name="call">Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.</param>
     /// <exception cref="SocketException">Somebody listens there, or the socket cannot be made.</exception>
+    /// <exception cref="IOException">There is another file of that name; it stays.</exception>
     public static ControlServer Start(string path, Func<string, JsonObject, JsonNode?> call)
     {
-        if (IsAlive(path))
-            throw new SocketException((int)SocketError.AddressAlreadyInUse);
-        if (File.Exists(path))
-        {
-            if (!IsSocket(path))
-                throw new SocketException((int)SocketError.AddressAlreadyInUse);
-            File.Delete(path);
-        }
-
+        UnixSocket.RemoveStale(path);
+        if (LinuxFile.Status(path, out FileStatus there) == Errno.None)
+            throw there.Kind == FileKind.Socket ? new SocketException((int)SocketError.AddressAlreadyInUse) : new IOException("there is another file of that name");
         var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
@@ -100,37 +96,9 @@ public sealed class ControlServer : IDisposable
     {
         _isClosed = true;
         _listener.Dispose();
-        File.Delete(_path);
+        UnixSocket.Remove(_path);
         lock (_clients)
             _clients.ForEach(client => client.Dispose());
-    }
-
-    private static bool IsAlive(string path)
-    {
-        try
-        {
-            using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-            probe.Connect(new UnixDomainSocketEndPoint(path));
-            return true;
-        }
-        catch (SocketException)
-        {
-            return false;
-        }
-    }
-
-    /// <summary>Whether the file is a socket: then nobody can open it.</summary>
-    private static bool IsSocket(string path)
-    {
-        try
-        {
-            using FileStream file = File.Open(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite);
-            return false;
-        }
-        catch (IOException)
-        {
-            return true;
-        }
     }
 
     private void Accept()

@@ -72,7 +72,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
-            RemoveStale(path, address);
+            UnixSocket.RemoveStale(path);
             listener.Bind(address);
             listener.Listen();
         }
@@ -138,7 +138,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         foreach (Socket listener in _listeners)
             listener.Dispose();
         foreach (string path in _socketPaths)
-            RemoveSocket(path);
+            UnixSocket.Remove(path);
 
         lock (_connections)
         {
@@ -157,33 +157,6 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
 
     /// <summary>Stops the server.</summary>
     public void Dispose() => Stop();
-
-    private static void RemoveSocket(string path)
-    {
-        try
-        {
-            File.Delete(path);
-        }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
-        {
-            // It stays, as that of a killed server does: the next one replaces it.
-        }
-    }
-
-    private static void RemoveStale(string path, UnixDomainSocketEndPoint address)
-    {
-        if (LinuxFile.Status(path, out FileStatus status) != Errno.None || status.Kind != FileKind.Socket)
-            return; // absent, or not ours to remove: binding will say so
-        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            probe.Connect(address);
-        }
-        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
-        {
-            RemoveSocket(path);
-        }
-    }
 
     private void Accept(Socket listener)
     {

@@ -40,6 +40,8 @@ internal static class CacheFiles
         var source = new SourceIdentity(origin, length, 0, 0);
         if (!MapHeader.FitsPath(origin))
             throw new DiskException(DiskError.NotSupported, "the remote's address is too long to be recorded");
+        if (Path.GetFullPath(imagePath) == Path.GetFullPath(mapPath))
+            throw OneFile(imagePath);
         Errno errno = LinuxFile.Open(mapPath, OpenMode.ReadWrite, out SafeFileHandle? old);
         if (errno is not (Errno.None or Errno.ENOENT))
             throw LockedFile.Failure(errno, "open the map", mapPath);
@@ -55,6 +57,8 @@ internal static class CacheFiles
             // A map without its image would show zeroes where data were.
             bool isFresh = imported is null && (map is null || map.Count(BlockState.Absent) == map.BlockCount);
             image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh);
+            if (LinuxFile.Status(imagePath, out FileStatus one) == Errno.None && LinuxFile.Status(mapPath, out FileStatus other) == Errno.None && one.IsSameFile(other))
+                throw OneFile(imagePath); // by another way through the folders
             if (map is not null)
             {
                 map.PrepareToWrite();
@@ -96,6 +100,8 @@ internal static class CacheFiles
             throw;
         }
     }
+
+    private static DiskException OneFile(string path) => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
 
     /// <returns>Null when a new map is to be made in place of this file.</returns>
     private static BlockMap? ReadMap(string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)

@@ -149,6 +149,8 @@ internal sealed record ServerOptions
         ProxyOptions? proxyOptions = null;
         if (result.GetValue(proxy))
         {
+            if (result.GetValue(clearBitmap) && (result.GetValue(rebind) || result.GetValue(importBitmap)))
+                throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
             proxyOptions = ProxyOptions.Parse(images, result.GetValue(targetName)!) with
             {
                 Connections = Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,

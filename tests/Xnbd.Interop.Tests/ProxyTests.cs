@@ -229,6 +229,27 @@ public sealed class ProxyTests : IDisposable
         Assert.Equal(0, await Figure("cached-blocks"));
     }
 
+    /// <summary>A slip of the pen in the five arguments must not cost a file.</summary>
+    [Fact]
+    public void Files_that_are_named_twice_are_refused_and_stay()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        string one = _folder.File("one"), two = _folder.File("two"), three = _folder.File("three"), socket = _folder.File("s");
+        string folder = Directory.CreateSymbolicLink(_folder.File("link"), Path.GetDirectoryName(one)!).FullName;
+        Refused("cannot be the cache image and its map", one, one, three);
+        Assert.False(File.Exists(one));
+        Refused("cannot be the cache image and its map", one, Path.Combine(folder, "one"), three);
+        Refused("there is another file of that name", one, two, one);
+        Refused("there is another file of that name", one, two, two);
+        Assert.Equal(Size, new FileInfo(one).Length);
+        using ServerProcess proxy = ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", one, two, three]);
+
+        void Refused(string message, params string[] files) => Assert.Contains(
+            message,
+            Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", .. files])).Message,
+            StringComparison.Ordinal);
+    }
+
     private string Refused(ServerProcess origin, params string[] options)
         => Assert.Throws<InvalidOperationException>(() => Proxies.Start(_folder, origin, options)).Message;
 

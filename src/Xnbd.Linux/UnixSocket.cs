@@ -1,0 +1,32 @@
+using System.Net.Sockets;
+
+namespace Xnbd.Linux;
+
+/// <summary>Unix sockets as files.</summary>
+public static class UnixSocket
+{
+    /// <summary>Removes a socket that nobody listens on any more, as a killed server leaves it. Anything else stays: binding will say so.</summary>
+    /// <exception cref="SocketException">The path is too long.</exception>
+    public static void RemoveStale(string path)
+    {
+        var address = new UnixDomainSocketEndPoint(path);
+        if (LinuxFile.Status(path, out FileStatus status) != Errno.None || status.Kind != FileKind.Socket)
+            return;
+        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            probe.Connect(address);
+        }
+        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
+        {
+            Remove(path);
+        }
+        catch (SocketException)
+        {
+            // It cannot be asked, for want of permission for example.
+        }
+    }
+
+    /// <summary>Removes a socket; if that is not allowed, it stays, as that of a killed server does.</summary>
+    public static void Remove(string path) => _ = LinuxFile.Unlink(path);
+}
