@@ -118,7 +118,8 @@ internal sealed class RemoteConnection : IDisposable
         }
         catch (SocketException failure)
         {
-            throw new RemoteException($"{address}: cannot connect: {failure.Message}");
+            bool isMissing = address.UnixPath is { } path && !Path.Exists(path); // for which the BCL has words that mislead
+            throw new RemoteException($"{address}: cannot connect: {(isMissing ? "there is no such socket" : failure.Message)}");
         }
 
         try

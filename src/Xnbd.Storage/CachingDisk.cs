@@ -185,9 +185,16 @@ internal sealed partial class CachingDisk : OverlayDisk
     public async Task Invalidate()
     {
         RefuseIfWritten();
-        byte[] probe = new byte[Math.Min(Length, BlockRange.BlockSize)];
-        if (probe.Length > 0)
-            await _origin.ReadAsync(0, probe);
+        try
+        {
+            if (Length > 0)
+                await _origin.ReadAsync(0, new byte[Math.Min(Length, BlockRange.BlockSize)]);
+        }
+        catch (DiskException failure)
+        {
+            throw new DiskException(failure.Error, $"what was fetched may be the only copy, and is kept: {failure.Message}");
+        }
+
         lock (_fetching)
         {
             foreach (Fetch fetch in _fetches)

@@ -1,5 +1,6 @@
 using System.CommandLine;
 using System.CommandLine.Help;
+using System.Globalization;
 
 namespace Xnbd.Programs;
 
@@ -28,5 +29,17 @@ internal static class CommandLine
         }
 
         return result.Errors.Count == 0 ? result : throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
+    }
+
+    /// <summary>Reads an option's number.</summary>
+    /// <returns>Null when the option was not given.</returns>
+    /// <exception cref="UsageException">It is no number, or out of its range.</exception>
+    public static int? Number(string option, string? word, int least, int most)
+    {
+        if (word is null)
+            return null;
+        return int.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture, out int number) && number >= least && number <= most
+            ? number
+            : throw new UsageException($"{option} {word}: not a number from {least} to {most}");
     }
 }

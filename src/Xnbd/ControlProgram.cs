@@ -50,7 +50,7 @@ internal static class ControlProgram
         var invalidate = new Option<bool>("--invalidate") { Description = "The remote has changed: give up what was fetched; what was written here stays" };
         var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
         var detach = new Option<bool>("--detach") { Description = "With --cache-all: start it, and return at once" };
-        var blocks = new Option<int?>("--blocks-per-request")
+        var blocks = new Option<string?>("--blocks-per-request")
         {
             Description = "With --cache-all: blocks of 4096 bytes that are fetched at a time, 1 to 256 [default: 256]",
             HelpName = "NUMBER",
@@ -77,6 +77,7 @@ internal static class ControlProgram
                 throw new UsageException($"{option.Name} goes with {of.Name} only");
         }
 
+        int blocksPerRequest = CommandLine.Number(blocks.Name, result.GetValue(blocks), 1, 256) ?? 256;
         string[] arguments = result.GetValue(words) ?? [];
         int wanted = given[0] == reconnect ? 3 : 1;
         if (arguments.Length != wanted)
@@ -107,7 +108,7 @@ internal static class ControlProgram
             return Say(status, isJson, $"caching all: {status["state"]!.GetValue<string>()}");
         }
 
-        JsonNode job = client.Call("cache-all", new JsonObject { ["blocks-per-request"] = result.GetValue(blocks) ?? 256 })!;
+        JsonNode job = client.Call("cache-all", new JsonObject { ["blocks-per-request"] = blocksPerRequest })!;
         if (result.GetValue(detach))
             return Say(job, isJson, $"caching all: job {job["job"]!.GetValue<int>()} is running");
         return WaitFor(client, job, result.GetValue(progress), isJson);
@@ -118,6 +119,10 @@ internal static class ControlProgram
         try
         {
             return new ControlClient(path);
+        }
+        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.AccessDenied)
+        {
+            throw new FailureException($"the control socket '{path}' is another user's: call this program as the proxy's own user, or as root");
         }
         catch (Exception failure) when (failure is SocketException or ArgumentException)
         {

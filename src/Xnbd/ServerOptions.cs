@@ -1,5 +1,4 @@
 using System.CommandLine;
-using System.Globalization;
 using Xnbd.Client;
 using Xnbd.Server;
 using Xnbd.Storage;
@@ -153,12 +152,12 @@ internal sealed record ServerOptions
                 throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
             proxyOptions = ProxyOptions.Parse(images, result.GetValue(targetName)!) with
             {
-                Connections = Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
-                WaitSeconds = Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
+                Connections = CommandLine.Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
+                WaitSeconds = CommandLine.Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
                 Opening = (result.GetValue(clearBitmap) ? CacheOpening.Clear : 0) | (result.GetValue(rebind) ? CacheOpening.Rebind : 0)
                     | (result.GetValue(importBitmap) ? CacheOpening.ImportBitmap : 0),
-                MostRequests = Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
-                MostBytes = Number("--max-buf-size", result.GetValue(maxBuffer), 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
+                MostRequests = CommandLine.Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
+                MostBytes = CommandLine.Number("--max-buf-size", result.GetValue(maxBuffer), 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
             };
         }
         else if (images.Length != 1)
@@ -175,13 +174,13 @@ internal sealed record ServerOptions
         {
             Image = proxyOptions?.CacheImage ?? images[0],
             Proxy = proxyOptions,
-            Port = Number("--lport", result.GetValue(port), 1, 65535),
+            Port = CommandLine.Number("--lport", result.GetValue(port), 1, 65535),
             Address = result.GetValue(address),
             UnixPath = result.GetValue(unix),
             ReadOnly = result.GetValue(readOnly),
             Daemonize = result.GetValue(daemonize),
             Inetd = result.GetValue(inetd),
-            ConnectedDescriptor = Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
+            ConnectedDescriptor = CommandLine.Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
             LogPath = result.GetValue(logPath),
             Syslog = result.GetValue(syslog),
             CowTarget = result.GetValue(cowTarget),
@@ -193,15 +192,6 @@ internal sealed record ServerOptions
         };
         options.Check();
         return options;
-    }
-
-    private static int? Number(string option, string? word, int least, int most)
-    {
-        if (word is null)
-            return null;
-        return int.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture, out int number) && number >= least && number <= most
-            ? number
-            : throw new UsageException($"{option} {word}: not a number from {least} to {most}");
     }
 
     private void Check()

@@ -57,6 +57,7 @@ public sealed class ProxyControlTests : IDisposable
             ("{\"jsonrpc\":\"2.0\",\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"query\"}", "\"error\""),
             ("{\"jsonrpc\":\"2.0\",\"id\":\"\\ud800\",\"method\":\"query\"}", "\"error\""),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:\",\"port\":\"-\"}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:/no/s\",\"port\":\"-\"}}", "there is no such socket"),
             ("[]", "\"code\":-32600"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"code\":-32602"),
@@ -75,6 +76,13 @@ public sealed class ProxyControlTests : IDisposable
         var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
             _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]));
         Assert.Contains("control socket", refused.Message, StringComparison.Ordinal);
+        if (Environment.UserName == "root" && Tool.Find("setpriv") is not null)
+        {
+            Directory.CreateDirectory(Path.GetDirectoryName(path)!).UnixFileMode |= UnixFileMode.OtherExecute;
+            ToolResult stranger = await Tool.Run("setpriv", "--reuid=65534", "--clear-groups", Proxies.Control, "--query", path);
+            Assert.Equal((1, $"xnbd-bgctl: the control socket '{path}' is another user's: call this program as the proxy's own user, or as root\n"), (stranger.ExitCode, stranger.Errors));
+        }
+
         proxy.Kill(); // and a stale one is replaced
         using ServerProcess next = Proxies.Start(_folder, origin);
         Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
@@ -86,6 +94,8 @@ public sealed class ProxyControlTests : IDisposable
     [InlineData(2, "--force goes with --switch", "--force", "--query", "s")]
     [InlineData(2, "SOCKET HOST PORT", "--reconnect", "s")]
     [InlineData(2, "control socket's path", "--query")]
+    [InlineData(2, "--blocks-per-request abc: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "abc", "s")]
+    [InlineData(2, "--blocks-per-request 257: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "257", "s")]
     [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]
     [InlineData(1, "nobody listens", "--query", "/dev/null")]
     public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(int exitCode, string message, params string[] args)
