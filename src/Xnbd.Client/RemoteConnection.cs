@@ -7,7 +7,7 @@ using Xnbd.Storage;
 namespace Xnbd.Client;
 
 /// <summary>
-/// One connection to a remote server, with many reads under way, whose replies may come in any order. A thread of its own
+/// One connection to a remote server, with many reads (and questions where zeroes are) under way, whose replies may come in any order. A thread of its own
 /// receives. Requests are sent by whoever makes them; what is made while somebody is sending goes out with the next call.
 /// <para>
 /// States: open; broken, once and for all, for the first reason. A broken connection hands the reads that were under way back
@@ -27,8 +27,12 @@ internal sealed class RemoteConnection : IDisposable
 
     private const int InputBytes = 256 * 1024;
 
+    /// <summary>Of an answer where zeroes are, in bytes: two million extents.</summary>
+    private const int MaxStatusPayload = 16 << 20;
+
     private readonly Socket _socket;
     private readonly RemoteAddress _address;
+    private readonly RemoteAgreement _agreement;
     private readonly Action<RemoteConnection> _freed;
     private readonly Action<RemoteConnection, string, List<RemoteRequest>> _broken;
     private readonly Action _sendAll;
@@ -50,20 +54,19 @@ internal sealed class RemoteConnection : IDisposable
     private RemoteConnection(
         Socket socket,
         RemoteAddress address,
-        NbdExportInfo export,
-        bool isStructured,
+        RemoteAgreement agreement,
         Action<RemoteConnection> freed,
         Action<RemoteConnection, string, List<RemoteRequest>> broken)
     {
-        (_socket, _address, Export, IsStructured, _freed, _broken) = (socket, address, export, isStructured, freed, broken);
+        (_socket, _address, _agreement, _freed, _broken) = (socket, address, agreement, freed, broken);
         _sendAll = SendAll;
     }
 
     /// <summary>What is read.</summary>
-    public NbdExportInfo Export { get; }
+    public NbdExportInfo Export => _agreement.Export;
 
-    /// <summary>Reads are answered with structured replies.</summary>
-    public bool IsStructured { get; }
+    /// <summary>It can be asked where zeroes are.</summary>
+    public bool TellsZeroes => _agreement.AllocationId is not null;
 
     /// <summary>It can be used no more.</summary>
     public bool IsBroken => Volatile.Read(ref _reason) is not null;
@@ -124,8 +127,8 @@ internal sealed class RemoteConnection : IDisposable
 
         try
         {
-            (NbdExportInfo export, bool isStructured) = RemoteHandshake.Run(socket, address, timeout);
-            var connection = new RemoteConnection(socket, address, export, isStructured, freed, broken);
+            RemoteAgreement agreement = RemoteHandshake.Run(socket, address, timeout);
+            var connection = new RemoteConnection(socket, address, agreement, freed, broken);
             new Thread(connection.ReceiveAll, 256 * 1024) { IsBackground = true, Name = "remote" }.Start();
             return connection;
         }
@@ -136,8 +139,8 @@ internal sealed class RemoteConnection : IDisposable
         }
     }
 
-    /// <summary>Sends a read.</summary>
-    /// <returns>False when there is no room, or the connection is broken; the read is still the caller's.</returns>
+    /// <summary>Sends a read, or a question to a server that tells zeroes.</summary>
+    /// <returns>False when there is no room, or the connection is broken; the request is still the caller's.</returns>
     public bool TrySubmit(RemoteRequest request)
     {
         lock (_sending)
@@ -149,7 +152,8 @@ internal sealed class RemoteConnection : IDisposable
             _freeCount = _free.Count;
             _slots[slot] = request;
             ulong cookie = ((ulong)++_generations[slot] << 32) | (uint)slot;
-            new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, cookie, (ulong)request.Offset, (uint)request.Buffer.Length)
+            NbdCommand command = request.Extents is null ? NbdCommand.Read : NbdCommand.BlockStatus;
+            new NbdRequest(NbdCommandFlags.None, command, cookie, (ulong)request.Offset, (uint)request.Length)
                 .Write(_output.AsSpan(_outputLength));
             _outputLength += NbdSize.Request;
             if (_isSending)
@@ -259,7 +263,7 @@ internal sealed class RemoteConnection : IDisposable
         }
 
         if (request.Failure is { } failure)
-            request.Fail($"{_address}: read of {request.Buffer.Length} bytes at {request.Offset}: {failure}");
+            request.Fail($"{_address}: {(request.Extents is null ? "read" : "block status")} of {request.Length} bytes at {request.Offset}: {failure}");
         else
             request.Succeed();
         _freed(this);
@@ -273,7 +277,7 @@ internal sealed class RemoteConnection : IDisposable
             return true;
         }
 
-        if (IsStructured)
+        if (_agreement.IsStructured)
             throw RemoteHandshake.Broken(_address, "a simple reply to a read where structured ones were agreed on");
         Receive(request.Buffer.Span);
         return true;
@@ -283,7 +287,7 @@ internal sealed class RemoteConnection : IDisposable
     private bool TakeChunk(RemoteRequest request, NbdReplyHeader header)
     {
         const int mostErrorPayload = 6 + NbdSize.MaxString + 8;
-        if (!IsStructured)
+        if (!_agreement.IsStructured)
             throw RemoteHandshake.Broken(_address, "a structured reply that was not agreed on");
         bool isLast = (header.Flags & NbdChunkFlags.Done) != 0;
         if (header.IsErrorChunk)
@@ -302,6 +306,9 @@ internal sealed class RemoteConnection : IDisposable
         switch (header.Type)
         {
             case NbdChunkType.None when header.Length == 0 && isLast:
+                break;
+            case NbdChunkType.BlockStatus when request.Extents is not null && header.Length is > 4 and <= MaxStatusPayload && header.Length % NbdReply.ExtentLength == 4:
+                TakeStatus(request, (int)(header.Length - 4) / NbdReply.ExtentLength);
                 break;
             case NbdChunkType.OffsetData when header.Length > NbdSize.OffsetDataPrefix:
                 {
@@ -333,6 +340,26 @@ internal sealed class RemoteConnection : IDisposable
         if (isLast && request.Failure is null && !request.IsComplete)
             throw RemoteHandshake.Broken(_address, "fewer data than were asked for");
         return isLast;
+    }
+
+    /// <summary>Takes what a server says of zeroes: as much of it as was asked for, and as there is room for.</summary>
+    private void TakeStatus(RemoteRequest request, int count)
+    {
+        Span<byte> bytes = stackalloc byte[NbdReply.ExtentLength];
+        Receive(bytes[..sizeof(uint)]);
+        if (BinaryPrimitives.ReadUInt32BigEndian(bytes) != _agreement.AllocationId || request.Extents!.Length > 0)
+            throw RemoteHandshake.Broken(_address, "a metadata context that was not asked for, or twice");
+        bool isWanted = true;
+        for (int i = 0; i < count; i++)
+        {
+            Receive(bytes);
+            uint length = BinaryPrimitives.ReadUInt32BigEndian(bytes);
+            bool isZero = ((NbdAllocation)BinaryPrimitives.ReadUInt32BigEndian(bytes[sizeof(uint)..]) & NbdAllocation.Zero) != 0;
+            if (length == 0)
+                throw RemoteHandshake.Broken(_address, "an extent of no length");
+            long taken = Math.Min(length, request.Length - request.Extents.Length); // the last one may reach further
+            isWanted = isWanted && taken > 0 && request.Extents.Add(taken, isZero);
+        }
     }
 
     /// <summary>Receives until the input holds so many bytes from its head on.</summary>

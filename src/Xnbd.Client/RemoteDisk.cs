@@ -21,6 +21,9 @@ public sealed partial class RemoteDisk : Disk
     /// <summary>A read from which on a system call of its own costs nothing, in bytes; its data are better spread over connections.</summary>
     private const int LargeRead = 64 * 1024;
 
+    /// <summary>The most that is asked about at once, in bytes: a server may have to look at all of it.</summary>
+    private const int MostAsked = 1 << 30;
+
     /// <summary>How long a read waits for a connection to come back, or for a silent server, before it fails.</summary>
     public static readonly TimeSpan PatienceTime = TimeSpan.FromSeconds(30);
 
@@ -186,10 +189,33 @@ public sealed partial class RemoteDisk : Disk
     public override ValueTask PrefetchAsync(long offset, long length) => ValueTask.CompletedTask;
 
     /// <inheritdoc/>
-    public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
+    /// <remarks>Zeroes are what the server says of them. Where it says nothing, or there is no time to ask, all is data: that is never wrong.</remarks>
+    public override async ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
     {
-        _ = extents.Add(length, isHole: false);
-        return ValueTask.CompletedTask;
+        int most = (int)Math.Min(length, MostAsked);
+        var found = new ExtentList(extents.Room);
+        RemoteRequest request = RemoteRequest.RentQuestion(offset, most, found);
+        ValueTask task = request.Task;
+        if (offset % _blockBytes != 0 || most % _blockBytes != 0 || !TryAsk(request))
+            request.Fail("it cannot be asked");
+        try
+        {
+            await task;
+        }
+        catch (DiskException)
+        {
+            _ = extents.Add(length, isHole: false);
+            return;
+        }
+
+        foreach (Extent extent in found.Extents)
+            _ = extents.Add(extent.Length, extent.IsHole);
+    }
+
+    private bool TryAsk(RemoteRequest request)
+    {
+        lock (_lock)
+            return _waiting.Count == 0 && _connections.Exists(connection => connection.TellsZeroes && !connection.IsBroken && connection.TrySubmit(request));
     }
 
     /// <inheritdoc/>
@@ -297,7 +323,7 @@ public sealed partial class RemoteDisk : Disk
                 LogBroken(_log, reason);
             if (connection.IsTimedOut)
                 _connections.ForEach(other => other.BreakIfQuiet(RemoteAddress.UnacknowledgedTime)); // or reads would try them one by one
-            bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
+            bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || request.Extents is not null || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
             foreach (RemoteRequest request in left.Where(r => !IsLate(r)))
             {
                 request.Restart();

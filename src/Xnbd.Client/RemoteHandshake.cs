@@ -5,9 +5,15 @@ using Xnbd.Protocol;
 
 namespace Xnbd.Client;
 
+/// <summary>What a client and a server have agreed on.</summary>
+/// <param name="Export">What is read.</param>
+/// <param name="IsStructured">Reads are answered with structured replies.</param>
+/// <param name="AllocationId">The id of <c>base:allocation</c>; null when the server does not tell where zeroes are.</param>
+internal sealed record RemoteAgreement(NbdExportInfo Export, bool IsStructured, uint? AllocationId);
+
 /// <summary>
-/// The client's side of the handshake (section "Handshake"): finds out the style, asks for structured replies and the
-/// export; falls back to NBD_OPT_EXPORT_NAME with servers that do not know NBD_OPT_GO.
+/// The client's side of the handshake (section "Handshake"): finds out the style, asks for structured replies, for block
+/// status and the export; falls back to NBD_OPT_EXPORT_NAME with servers that do not know NBD_OPT_GO.
 /// </summary>
 internal sealed class RemoteHandshake
 {
@@ -17,10 +23,15 @@ internal sealed class RemoteHandshake
     /// <summary>Replies to one option: each piece of information is one, and there are few kinds.</summary>
     private const int MaxReplies = 64;
 
+    /// <summary>The metadata context that tells where zeroes are (section "base:allocation metadata context").</summary>
+    private const string AllocationContext = "base:allocation";
+
     private readonly Socket _socket;
     private readonly RemoteAddress _address;
 
     private readonly long _deadline;
+
+    private uint? _allocationId;
 
     private RemoteHandshake(Socket socket, RemoteAddress address, TimeSpan timeout)
     {
@@ -30,16 +41,17 @@ internal sealed class RemoteHandshake
     }
 
     /// <summary>Runs the handshake.</summary>
-    /// <returns>The export, and whether reads are answered with structured replies.</returns>
+    /// <returns>What was agreed on.</returns>
     /// <exception cref="RemoteException">The server has refused, has broken the protocol, or has gone.</exception>
-    public static (NbdExportInfo Export, bool IsStructured) Run(Socket socket, RemoteAddress address, TimeSpan timeout)
+    public static RemoteAgreement Run(Socket socket, RemoteAddress address, TimeSpan timeout)
     {
         socket.ReceiveTimeout = socket.SendTimeout = (int)timeout.TotalMilliseconds;
-        (NbdExportInfo export, bool isStructured) = new RemoteHandshake(socket, address, timeout).Run();
+        var handshake = new RemoteHandshake(socket, address, timeout);
+        (NbdExportInfo export, bool isStructured) = handshake.Run();
         socket.ReceiveTimeout = socket.SendTimeout = 0;
         if (export.Length > long.MaxValue || (export.Flags & NbdTransmissionFlags.HasFlags) == 0)
             throw Broken(address, "an impossible size, or no flags");
-        return (export, isStructured);
+        return new RemoteAgreement(export, isStructured, isStructured ? handshake._allocationId : null);
     }
 
     /// <summary>The server has broken the protocol.</summary>
@@ -73,6 +85,8 @@ internal sealed class RemoteHandshake
         if ((flags & NbdHandshakeFlags.FixedNewstyle) != 0)
         {
             isStructured = Ask(NbdOption.StructuredReply, []) is { Last.Type: NbdOptionReplyType.Ack };
+            if (isStructured) // if it is refused, nobody knows where the zeroes are
+                Ask(NbdOption.SetMetaContext, NbdClientHandshake.MetaContextRequest(_address.ExportName, AllocationContext));
             var known = new NbdExportInfo(0, NbdTransmissionFlags.None);
             (NbdOptionReplyHeader last, string message, NbdExportInfo info) = Ask(NbdOption.Go, NbdClientHandshake.InfoRequest(_address.ExportName), known);
             if (last.Type == NbdOptionReplyType.Ack)
@@ -129,6 +143,13 @@ internal sealed class RemoteHandshake
                 return (header, NbdString.TryRead(reply, out string? message) ? message : "", info);
             if (header.Type == NbdOptionReplyType.Ack)
                 return (header, "", info);
+            if (header.Type == NbdOptionReplyType.MetaContext)
+            {
+                if (!NbdClientHandshake.TryReadMetaContext(reply, out uint id, out string? context) || context != AllocationContext || _allocationId is not null)
+                    throw Broken(_address, "a metadata context that was not asked for");
+                _allocationId = id;
+            }
+
             if (header.Type == NbdOptionReplyType.Info)
                 info = NbdExportInfo.TryRead(reply, info, out NbdExportInfo? more) ? more : throw Broken(_address, "malformed information on the export");
         }

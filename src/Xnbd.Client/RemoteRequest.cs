@@ -4,7 +4,7 @@ using Xnbd.Storage;
 namespace Xnbd.Client;
 
 /// <summary>
-/// A read of a remote disk that is under way, and the task that stands for it. Reused, so that a steady stream of reads
+/// A read of a remote disk that is under way, or a question for its zeroes, and the task that stands for it. Reused, so that a steady stream of reads
 /// allocates nothing. Whoever awaits goes on at once, on the thread that received the reply.
 /// </summary>
 internal sealed class RemoteRequest : IValueTaskSource
@@ -19,6 +19,12 @@ internal sealed class RemoteRequest : IValueTaskSource
     public long Offset { get; private set; }
 
     public Memory<byte> Buffer { get; private set; }
+
+    /// <summary>Where the answer of a question is gathered; null of a read.</summary>
+    public ExtentList? Extents { get; private set; }
+
+    /// <summary>Of the range, in bytes.</summary>
+    public int Length { get; private set; }
 
     /// <summary>An error chunk has arrived; more chunks may follow.</summary>
     public string? Failure { get; set; }
@@ -37,16 +43,26 @@ internal sealed class RemoteRequest : IValueTaskSource
 
         request.Offset = offset;
         request.Buffer = buffer;
+        request.Length = buffer.Length;
         request.StartedAt = Environment.TickCount64;
         request.Restart();
+        return request;
+    }
+
+    /// <summary>A question where zeroes are. It is not sent again: who asks can do without an answer.</summary>
+    public static RemoteRequest RentQuestion(long offset, int length, ExtentList extents)
+    {
+        RemoteRequest request = Rent(offset, default);
+        request.Length = length;
+        request.Extents = extents;
         return request;
     }
 
     /// <summary>The task. To be taken before the request is handed over to anybody.</summary>
     public ValueTask Task => new(this, _completion.Version);
 
-    /// <summary>All bytes have arrived.</summary>
-    public bool IsComplete => _covered.Count == 1 && _covered[0] == (0, Buffer.Length);
+    /// <summary>All bytes have arrived, or some of the answer.</summary>
+    public bool IsComplete => Extents is null ? _covered.Count == 1 && _covered[0] == (0, Buffer.Length) : Extents.Length > 0;
 
     /// <summary>It will be sent again: nothing has arrived.</summary>
     public void Restart()
@@ -93,6 +109,7 @@ internal sealed class RemoteRequest : IValueTaskSource
         finally
         {
             Buffer = default;
+            Extents = null;
             _completion.Reset();
             lock (Spare)
             {

@@ -69,6 +69,30 @@ public static class NbdClientHandshake
         BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(6 + name.Length), (ushort)NbdInfo.BlockSize);
         return data;
     }
+
+    /// <summary>The data of <c>NBD_OPT_SET_META_CONTEXT</c> with one query.</summary>
+    public static byte[] MetaContextRequest(string exportName, string query)
+    {
+        byte[] name = NbdString.GetBytes(exportName), text = NbdString.GetBytes(query);
+        byte[] data = new byte[4 + name.Length + 4 + 4 + text.Length];
+        BinaryPrimitives.WriteUInt32BigEndian(data, (uint)name.Length);
+        name.CopyTo(data, 4);
+        BinaryPrimitives.WriteUInt32BigEndian(data.AsSpan(4 + name.Length), 1);
+        BinaryPrimitives.WriteUInt32BigEndian(data.AsSpan(8 + name.Length), (uint)text.Length);
+        text.CopyTo(data, 12 + name.Length);
+        return data;
+    }
+
+    /// <summary>Reads the data of an <c>NBD_REP_META_CONTEXT</c> reply.</summary>
+    /// <returns>False when it is malformed.</returns>
+    public static bool TryReadMetaContext(ReadOnlySpan<byte> data, out uint contextId, [NotNullWhen(true)] out string? name)
+    {
+        (contextId, name) = (0, null);
+        if (data.Length < 4)
+            return false;
+        contextId = BinaryPrimitives.ReadUInt32BigEndian(data);
+        return NbdString.TryRead(data[4..], out name);
+    }
 }
 
 /// <summary>What a client has learnt of an export.</summary>

@@ -278,6 +278,15 @@ internal sealed partial class CachingDisk : IDiskWork
         fetch.IsCounted = false;
     }
 
+    /// <summary>Makes a part of the file a hole, if it is none.</summary>
+    private async ValueTask MakeHole(long offset, long length)
+    {
+        for (long part = offset >> HolesShift; part <= (offset + length - 1) >> HolesShift; part++)
+            Volatile.Write(ref _mayHaveHoles[part], true);
+        if (Local.TryLocate(offset, (int)length, findHoles: true) is not { IsHole: true } hole || hole.Length < length) // it is one mostly
+            await Local.ZeroAsync(offset, length, ZeroMode.MayPunch, durable: false);
+    }
+
     /// <summary>Data as data, and long runs of zeroes as holes: a sparse origin stays sparse.</summary>
     private async ValueTask StoreData(long offset, ReadOnlyMemory<byte> data)
     {
@@ -286,10 +295,7 @@ internal sealed partial class CachingDisk : IDiskWork
             length = Math.Min(StoreBytes, data.Length);
             if (length == StoreBytes && !data.Span[..length].ContainsAnyExcept((byte)0))
             {
-                Volatile.Write(ref _mayHaveHoles[offset >> HolesShift], true);
-                Volatile.Write(ref _mayHaveHoles[(offset + length - 1) >> HolesShift], true);
-                if (Local.TryLocate(offset, length, findHoles: true) is not { IsHole: true, Length: StoreBytes }) // it is one mostly
-                    await Local.ZeroAsync(offset, length, ZeroMode.MayPunch, durable: false);
+                await MakeHole(offset, length);
             }
             else if (!Local.TryWrite(offset, data.Span[..length]))
             {

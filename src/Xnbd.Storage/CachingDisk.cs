@@ -38,6 +38,9 @@ internal sealed partial class CachingDisk : OverlayDisk
     /// <summary>A failure within this time, in milliseconds, is what the origin says; later it is that it says nothing.</summary>
     private const int QuickFailure = 5000;
 
+    /// <summary>The most that the origin is asked about zeroes at once: 1 GiB; and the most that it answers, which bounds the memory for it.</summary>
+    private const int AskedBlocks = (1 << 30) / BlockRange.BlockSize, AskedExtents = 4096;
+
     private const int MaxFetchBlocks = MaxFetchBytes / BlockRange.BlockSize;
 
     private readonly Disk _origin;
@@ -56,6 +59,7 @@ internal sealed partial class CachingDisk : OverlayDisk
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
+    private int _invalidations;
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="origin">The far disk; it is only read.</param>
@@ -122,7 +126,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         return range;
     }
 
-    /// <summary>Fetches all that is missing.</summary>
+    /// <summary>Fetches all that is missing, but for zeroes that the origin knows of: those are made here.</summary>
     /// <param name="blocksPerRequest">How many blocks are fetched with one request, at most; 1 to 256.</param>
     /// <param name="parallel">How many requests are under way at once.</param>
     /// <param name="cancel">Ends it; what was fetched stays.</param>
@@ -134,16 +138,12 @@ internal sealed partial class CachingDisk : OverlayDisk
         DiskException? failure = null;
         try
         {
-            for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0 && failure is null;)
+            for (BlockRange left = All; left.Count > 0 && failure is null;)
             {
                 BlockRange run = Map.Run(left, out BlockState state);
-                run = run with { Count = Math.Min(run.Count, state == BlockState.Absent ? blocksPerRequest : run.Count) };
+                if (state == BlockState.Absent)
+                    run = await KeepZeroes(run with { Count = Math.Min(run.Count, AskedBlocks) }, FetchAll);
                 left = new BlockRange(run.End, left.End - run.End);
-                if (state != BlockState.Absent)
-                    continue;
-                await slots.WaitAsync(cancel);
-                running.RemoveAll(task => task.IsCompleted);
-                running.Add(FetchOnce(run));
             }
         }
         finally
@@ -154,6 +154,18 @@ internal sealed partial class CachingDisk : OverlayDisk
         if (failure is not null)
             throw failure;
         Map.WriteBehind(); // what others have just stored, too
+
+        async Task FetchAll(BlockRange range)
+        {
+            for (BlockRange rest = range; rest.Count > 0 && failure is null;)
+            {
+                await slots.WaitAsync(cancel);
+                running.RemoveAll(task => task.IsCompleted);
+                BlockRange part = rest with { Count = Math.Min(rest.Count, blocksPerRequest) };
+                running.Add(FetchOnce(part));
+                rest = new BlockRange(part.End, rest.End - part.End);
+            }
+        }
 
         async Task FetchOnce(BlockRange range)
         {
@@ -170,6 +182,38 @@ internal sealed partial class CachingDisk : OverlayDisk
                 slots.Release();
             }
         }
+    }
+
+    /// <summary>Asks the origin where zeroes are, keeps those as holes of the file, and has the rest fetched.</summary>
+    /// <param name="range">Absent blocks; how many of them are worked on depends on the answer.</param>
+    /// <param name="fetch">Fetches the others.</param>
+    /// <returns>What has been worked on: at least the first block.</returns>
+    private async Task<BlockRange> KeepZeroes(BlockRange range, Func<BlockRange, Task> fetch)
+    {
+        int invalidations = Volatile.Read(ref _invalidations);
+        var extents = new ExtentList(AskedExtents);
+        await _origin.GetExtentsAsync(range.Offset, range.LengthOn(Length), extents);
+        long offset = range.Offset, done = range.First;
+        foreach (Extent extent in extents.Extents)
+        {
+            BlockRange zeroes = BlockRange.Inside(offset, extent.Length, Length);
+            offset += extent.Length;
+            if (!extent.IsHole || zeroes.LengthOn(Length) < StoreBytes)
+                continue; // it is fetched with what surrounds it
+            await fetch(new BlockRange(done, zeroes.First - done));
+            await ForEachHeld(zeroes, state => state == BlockState.Absent, async part =>
+            {
+                if (Volatile.Read(ref _invalidations) != invalidations)
+                    return; // the answer is stale
+                await MakeHole(part.Offset, part.LengthOn(Length));
+                Map.SetFetched(part);
+            });
+            done = zeroes.End;
+        }
+
+        BlockRange all = range with { Count = Math.Max(1, BlockRange.Inside(range.Offset, offset - range.Offset, Length).Count) };
+        await fetch(new BlockRange(done, all.End - done));
+        return all;
     }
 
     /// <summary>
@@ -200,10 +244,11 @@ internal sealed partial class CachingDisk : OverlayDisk
             foreach (Fetch fetch in _fetches)
                 fetch.IsStale = true;
             _fetches.Clear(); // nobody joins them any more
+            _invalidations++;
         }
 
         // Absent blocks, too: one of them may be being stored, by somebody who has looked at its fetch before.
-        await ForEachHeld(state => state is BlockState.Fetched or BlockState.Absent, part =>
+        await ForEachHeld(All, state => state is BlockState.Fetched or BlockState.Absent, part =>
         {
             Map.Set(part, BlockState.Absent);
             return ValueTask.CompletedTask;
@@ -219,14 +264,14 @@ internal sealed partial class CachingDisk : OverlayDisk
     }
 
     /// <summary>Writes zeroes to the file where blocks are absent; the map does not change yet.</summary>
-    public Task ZeroAbsent() => ForEachHeld(state => state == BlockState.Absent, ZeroInFile);
+    public Task ZeroAbsent() => ForEachHeld(All, state => state == BlockState.Absent, ZeroInFile);
 
     /// <summary>
     /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map: from then on the file alone is
     /// the disk. Absent blocks become zero, too, if they are to be given up.
     /// </summary>
     public Task Materialize(bool giveUpAbsent)
-        => ForEachHeld(state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), async part =>
+        => ForEachHeld(All, state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), async part =>
         {
             await ZeroInFile(part);
             Map.Set(part, BlockState.Written);
@@ -235,10 +280,12 @@ internal sealed partial class CachingDisk : OverlayDisk
     private ValueTask ZeroInFile(BlockRange range)
         => Local.ZeroAsync(range.Offset, range.LengthOn(Length), ZeroMode.MayPunch, durable: false);
 
-    /// <summary>Works on blocks of some states, while they are held: nobody stores or writes there meanwhile.</summary>
-    private async Task ForEachHeld(Func<BlockState, bool> isMeant, Func<BlockRange, ValueTask> work)
+    private BlockRange All => new(0, Map.BlockCount);
+
+    /// <summary>Works on a range's blocks of some states, while they are held: nobody stores or writes there meanwhile.</summary>
+    private async Task ForEachHeld(BlockRange range, Func<BlockState, bool> isMeant, Func<BlockRange, ValueTask> work)
     {
-        for (var left = new BlockRange(0, Map.BlockCount); left.Count > 0;)
+        for (BlockRange left = range; left.Count > 0;)
         {
             BlockRange run = Map.Run(left, out BlockState state);
             run = run with { Count = Math.Min(run.Count, 16 * 1024) };

@@ -288,12 +288,14 @@ public sealed class RemoteDiskTests : IDisposable
 
     public static TheoryData<string> BadHandshakes => [.. s_badHandshakes.Keys];
 
-    /// <summary>Agrees on structured replies, and answers GO as it is told.</summary>
+    /// <summary>Agrees on structured replies, tells no zeroes, and answers GO as it is told.</summary>
     private static void Negotiate(Peer peer, Action<Peer, NbdOption> answer)
     {
         peer.Greet();
         (NbdOption first, _) = peer.ReceiveOption();
         peer.ReplyOption(first, NbdOptionReplyType.Ack);
+        (NbdOption zeroes, _) = peer.ReceiveOption();
+        peer.ReplyOption(zeroes, NbdOptionReplyType.ErrUnsupported);
         (NbdOption go, _) = peer.ReceiveOption();
         answer(peer, go);
     }

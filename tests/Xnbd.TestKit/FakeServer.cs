@@ -106,6 +106,9 @@ public sealed class FakeServer : IDisposable
                     peer.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(_image.Length, Flags));
                     peer.ReplyOption(option, NbdOptionReplyType.Ack);
                     return true;
+                case NbdOption.SetMetaContext:
+                    peer.ReplyOption(option, NbdOptionReplyType.ErrUnsupported);
+                    break;
                 default:
                     return false;
             }
