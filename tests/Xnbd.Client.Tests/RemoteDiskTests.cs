@@ -98,6 +98,108 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.Contains(SocketPath, _log.Text, StringComparison.Ordinal);
     }
 
+    private static async Task<Extent[]> Extents(RemoteDisk disk, long offset, long length, int capacity = 100)
+    {
+        var extents = new ExtentList(capacity);
+        await disk.GetExtentsAsync(offset, length, extents).AsTask().WaitAsync(TimeSpan.FromSeconds(20));
+        return [.. extents.Extents];
+    }
+
+    private static Extent Data(long length) => new(length, IsHole: false, 1);
+
+    private static Extent Zeroes(long length) => new(length, IsHole: true, 1);
+
+    [Fact]
+    public async Task Zeroes_are_what_the_server_says()
+    {
+        _image.AsSpan(8192, 40960).Clear();
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            AllocationId = 7,
+            Answer = (peer, _, request) =>
+            {
+                if (request.Command != NbdCommand.BlockStatus || request.Offset < 512 * 1024)
+                    return false;
+                if (request.Offset == 512 * 1024)
+                    peer.SendStatus(request.Cookie, 7, (4096, 2), (4096, 1), (uint.MaxValue, 3)); // zeroes with space, no zeroes without it, and more than was asked for
+                else
+                    peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, [0, 0, 0, 5, 0, 0]);
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal([Data(8192), Zeroes(40960), Data(4096)], await Extents(disk, 0, 53248));
+        Assert.Equal([Data(8192), Zeroes(40960)], await Extents(disk, 0, 53248, capacity: 2));
+        Assert.Equal([Zeroes(4096), Data(4096), Zeroes(92160)], await Extents(disk, 512 * 1024, 100_352));
+        Assert.Equal([Data(4096)], await Extents(disk, 600 * 1024, 4096)); // it does not know
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+        Assert.Equal(1, server.Count);
+    }
+
+    [Fact]
+    public async Task Without_an_answer_all_is_data()
+    {
+        using FakeServer server = new FakeServer(SocketPath, new byte[Size])
+        {
+            Answer = (_, _, request) => request.Command == NbdCommand.BlockStatus ? throw new EndOfStreamException() : false,
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal([Data(Size)], await Extents(disk, 0, Size));
+        Assert.Equal(new byte[4096], await Read(disk, 0, 4096));
+        Assert.Equal(1, server.Count);
+    }
+
+    private static readonly Dictionary<string, Action<Peer, NbdRequest>> s_statusLies = new()
+    {
+        ["another context"] = (peer, request) => peer.SendStatus(request.Cookie, 8, (request.Length, 3)),
+        ["an extent of no length"] = (peer, request) => peer.SendStatus(request.Cookie, 7, (0, 3), (request.Length, 3)),
+        ["no extents"] = (peer, request) => peer.SendStatus(request.Cookie, 7),
+        ["half an extent"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, [0, 0, 0, 7, 0, 0, 16, 0]),
+        ["a hundred million extents"] = (peer, request) => peer.Send(Header(request, 800_000_004)),
+        ["no answer"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.None, request.Cookie, []),
+        ["two answers"] = (peer, request) =>
+        {
+            byte[] status = [0, 0, 0, 7, 0, 0, 16, 0, 0, 0, 0, 3];
+            peer.SendChunk(NbdChunkFlags.None, NbdChunkType.BlockStatus, request.Cookie, status);
+            peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, status);
+        },
+        ["data"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, 4096),
+        ["a hole"] = (peer, request) => SendHole(peer, request, request.Offset, 4096),
+        ["success, simply"] = (peer, request) => SendSimple(peer, request with { Length = 0 }),
+    };
+
+    public static TheoryData<string> StatusLies => [.. s_statusLies.Keys];
+
+    private static byte[] Header(NbdRequest request, int length)
+    {
+        byte[] header = new byte[NbdSize.StructuredReply];
+        NbdReply.WriteChunkHeader(header, NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, length);
+        return header;
+    }
+
+    /// <summary>It is named, the question is not asked again, and reads go on with the next connection.</summary>
+    [Theory]
+    [MemberData(nameof(StatusLies))]
+    public async Task A_server_that_lies_of_zeroes_is_named_and_all_is_data(string lie)
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            AllocationId = 7,
+            Answer = (peer, _, request) =>
+            {
+                if (request.Command != NbdCommand.BlockStatus)
+                    return false;
+                s_statusLies[lie](peer, request);
+                return true;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Assert.Equal([Data(65536)], await Extents(disk, 0, 65536));
+        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
+        Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
+        Assert.Equal(2, server.Count);
+    }
+
     [Fact]
     public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
     {
@@ -258,6 +360,11 @@ public sealed class RemoteDiskTests : IDisposable
                 p.Send(reply);
             }),
             "fault of that server"),
+        ["a context that nobody wants"] = (peer => Negotiate(peer, (_, _) => { }, Contexts((1, "qemu:allocation-depth"))), "metadata context that was not asked for"),
+        ["a context twice"] = (peer => Negotiate(peer, (_, _) => { }, Contexts((1, "base:allocation"), (2, "base:allocation"))), "metadata context that was not asked for"),
+        ["half a context"] = (
+            peer => Negotiate(peer, (_, _) => { }, (p, option) => p.ReplyOption(option, NbdOptionReplyType.MetaContext, [0, 0])),
+            "metadata context that was not asked for"),
         ["no size"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Ack)), "fault of that server"),
         ["an endless answer"] = (
             peer => Negotiate(peer, (p, option) =>
@@ -289,16 +396,23 @@ public sealed class RemoteDiskTests : IDisposable
     public static TheoryData<string> BadHandshakes => [.. s_badHandshakes.Keys];
 
     /// <summary>Agrees on structured replies, tells no zeroes, and answers GO as it is told.</summary>
-    private static void Negotiate(Peer peer, Action<Peer, NbdOption> answer)
+    private static void Negotiate(Peer peer, Action<Peer, NbdOption> answer, Action<Peer, NbdOption>? tellContexts = null)
     {
         peer.Greet();
         (NbdOption first, _) = peer.ReceiveOption();
         peer.ReplyOption(first, NbdOptionReplyType.Ack);
         (NbdOption zeroes, _) = peer.ReceiveOption();
-        peer.ReplyOption(zeroes, NbdOptionReplyType.ErrUnsupported);
+        (tellContexts ?? ((p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrUnsupported)))(peer, zeroes);
         (NbdOption go, _) = peer.ReceiveOption();
         answer(peer, go);
     }
+
+    private static Action<Peer, NbdOption> Contexts(params (uint Id, string Name)[] contexts) => (peer, option) =>
+    {
+        foreach ((uint id, string name) in contexts)
+            peer.ReplyOption(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, name));
+        peer.ReplyOption(option, NbdOptionReplyType.Ack);
+    };
 
     [Theory]
     [MemberData(nameof(BadHandshakes))]

@@ -496,6 +496,44 @@ public sealed class ProxyTests : IDisposable
         }
     }
 
+    /// <summary>An image as they are: mostly empty.</summary>
+    [Theory]
+    [InlineData("xnbd")]
+    [InlineData("nbdkit")]
+    [InlineData("qemu-nbd")]
+    [InlineData("proxy")]
+    public async Task Of_a_sparse_image_the_data_are_fetched_alone(string kind)
+    {
+        Assert.SkipWhen(kind is not ("xnbd" or "proxy") && Tool.Find(kind) is null, $"{kind} is absent");
+        const int length = 2_000_000_000, data = 4 << 20;
+        string sparse = _folder.Sparse("sparse.img", length), socket = _folder.File("origin");
+        using (FileStream file = File.OpenWrite(sparse))
+        {
+            foreach (long place in (long[])[1_000_000, 1_500_000_000, length - (1 << 20)])
+            {
+                file.Position = place;
+                file.Write(_before, 0, 1 << 20);
+            }
+        }
+
+        using var second = new TempFolder();
+        using ServerProcess? first = kind == "proxy" ? ServerProcess.Start(_folder, sparse, "--readonly") : null;
+        using IDisposable origin = kind switch
+        {
+            "xnbd" => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, sparse]),
+            "proxy" => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File("c"), second.File("m"), second.File("s")]),
+            _ => new ForeignServer(kind, sparse, socket, _folder),
+        };
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + socket, "-");
+        Assert.Contains("hole,zero", await Tool.Succeed("nbdinfo", "--map", proxy.Uri), StringComparison.Ordinal); // cold
+        await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
+        Assert.InRange(await Figure("fetched-bytes"), 3 << 20, data);
+        await Tool.Succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", sparse, proxy.Uri);
+        Assert.InRange(await Figure("fetched-bytes"), 3 << 20, data);
+        await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
+        await Tool.Succeed("cmp", sparse, _folder.File("cache.img"));
+    }
+
     [Fact]
     public async Task Four_proxies_share_one_origin_each_with_its_own_writes()
     {

@@ -32,6 +32,8 @@ public sealed class CachingDiskTests : IDisposable
 
     private Task Ask(string operation, long offset, long length)
     {
+        if (operation == "extents")
+            return Task.CompletedTask; // reads only
         lock (_asked)
             _asked.Add((offset, length));
         return Task.CompletedTask;
@@ -428,6 +430,64 @@ public sealed class CachingDiskTests : IDisposable
         await Soon(disk.ZeroAsync(8 * Block, Block, ZeroMode.MayPunch, durable: false));
         Assert.Contains("1 blocks were written here", (await Assert.ThrowsAsync<DiskException>(disk.Invalidate)).Message, StringComparison.Ordinal);
         Assert.Equal((4, 1), (disk.Statistics.FetchedBlocks, disk.Statistics.WrittenBlocks));
+    }
+
+    /// <summary>Of zeroes at both ends, of some between parts of blocks, around what was written, and of a few only, which are fetched.</summary>
+    [Fact]
+    public async Task Zeroes_that_the_origin_knows_of_are_not_fetched()
+    {
+        (int Start, int Length)[] zeroes = [(0, 1 << 20), ((2 << 20) + 100, 1 << 20), (5 << 20, 8192), (6 << 20, 4 << 20), (Length - (1 << 20), 1 << 20)];
+        foreach ((int start, int length) in zeroes)
+            _bytes.AsSpan(start, length).Clear();
+        _memory.TryWrite(0, _bytes);
+        _origin.Extents = (offset, length, extents) =>
+        {
+            long end = Math.Min(offset + length, offset + (7 << 20)); // a part of the answer at a time
+            while (offset < end)
+            {
+                bool isZero = zeroes.Any(z => z.Start <= offset && offset < z.Start + z.Length);
+                long next = zeroes.SelectMany(z => (int[])[z.Start, z.Start + z.Length]).Where(at => at > offset).Append(Length).Min();
+                extents.Add(Math.Min(next, end) - offset, isZero);
+                offset = next;
+            }
+        };
+        using CachingDisk disk = Open();
+        await Soon(disk.WriteAsync((7 << 20) + 5, new byte[] { 1, 2, 3 }, durable: false)); // a part of a block: it is fetched for that
+        ((byte[])[1, 2, 3]).CopyTo(_bytes, (7 << 20) + 5);
+        await Soon(Read(disk, 8 << 20, Block));
+        lock (_asked)
+            _asked.Clear();
+        await disk.CacheAll(256, 4, CancellationToken.None);
+        Assert.Equal((0, 1), (disk.Statistics.AbsentBlocks, disk.Statistics.WrittenBlocks));
+        Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
+        long data = Length - (7 << 20); // all but the long zeroes
+        Assert.InRange(Asked.Sum(r => r.Length), data, data + (8 * Block));
+        await disk.FlushAll();
+        long taken = long.Parse((await Tool.Succeed("stat", "-c", "%b", _folder.File("image"))).Trim(), null) * 512;
+        Assert.InRange(taken, data - (8 * Block), data + (16 * Block));
+    }
+
+    [Fact]
+    public async Task What_the_origin_said_of_zeroes_before_it_changed_is_forgotten()
+    {
+        var hold = new TaskCompletionSource();
+        using var isAsked = new ManualResetEventSlim();
+        _origin.Extents = (_, length, extents) => extents.Add(length, isHole: true);
+        _origin.After = (operation, _, _) =>
+        {
+            if (operation != "extents")
+                return Task.CompletedTask;
+            isAsked.Set();
+            return hold.Task;
+        };
+        using CachingDisk disk = Open();
+        Task caching = disk.CacheAll(256, 4, CancellationToken.None);
+        Assert.True(isAsked.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
+        await disk.Invalidate();
+        hold.SetResult();
+        await caching.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        Assert.Equal(0, disk.Statistics.FetchedBlocks);
+        Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
     }
 
     /// <summary>Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.</summary>

@@ -30,6 +30,9 @@ public sealed class FakeServer : IDisposable
     /// <summary>It knows structured replies.</summary>
     public bool Structured { get; init; } = true;
 
+    /// <summary>It knows <c>base:allocation</c>, with this id; blocks of 4096 zeroes are holes.</summary>
+    public uint? AllocationId { get; init; }
+
     /// <summary>What it says of the export.</summary>
     public NbdTransmissionFlags Flags { get; init; } = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.ReadOnly;
 
@@ -107,7 +110,9 @@ public sealed class FakeServer : IDisposable
                     peer.ReplyOption(option, NbdOptionReplyType.Ack);
                     return true;
                 case NbdOption.SetMetaContext:
-                    peer.ReplyOption(option, NbdOptionReplyType.ErrUnsupported);
+                    if (AllocationId is { } id)
+                        peer.ReplyOption(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, "base:allocation"));
+                    peer.ReplyOption(option, AllocationId is null ? NbdOptionReplyType.ErrUnsupported : NbdOptionReplyType.Ack);
                     break;
                 default:
                     return false;
@@ -118,6 +123,20 @@ public sealed class FakeServer : IDisposable
     /// <summary>The right answer.</summary>
     public void Reply(Peer peer, NbdRequest request)
     {
+        if (request.Command == NbdCommand.BlockStatus)
+        {
+            var extents = new List<(uint Length, uint Status)>();
+            for (ulong at = request.Offset; at < request.Offset + request.Length;)
+            {
+                int part = (int)Math.Min(4096, request.Offset + request.Length - at);
+                extents.Add(((uint)part, _image.AsSpan((int)at, part).ContainsAnyExcept((byte)0) ? 0 : 3u));
+                at += (uint)part;
+            }
+
+            peer.SendStatus(request.Cookie, AllocationId ?? 0, [.. extents]);
+            return;
+        }
+
         Span<byte> header = stackalloc byte[NbdSize.StructuredReply + NbdSize.OffsetDataPrefix];
         int length = Structured
             ? NbdReply.WriteOffsetData(header, NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length)
@@ -176,6 +195,16 @@ public sealed class FakeServer : IDisposable
             Span<byte> header = stackalloc byte[NbdSize.StructuredReply];
             NbdReply.WriteChunkHeader(header, flags, type, cookie, payload.Length);
             Send([.. header, .. payload]);
+        }
+
+        /// <summary>The status of blocks, in the last chunk.</summary>
+        public void SendStatus(ulong cookie, uint contextId, params (uint Length, uint Status)[] extents)
+        {
+            byte[] reply = new byte[NbdReply.BlockStatusLength(extents.Length)];
+            int at = NbdReply.WriteBlockStatus(reply, NbdChunkFlags.Done, cookie, contextId, extents.Length);
+            foreach ((uint length, uint status) in extents)
+                at += NbdReply.WriteExtent(reply.AsSpan(at), length, status);
+            Send(reply);
         }
 
         /// <summary>A chunk of data.</summary>

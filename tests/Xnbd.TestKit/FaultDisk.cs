@@ -14,6 +14,9 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>Called after each operation that is no fast form, as <see cref="Before"/>.</summary>
     public Func<string, long, long, Task>? After { get; set; }
 
+    /// <summary>What it says of its extents, in place of the other disk: gets offset, length and the list to fill.</summary>
+    public Action<long, long, ExtentList>? Extents { get; set; }
+
     /// <summary>The fast forms say no.</summary>
     public bool Slow { get; set; }
 
@@ -64,7 +67,13 @@ public sealed class FaultDisk(Disk inner) : Disk
         => Run("prefetch", offset, length, false, () => inner.PrefetchAsync(offset, length));
 
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
-        => Run("extents", offset, length, false, () => inner.GetExtentsAsync(offset, length, extents));
+        => Run("extents", offset, length, false, () =>
+        {
+            if (Extents is null)
+                return inner.GetExtentsAsync(offset, length, extents);
+            Extents(offset, length, extents);
+            return ValueTask.CompletedTask;
+        });
 
     protected override void Dispose(bool disposing)
     {
