@@ -28,6 +28,8 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
             return new RemoteAddress(null, 0, Path.GetFullPath(host[UnixPrefix.Length..]), exportName);
         }
 
+        if (host.StartsWith('[') && host.EndsWith(']'))
+            host = host[1..^1]; // an IPv6 address, as in a URI
         if (host.Length is 0 or > 255 || host.Contains('\0', StringComparison.Ordinal))
             throw new FormatException("the remote host's name is empty, or too long");
         if (!int.TryParse(port, System.Globalization.NumberStyles.None, System.Globalization.CultureInfo.InvariantCulture, out int number)

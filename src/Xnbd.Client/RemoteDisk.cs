@@ -318,9 +318,13 @@ public sealed partial class RemoteDisk : Disk
         lock (_lock)
         {
             isClosed = _isClosed;
-            _lastBreak = Environment.TickCount64;
-            if (_connections.Remove(connection))
+            if (_connections.Remove(connection)) // else it was never used
+            {
                 LogBroken(_log, reason);
+                _lastBreak = Environment.TickCount64;
+                Monitor.PulseAll(_lock);
+            }
+
             if (connection.IsTimedOut)
                 _connections.ForEach(other => other.BreakIfQuiet(RemoteAddress.UnacknowledgedTime)); // or reads would try them one by one
             bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || request.Extents is not null || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
@@ -331,7 +335,6 @@ public sealed partial class RemoteDisk : Disk
             }
 
             left.RemoveAll(r => !IsLate(r));
-            Monitor.PulseAll(_lock);
         }
 
         left.ForEach(request => request.Fail(isClosed ? "the remote disk is closed" : reason));
@@ -343,7 +346,7 @@ public sealed partial class RemoteDisk : Disk
     private void KeepConnected()
     {
         var pause = TimeSpan.Zero;
-        bool wasDown = false;
+        string? down = null; // why there is no connection
         while (true)
         {
             var late = new List<RemoteRequest>();
@@ -368,7 +371,7 @@ public sealed partial class RemoteDisk : Disk
                 address = _address;
             }
 
-            late.ForEach(request => request.Fail($"{address}: the server cannot be reached"));
+            late.ForEach(request => request.Fail(down ?? $"{address}: the server cannot be reached"));
             if (ConnectionCount >= _wanted)
                 continue;
             try
@@ -387,19 +390,19 @@ public sealed partial class RemoteDisk : Disk
 
                 if (isStale)
                     connection.Dispose();
-                if (wasDown)
+                if (down is not null)
                     LogBack(_log, address);
 
                 // Where connections keep breaking soon, they are made in no hurry.
                 pause = Environment.TickCount64 - Volatile.Read(ref _lastBreak) > 5000 ? TimeSpan.Zero : Longer(pause);
-                wasDown = false;
+                down = null;
                 SubmitWaiting();
             }
             catch (RemoteException failure)
             {
-                if (!wasDown)
+                if (down != failure.Message)
                     LogUnreachable(_log, failure.Message);
-                wasDown = true;
+                down = failure.Message;
                 pause = Longer(pause);
             }
         }

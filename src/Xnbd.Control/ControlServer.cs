@@ -228,8 +228,15 @@ public sealed class ControlServer : IDisposable
         }
         catch (Exception failure)
         {
-            // Whatever a client sends, and whatever goes wrong with it: the disk is served on. The id may be what is wrong.
-            return Error(null, ControlException.InvalidParameters, failure.Message).ToJsonString();
+            // Whatever a client sends, and whatever goes wrong with it: the disk is served on.
+            try
+            {
+                return Error(id, ControlException.InvalidParameters, failure.Message).ToJsonString();
+            }
+            catch (Exception)
+            {
+                return Error(null, ControlException.InvalidParameters, failure.Message).ToJsonString(); // the id is what is wrong
+            }
         }
     }
 

@@ -49,14 +49,16 @@ internal static class CacheFiles
         SafeFileHandle? made = null;
         try
         {
-            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out _);
+            long size = 0;
+            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out size);
             bool[]? imported = null;
-            if (old is not null && map is null && (opening & CacheOpening.ImportBitmap) != 0)
-                imported = ReadBitmap(mapPath, old, length);
+            if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
+                imported = size > 0 ? ReadBitmap(mapPath, old!, length) : throw new DiskException(DiskError.Permission, $"there is no bitmap '{mapPath}' to be taken over");
 
             // A map without its image would show zeroes where data were.
             bool isFresh = imported is null && (map is null || map.Count(BlockState.Absent) == map.BlockCount);
-            image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh);
+            // And an image without its map is somebody's, or what a map that was lost spoke of.
+            image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh, mayHoldData: size > 0 || (opening & CacheOpening.Clear) != 0);
             if (LinuxFile.Status(imagePath, out FileStatus one) == Errno.None && LinuxFile.Status(mapPath, out FileStatus other) == Errno.None && one.IsSameFile(other))
                 throw OneFile(imagePath); // by another way through the folders
             if (map is not null)

@@ -160,6 +160,8 @@ internal sealed partial class CachingDisk : OverlayDisk
             for (BlockRange rest = range; rest.Count > 0 && failure is null;)
             {
                 await slots.WaitAsync(cancel);
+                if (failure is not null)
+                    return; // it was waited for in vain
                 running.RemoveAll(task => task.IsCompleted);
                 BlockRange part = rest with { Count = Math.Min(rest.Count, blocksPerRequest) };
                 running.Add(FetchOnce(part));

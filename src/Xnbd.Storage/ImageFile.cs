@@ -114,8 +114,9 @@ public sealed partial class ImageFile : Disk
     /// <param name="path">A file, or a block device that is long enough.</param>
     /// <param name="length">The disk's length; what is beyond stays as it is.</param>
     /// <param name="mayGrow">A file that is absent or too short is right; otherwise it is an error.</param>
+    /// <param name="mayHoldData">A regular file may hold data already: there is a map that speaks of them, or they are given up.</param>
     /// <exception cref="DiskException">It cannot be opened, is in use, or too short.</exception>
-    internal static ImageFile OpenCache(string path, long length, bool mayGrow)
+    internal static ImageFile OpenCache(string path, long length, bool mayGrow, bool mayHoldData)
     {
         Errno errno = LinuxFile.Open(path, OpenMode.ReadWrite | (mayGrow ? OpenMode.Create : 0), out SafeFileHandle? file);
         if (errno != Errno.None)
@@ -130,6 +131,8 @@ public sealed partial class ImageFile : Disk
                 errno = LinuxFile.BlockDeviceLength(file!, out present);
             else if (errno == Errno.None && status.Kind != FileKind.Regular)
                 throw new DiskException(DiskError.Io, $"'{path}' is neither a regular file nor a block device");
+            if (errno == Errno.None && status.Kind == FileKind.Regular && !mayHoldData && LinuxFile.NextData(file!, 0) >= 0)
+                throw new DiskException(DiskError.Permission, $"'{path}' holds data, and there is no map that says which blocks are right; --clear-bitmap overwrites them all");
             if (errno == Errno.None && present < length && status.Kind == FileKind.Regular && mayGrow)
                 errno = LinuxFile.Truncate(file!, length);
             else if (errno == Errno.None && present < length)

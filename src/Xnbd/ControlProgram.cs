@@ -77,8 +77,12 @@ internal static class ControlProgram
                 throw new UsageException($"{option.Name} goes with {of.Name} only");
         }
 
+        if (result.GetValue(progress) && result.GetValue(detach))
+            throw new UsageException("--progress shows what --detach does not wait for");
         int blocksPerRequest = CommandLine.Number(blocks.Name, result.GetValue(blocks), 1, 256) ?? 256;
         string[] arguments = result.GetValue(words) ?? [];
+        if (Array.Find(arguments, word => word.StartsWith("--", StringComparison.Ordinal) && !args.Contains("--")) is { } unknown)
+            throw new UsageException($"unknown option '{unknown}'");
         int wanted = given[0] == reconnect ? 3 : 1;
         if (arguments.Length != wanted)
             throw new UsageException(given[0] == reconnect ? "--reconnect takes SOCKET HOST PORT" : "the control socket's path is wanted, and nothing else");
@@ -91,7 +95,9 @@ internal static class ControlProgram
             return Say(client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!, isJson, "switched: the cache image is served as a target now");
         if (given[0] == reconnect)
         {
-            var parameters = new JsonObject { ["host"] = arguments[1], ["port"] = arguments[2] };
+            const string unix = "unix:";
+            string host = arguments[1].StartsWith(unix, StringComparison.Ordinal) ? unix + Path.GetFullPath(arguments[1][unix.Length..]) : arguments[1]; // of this folder, not of the proxy's
+            var parameters = new JsonObject { ["host"] = host, ["port"] = arguments[2] };
             if (result.GetValue(exportName) is { } name)
                 parameters["export-name"] = name;
             JsonNode answer = client.Call("reconnect", parameters)!;
@@ -170,10 +176,13 @@ internal static class ControlProgram
             {
                 Console.Error.Write("\nStop caching? (It goes on in the proxy otherwise.) [y/N] ");
                 if (Console.ReadLine()?.Trim().StartsWith("y", StringComparison.OrdinalIgnoreCase) == true)
+                {
                     client.Call("job.cancel", new JsonObject { ["job"] = id["job"]!.GetValue<int>() });
+                    throw new FailureException("interrupted: the caching has ended; what was fetched stays");
+                }
             }
 
-            throw new FailureException("interrupted; what was fetched stays, and --query tells how far it is");
+            throw new FailureException("interrupted: the caching goes on in the proxy; --query tells how far it is, --cancel ends it");
         }
     }
 
@@ -226,7 +235,7 @@ internal static class ControlProgram
         if (Number("store-failures") > 0)
             Console.WriteLine($"NOT CACHED:   {Number("store-failures")} times what was fetched could not be kept: see the proxy's log");
         if (answer["job"] is { } job)
-            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}");
+            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}{(job["error"] is { } error ? $": {error.GetValue<string>()}" : "")}");
         return ExitCode.Success;
     }
 

@@ -200,6 +200,22 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.Equal(2, server.Count);
     }
 
+    /// <summary>It is said why, once, and not asked all the time.</summary>
+    [Fact]
+    public async Task A_server_that_comes_back_with_another_length_is_said_so()
+    {
+        FakeServer first = new FakeServer(SocketPath, _image).Start();
+        using RemoteDisk disk = Connect(patienceSeconds: 2);
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+        first.Dispose();
+        File.Delete(SocketPath);
+        using FakeServer other = new FakeServer(SocketPath, _image[..(Size / 2)]).Start();
+        var failure = await Assert.ThrowsAsync<DiskException>(() => Read(disk, 4096, 4096));
+        Assert.Contains($"the export has {Size / 2} bytes, not {Size}: it is another disk", failure.Message, StringComparison.Ordinal);
+        Assert.Contains(failure.Message, _log.Text, StringComparison.Ordinal);
+        Assert.InRange(other.Count, 1, 10);
+    }
+
     [Fact]
     public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
     {

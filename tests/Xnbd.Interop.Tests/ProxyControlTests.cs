@@ -60,7 +60,7 @@ public sealed class ProxyControlTests : IDisposable
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:/no/s\",\"port\":\"-\"}}", "there is no such socket"),
             ("[]", "\"code\":-32600"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
-            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"code\":-32602"),
+            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"id\":1,\"error\":{\"code\":-32602"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"cache-all\",\"params\":{\"blocks-per-request\":0}}", "\"code\":-32602"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"switch\"}", "not cached yet"),
         ])
@@ -94,6 +94,8 @@ public sealed class ProxyControlTests : IDisposable
     [InlineData(2, "--force goes with --switch", "--force", "--query", "s")]
     [InlineData(2, "SOCKET HOST PORT", "--reconnect", "s")]
     [InlineData(2, "control socket's path", "--query")]
+    [InlineData(2, "unknown option '--bogus'", "--bogus", "--query", "s")]
+    [InlineData(2, "--progress shows", "--cache-all", "--progress", "--detach", "s")]
     [InlineData(2, "--blocks-per-request abc: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "abc", "s")]
     [InlineData(2, "--blocks-per-request 257: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "257", "s")]
     [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]

@@ -264,6 +264,11 @@ public sealed class ProxyTests : IDisposable
         cache.AsSpan(4096, 4096).Fill(9);
         File.WriteAllBytes(_folder.File("cache.img"), cache);
         Assert.Contains("--import-bitmap", Refused(origin), StringComparison.Ordinal);
+        File.Move(_folder.File("cache.map"), _folder.File("other.map")); // a slip of the pen: nothing of the image may be taken for missing
+        Assert.Contains("there is no bitmap", Refused(origin, "--import-bitmap"), StringComparison.Ordinal);
+        Assert.Contains("holds data, and there is no map", Refused(origin), StringComparison.Ordinal);
+        Assert.Equal(cache, File.ReadAllBytes(_folder.File("cache.img")));
+        File.Move(_folder.File("other.map"), _folder.File("cache.map"));
         Assert.Equal(bitmap, File.ReadAllBytes(_folder.File("cache.map")));
         using ServerProcess proxy = Proxies.Start(_folder, origin, "--import-bitmap");
         using NbdTestClient client = proxy.Open();
@@ -422,7 +427,7 @@ public sealed class ProxyTests : IDisposable
     {
         string port = ServerProcess.FreePort().ToString(System.Globalization.CultureInfo.InvariantCulture), socket = _folder.File("o");
         using ServerProcess origin = ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, "--laddr", "::1", "--lport", port, _image]);
-        using ServerProcess proxy = Proxies.Start(_folder, "::1", port);
+        using ServerProcess proxy = Proxies.Start(_folder, "[::1]", port);
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before, client.Read(0, Size));
         Assert.Equal($"nbd://[::1]:{port}/", (await Query()).GetProperty("remote").GetString());
