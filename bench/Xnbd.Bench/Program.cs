@@ -12,7 +12,7 @@ double seconds = double.Parse(Value("--seconds") ?? (isQuick ? "1" : "3"), Cultu
 using var memory = new TempFolder("/dev/shm");
 using var disk = new TempFolder(Value("--disk") ?? Path.Combine(Repository.Root, "out"));
 string warmImage = memory.Random("image", 512 << 20);
-string coldImage = "";
+string coldImage = "", sparseImage = "";
 
 Peer[] present = [.. Peer.All.Where(p => p.IsPresent)];
 foreach (Peer absent in Peer.All.Except(present))
@@ -32,7 +32,12 @@ for (int round = 0; round < rounds; round++)
             Peer peer = peers[(i + round) % peers.Length];
             if (!Console.IsErrorRedirected)
                 Console.Error.Write($"\r\e[Kround {round + 1} of {rounds}: {workload.Name}: {peer.Name}");
-            string image = workload.Medium == Medium.Memory ? warmImage : await ColdImage();
+            string image = workload.Medium switch
+            {
+                Medium.Memory => warmImage,
+                Medium.SparseMemory => SparseImage(),
+                _ => await ColdImage(),
+            };
             try
             {
                 using var files = new TempFolder("/dev/shm"); // a layer, an overlay: new for each run
@@ -65,6 +70,24 @@ else
 return 0;
 
 string? Value(string option) => Array.IndexOf(args, option) is >= 0 and var at && at + 1 < args.Length ? args[at + 1] : null;
+
+string SparseImage()
+{
+    if (sparseImage.Length > 0)
+        return sparseImage;
+    const int piece = 4 << 20, pieces = 64, each = 32;
+    sparseImage = memory.Sparse("sparse", (long)piece * pieces * each);
+    byte[] data = new byte[piece];
+    new Random(1).NextBytes(data);
+    using FileStream file = File.OpenWrite(sparseImage);
+    for (int i = 0; i < pieces; i++)
+    {
+        file.Position = (long)piece * each * i;
+        file.Write(data);
+    }
+
+    return sparseImage;
+}
 
 async Task<string> ColdImage()
 {

@@ -19,6 +19,9 @@ public enum Medium
     /// <summary>In memory, on a tmpfs.</summary>
     Memory,
 
+    /// <summary>The same, of 8 GiB, of which a thirty-second part is data, in pieces of 4 MiB.</summary>
+    SparseMemory,
+
     /// <summary>On the disk's file system, with nothing of it in memory.</summary>
     ColdDisk,
 }
@@ -67,7 +70,8 @@ public sealed record Workload(
         Proxy("warm random write 4 KiB, 4 x 16", "randwrite", "4k", 16, jobs: 4, isFilled: true),
         Proxy("cold sequential read 64 KiB, depth 16", "read", "64k", 16, isOnce: true, quick: true),
         Proxy("cold random read 4 KiB, depth 32", "randread", "4k", 32, isOnce: true, quick: true),
-        CacheAll(),
+        CacheAll("cache-all", Medium.Memory),
+        CacheAll("cache-all of a sparse image", Medium.SparseMemory),
     ];
 
     /// <summary>fio's own start and end take less than this.</summary>
@@ -106,7 +110,7 @@ public sealed record Workload(
         };
 
     /// <summary>Fetching everything; the target mode's figure is that of nbdcopy from the origin into a file on the same file system.</summary>
-    private static Workload CacheAll() => new("proxy: cache-all", Medium.Memory, "MiB/s", IsQuick: true, async (server, image, _) =>
+    private static Workload CacheAll(string name, Medium medium) => new("proxy: " + name, medium, "MiB/s", IsQuick: true, async (server, image, _) =>
     {
         string folder = Path.GetDirectoryName(server.Socket)!;
         bool isProxy = File.Exists(Peer.ControlSocket(folder));
