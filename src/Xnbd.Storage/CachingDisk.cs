@@ -27,7 +27,8 @@ public readonly record struct CacheStatistics(
 /// Locks: <c>_fetching</c> guards the lists, the budget and the streams. Inside it nothing is held: the map is only read. Blocks
 /// are held in <see cref="OverlayDisk.Changing"/>; <c>_fetching</c> may be taken while they are, never the other way round.
 /// <para>
-/// The type's other files: <c>CachingDisk.Fetching.cs</c>, <c>CachingDisk.Storing.cs</c>, <c>CachingDisk.Following.cs</c> (reading ahead).
+/// The type's other files: <c>CachingDisk.Fetching.cs</c>, <c>CachingDisk.Storing.cs</c>, <c>CachingDisk.Following.cs</c> (reading ahead),
+/// <c>CachingDisk.Filling.cs</c>.
 /// </para>
 /// </summary>
 internal sealed partial class CachingDisk : OverlayDisk
@@ -37,9 +38,6 @@ internal sealed partial class CachingDisk : OverlayDisk
 
     /// <summary>A failure within this time, in milliseconds, is what the origin says; later it is that it says nothing.</summary>
     private const int QuickFailure = 5000;
-
-    /// <summary>The most that the origin is asked about zeroes at once: 1 GiB; and the most that it answers, which bounds the memory for it.</summary>
-    private const int AskedBlocks = (1 << 30) / BlockRange.BlockSize, AskedExtents = 4096;
 
     private const int MaxFetchBlocks = MaxFetchBytes / BlockRange.BlockSize;
 
@@ -59,7 +57,6 @@ internal sealed partial class CachingDisk : OverlayDisk
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
-    private int _invalidations;
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="origin">The far disk; it is only read.</param>
@@ -124,98 +121,6 @@ internal sealed partial class CachingDisk : OverlayDisk
         if (range.Length > 0)
             Hit(offset, range.Length);
         return range;
-    }
-
-    /// <summary>Fetches all that is missing, but for zeroes that the origin knows of: those are made here.</summary>
-    /// <param name="blocksPerRequest">How many blocks are fetched with one request, at most; 1 to 256.</param>
-    /// <param name="parallel">How many requests are under way at once.</param>
-    /// <param name="cancel">Ends it; what was fetched stays.</param>
-    /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
-    public async Task CacheAll(int blocksPerRequest, int parallel, CancellationToken cancel)
-    {
-        using var slots = new SemaphoreSlim(parallel);
-        var running = new List<Task>();
-        DiskException? failure = null;
-        try
-        {
-            for (BlockRange left = All; left.Count > 0 && failure is null;)
-            {
-                BlockRange run = Map.Run(left, out BlockState state);
-                if (state == BlockState.Absent)
-                    run = await KeepZeroes(run with { Count = Math.Min(run.Count, AskedBlocks) }, FetchAll);
-                left = new BlockRange(run.End, left.End - run.End);
-            }
-        }
-        finally
-        {
-            await Task.WhenAll(running);
-        }
-
-        if (failure is not null)
-            throw failure;
-        Map.WriteBehind(); // what others have just stored, too
-
-        async Task FetchAll(BlockRange range)
-        {
-            for (BlockRange rest = range; rest.Count > 0 && failure is null;)
-            {
-                await slots.WaitAsync(cancel);
-                if (failure is not null)
-                    return; // it was waited for in vain
-                running.RemoveAll(task => task.IsCompleted);
-                BlockRange part = rest with { Count = Math.Min(rest.Count, blocksPerRequest) };
-                running.Add(FetchOnce(part));
-                rest = new BlockRange(part.End, rest.End - part.End);
-            }
-        }
-
-        async Task FetchOnce(BlockRange range)
-        {
-            try
-            {
-                await Bring(range);
-            }
-            catch (DiskException caught)
-            {
-                failure = caught;
-            }
-            finally
-            {
-                slots.Release();
-            }
-        }
-    }
-
-    /// <summary>Asks the origin where zeroes are, keeps those as holes of the file, and has the rest fetched.</summary>
-    /// <param name="range">Absent blocks; how many of them are worked on depends on the answer.</param>
-    /// <param name="fetch">Fetches the others.</param>
-    /// <returns>What has been worked on: at least the first block.</returns>
-    private async Task<BlockRange> KeepZeroes(BlockRange range, Func<BlockRange, Task> fetch)
-    {
-        int invalidations = Volatile.Read(ref _invalidations);
-        var extents = new ExtentList(AskedExtents);
-        await _origin.GetExtentsAsync(range.Offset, range.LengthOn(Length), extents);
-        long offset = range.Offset, done = range.First;
-        foreach (Extent extent in extents.Extents)
-        {
-            BlockRange zeroes = BlockRange.Inside(offset, extent.Length, Length);
-            offset += extent.Length;
-            if (!extent.IsHole || zeroes.LengthOn(Length) < StoreBytes)
-                continue; // it is fetched with what surrounds it
-            await fetch(new BlockRange(done, zeroes.First - done));
-            await ForEachHeld(zeroes, state => state == BlockState.Absent, async part =>
-            {
-                if (Volatile.Read(ref _invalidations) != invalidations)
-                    return; // the answer is stale
-                await MakeHole(part.Offset, part.LengthOn(Length));
-                Map.SetFetched(part);
-            });
-            done = zeroes.End;
-        }
-
-        BlockRange all = range with { Count = Math.Max(1, BlockRange.Inside(range.Offset, offset - range.Offset, Length).Count) };
-        await fetch(new BlockRange(done, all.End - done));
-        return all;
     }
 
     /// <summary>
