@@ -39,6 +39,11 @@ internal sealed class RemoteConnection : IDisposable
     private readonly object _sending = new();
     private readonly RemoteRequest?[] _slots = new RemoteRequest?[MaxUnderWay];
     private readonly uint[] _generations = new uint[MaxUnderWay]; // a cookie is a slot and how often it was used
+    private readonly long[] _numbers = new long[MaxUnderWay]; // of the requests under way, in order of sending; else 0
+    private long _lastNumber;
+    private long _answeredNumber; // the highest,
+    private long _passedNumber; // and what it was
+    private long _passedAt = Environment.TickCount64; // at this time
     private readonly Stack<int> _free = new(Enumerable.Range(0, MaxUnderWay).Reverse());
     private byte[] _output = new byte[MaxUnderWay * NbdSize.Request];
     private byte[] _outputBeingSent = new byte[MaxUnderWay * NbdSize.Request];
@@ -71,9 +76,26 @@ internal sealed class RemoteConnection : IDisposable
     /// <summary>It can be used no more.</summary>
     public bool IsBroken => Volatile.Read(ref _reason) is not null;
 
-    /// <summary>Breaks it, if reads are under way and nothing has arrived for so long.</summary>
+    /// <summary>
+    /// Breaks it, if reads are under way and nothing has arrived for so long, or if a read was not answered although younger ones
+    /// were, so long ago. (A slow line alone makes reads wait in order.) To be called now and then, by one thread.
+    /// </summary>
     public void BreakIfSilent(TimeSpan time)
     {
+        if (Environment.TickCount64 - _passedAt > time.TotalMilliseconds)
+        {
+            bool isPassed;
+            lock (_sending)
+                isPassed = Array.Exists(_numbers, number => number != 0 && number < _passedNumber);
+            if (isPassed)
+            {
+                Break($"{_address}: the server has not answered a read for {time.TotalSeconds:0} seconds, and others since: this is a fault of that server");
+                return;
+            }
+
+            (_passedAt, _passedNumber) = (Environment.TickCount64, Volatile.Read(ref _answeredNumber));
+        }
+
         if (UnderWay > 0 && Environment.TickCount64 - Math.Max(Volatile.Read(ref _waitsSince), Volatile.Read(ref _busySince)) > time.TotalMilliseconds)
         {
             IsSilent = true;
@@ -151,6 +173,7 @@ internal sealed class RemoteConnection : IDisposable
                 Volatile.Write(ref _busySince, Environment.TickCount64);
             _freeCount = _free.Count;
             _slots[slot] = request;
+            _numbers[slot] = ++_lastNumber;
             ulong cookie = ((ulong)++_generations[slot] << 32) | (uint)slot;
             NbdCommand command = request.Extents is null ? NbdCommand.Read : NbdCommand.BlockStatus;
             new NbdRequest(NbdCommandFlags.None, command, cookie, (ulong)request.Offset, (uint)request.Length)
@@ -231,9 +254,9 @@ internal sealed class RemoteConnection : IDisposable
                 Monitor.Wait(_sending); // it uses the socket
             left.AddRange(_slots.OfType<RemoteRequest>());
             Array.Clear(_slots);
+            _socket.Dispose();
         }
 
-        _socket.Dispose();
         _broken(this, _reason!, left);
     }
 
@@ -258,6 +281,8 @@ internal sealed class RemoteConnection : IDisposable
         lock (_sending)
         {
             _slots[slot] = null;
+            Volatile.Write(ref _answeredNumber, Math.Max(_answeredNumber, _numbers[slot]));
+            _numbers[slot] = 0;
             _free.Push(slot);
             _freeCount = _free.Count;
         }
@@ -416,15 +441,14 @@ internal sealed class RemoteConnection : IDisposable
             if (_reason is not null)
                 return;
             _reason = reason;
-        }
-
-        try
-        {
-            _socket.Shutdown(SocketShutdown.Both); // the receiver and who is sending come back
-        }
-        catch (SocketException)
-        {
-            // The peer has closed it already.
+            try
+            {
+                _socket.Shutdown(SocketShutdown.Both); // the receiver and who is sending come back; it disposes of the socket under this lock
+            }
+            catch (SocketException)
+            {
+                // The peer has closed it already.
+            }
         }
     }
 }

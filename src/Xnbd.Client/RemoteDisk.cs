@@ -40,6 +40,7 @@ public sealed partial class RemoteDisk : Disk
     private long _lastBreak; // of a connection, in milliseconds of the system's clock
     private RemoteAddress _address;
     private int _wanted;
+    private volatile string? _down; // why a connection could not be made
     private bool _isClosed;
 
     private RemoteDisk(RemoteAddress address, RemoteConnection first, int connections, ILogger log, TimeSpan patience)
@@ -121,6 +122,7 @@ public sealed partial class RemoteDisk : Disk
         disk._connections.Add(first);
         ready.Set();
         new Thread(disk.KeepConnected, 256 * 1024) { IsBackground = true, Name = "remote keeper" }.Start();
+        new Thread(disk.Watch, 256 * 1024) { IsBackground = true, Name = "remote watch" }.Start();
         return disk;
     }
 
@@ -327,7 +329,8 @@ public sealed partial class RemoteDisk : Disk
 
             if (connection.IsTimedOut)
                 _connections.ForEach(other => other.BreakIfQuiet(RemoteAddress.UnacknowledgedTime)); // or reads would try them one by one
-            bool IsLate(RemoteRequest request) => isClosed || connection.IsSilent || request.Extents is not null || Environment.TickCount64 - request.StartedAt > _patience.TotalMilliseconds;
+            double patience = _patience.TotalMilliseconds / (connection.IsSilent ? 2 : 1); // young reads are tried elsewhere, but not on one silent connection after another
+            bool IsLate(RemoteRequest request) => isClosed || request.Extents is not null || Environment.TickCount64 - request.StartedAt > patience;
             foreach (RemoteRequest request in left.Where(r => !IsLate(r)))
             {
                 request.Restart();
@@ -342,14 +345,38 @@ public sealed partial class RemoteDisk : Disk
             SubmitWaiting();
     }
 
-    /// <summary>Makes connections, and makes those anew that have broken; fails reads that have waited too long.</summary>
-    private void KeepConnected()
+    /// <summary>Breaks connections that are silent, and fails reads that have waited too long for one. A thread of its own: making connections takes time.</summary>
+    private void Watch()
     {
-        var pause = TimeSpan.Zero;
-        string? down = null; // why there is no connection
         while (true)
         {
             var late = new List<RemoteRequest>();
+            string reason;
+            bool isClosed;
+            lock (_lock)
+            {
+                if (!_isClosed)
+                    Monitor.Wait(_lock, TimeSpan.FromMilliseconds(Math.Min(1000, _patience.TotalMilliseconds / 4)));
+                isClosed = _isClosed;
+                _connections.ForEach(connection => connection.BreakIfSilent(_patience));
+                while (_waiting.TryPeek(out RemoteRequest? oldest)
+                    && (isClosed || (_connections.Count == 0 && Environment.TickCount64 - oldest.StartedAt > _patience.TotalMilliseconds)))
+                    late.Add(_waiting.Dequeue());
+                reason = isClosed ? "the remote disk is closed" : _down ?? $"{_address}: the server cannot be reached";
+            }
+
+            late.ForEach(request => request.Fail(reason));
+            if (isClosed)
+                return;
+        }
+    }
+
+    /// <summary>Makes connections, and makes those anew that have broken.</summary>
+    private void KeepConnected()
+    {
+        var pause = TimeSpan.Zero;
+        while (true)
+        {
             RemoteAddress address;
             lock (_lock)
             {
@@ -357,21 +384,11 @@ public sealed partial class RemoteDisk : Disk
                     Monitor.Wait(_lock, TimeSpan.FromSeconds(1));
                 else if (pause > TimeSpan.Zero && !_isClosed)
                     Monitor.Wait(_lock, pause);
-                _connections.ForEach(connection => connection.BreakIfSilent(_patience));
-                while (_waiting.TryPeek(out RemoteRequest? oldest)
-                    && (_isClosed || _connections.Count == 0)
-                    && (_isClosed || Environment.TickCount64 - oldest.StartedAt > _patience.TotalMilliseconds))
-                    late.Add(_waiting.Dequeue());
                 if (_isClosed)
-                {
-                    late.ForEach(request => request.Fail("the remote disk is closed"));
                     return;
-                }
-
                 address = _address;
             }
 
-            late.ForEach(request => request.Fail(down ?? $"{address}: the server cannot be reached"));
             if (ConnectionCount >= _wanted)
                 continue;
             try
@@ -390,19 +407,19 @@ public sealed partial class RemoteDisk : Disk
 
                 if (isStale)
                     connection.Dispose();
-                if (down is not null)
+                if (_down is not null)
                     LogBack(_log, address);
 
                 // Where connections keep breaking soon, they are made in no hurry.
                 pause = Environment.TickCount64 - Volatile.Read(ref _lastBreak) > 5000 ? TimeSpan.Zero : Longer(pause);
-                down = null;
+                _down = null;
                 SubmitWaiting();
             }
             catch (RemoteException failure)
             {
-                if (down != failure.Message)
+                if (_down != failure.Message)
                     LogUnreachable(_log, failure.Message);
-                down = failure.Message;
+                _down = failure.Message;
                 pause = Longer(pause);
             }
         }

@@ -45,6 +45,7 @@ public sealed class ControlServer : IDisposable
     private static readonly TimeSpan s_sendTime = TimeSpan.FromSeconds(5);
 
     private readonly string _path;
+    private readonly FileStatus _file;
     private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
     private readonly List<Socket> _clients = []; // who spoke last stands last
@@ -54,6 +55,7 @@ public sealed class ControlServer : IDisposable
     private ControlServer(string path, Socket listener, Func<string, JsonObject, JsonNode?> call)
     {
         _path = path;
+        _ = LinuxFile.Status(path, out _file);
         _listener = listener;
         _call = call;
     }
@@ -96,7 +98,7 @@ public sealed class ControlServer : IDisposable
     {
         _isClosed = true;
         _listener.Dispose();
-        UnixSocket.Remove(_path);
+        UnixSocket.Remove(_path, _file);
         lock (_clients)
             _clients.ForEach(client => client.Dispose());
     }

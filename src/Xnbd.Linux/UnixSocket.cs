@@ -19,7 +19,7 @@ public static class UnixSocket
         }
         catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
         {
-            Remove(path);
+            Remove(path, status);
         }
         catch (SocketException)
         {
@@ -27,6 +27,14 @@ public static class UnixSocket
         }
     }
 
-    /// <summary>Removes a socket; if that is not allowed, it stays, as that of a killed server does.</summary>
-    public static void Remove(string path) => _ = LinuxFile.Unlink(path);
+    /// <summary>
+    /// Removes a socket, unless another one has taken its place; if that is not allowed, it stays, as that of a killed server does.
+    /// </summary>
+    /// <param name="path">Where it is.</param>
+    /// <param name="own">Which it is.</param>
+    public static void Remove(string path, in FileStatus own)
+    {
+        if (LinuxFile.Status(path, out FileStatus present) == Errno.None && present.IsSameFile(own))
+            _ = LinuxFile.Unlink(path);
+    }
 }

@@ -23,7 +23,6 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger));
 
     private readonly List<Socket> _listeners = [];
-    private readonly List<string> _socketPaths = [];
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Connection, Session> _sessions = [];
@@ -83,7 +82,6 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         }
 
         _listeners.Add(listener);
-        _socketPaths.Add(path);
         logger.Listening(path);
     }
 
@@ -136,9 +134,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     {
         _isStopping = true;
         foreach (Socket listener in _listeners)
-            listener.Dispose();
-        foreach (string path in _socketPaths)
-            UnixSocket.Remove(path);
+            listener.Dispose(); // which removes a Unix socket's file
 
         lock (_connections)
         {

@@ -146,7 +146,10 @@ internal sealed class BlockMap
 
         _store.Sync();
         if (Header.BootId != _bootId)
-            WriteHeader(Header with { BootId = _bootId }); // from here on the live map is right
+        {
+            MapFlags flags = Header.Flags | ((Header.Flags & MapFlags.Cache) != 0 ? MapFlags.MayHoldWrites : 0);
+            WriteHeader(Header with { BootId = _bootId, Flags = flags }); // from here on the live map is right
+        }
     }
 
     /// <summary>Reads a header.</summary>

@@ -95,8 +95,11 @@ public sealed class CacheDisk : IDisposable
     /// <summary>Records that the origin has another address now.</summary>
     public void Rebind(string originName)
     {
-        MapHeader header = _cache.Map.Header;
-        _cache.Map.WriteHeader(header with { Source = header.Source with { Path = originName } });
+        lock (_switching) // which writes the header, too
+        {
+            MapHeader header = _cache.Map.Header;
+            _cache.Map.WriteHeader(header with { Source = header.Source with { Path = originName } });
+        }
     }
 
     /// <summary>
@@ -118,6 +121,7 @@ public sealed class CacheDisk : IDisposable
                 if (force)
                     _cache.ZeroAbsent().GetAwaiter().GetResult(); // what may fail comes before anything has changed
                 Complete(force); // and the rest while nothing does
+                _cache.Map.WriteHeader(_cache.Map.Header with { Flags = _cache.Map.Header.Flags | MapFlags.MayHoldWrites }); // nobody notes them any more
                 return _image;
             });
             _image.ShareLock();

@@ -73,12 +73,18 @@ internal static class CacheFiles
             try
             {
                 map = Make(partial, made, source);
-                for (long block = 0; block < imported?.Length; block++)
+                for (long block = 0; block < imported?.Length;)
                 {
+                    long end = block;
+                    while (end < imported.Length && imported[end] == imported[block])
+                        end++;
                     if (imported[block])
-                        map.Set(new BlockRange(block, 1), BlockState.Written); // which were written nobody knows: then all are
+                        map.Set(new BlockRange(block, end - block), BlockState.Written); // which were written nobody knows: then all are
+                    block = end;
                 }
 
+                if (imported is not null)
+                    image.FlushAsync().AsTask().GetAwaiter().GetResult(); // what the original has written may be in memory only
                 map.Commit();
                 errno = LinuxFile.Rename(partial, mapPath);
                 if (errno != Errno.None)

@@ -49,11 +49,10 @@ internal sealed partial class CachingDisk
         BlockRange range = default;
         BlockState state = BlockState.Written;
         for (; block < Map.BlockCount && state != BlockState.Absent; block = range.End)
-            range = Map.Run(new BlockRange(block, Map.BlockCount - block), out state);
+            range = Map.Run(new BlockRange(block, Math.Min(AskedBlocks, Map.BlockCount - block)), out state);
         if (state != BlockState.Absent)
             return null;
 
-        range = range with { Count = Math.Min(range.Count, AskedBlocks) };
         int invalidations = Volatile.Read(ref _invalidations);
         var extents = new ExtentList(AskedExtents);
         await _origin.GetExtentsAsync(range.Offset, range.LengthOn(Length), extents);

@@ -166,6 +166,8 @@ internal sealed partial class CachingDisk : OverlayDisk
 
     private void RefuseIfWritten()
     {
+        if ((Map.Header.Flags & MapFlags.MayHoldWrites) != 0)
+            throw new DiskException(DiskError.Permission, "blocks that were fetched may have been written here since: the disk was switched to, or the machine has died; --clear-bitmap gives up everything");
         if (Map.Count(BlockState.Written) + Map.Count(BlockState.Zero) is var written and > 0)
             throw new DiskException(DiskError.Permission, $"{written} blocks were written here, and do not belong to other contents of the remote");
     }
@@ -194,8 +196,7 @@ internal sealed partial class CachingDisk : OverlayDisk
     {
         for (BlockRange left = range; left.Count > 0;)
         {
-            BlockRange run = Map.Run(left, out BlockState state);
-            run = run with { Count = Math.Min(run.Count, 16 * 1024) };
+            BlockRange run = Map.Run(left with { Count = Math.Min(left.Count, 16 * 1024) }, out BlockState state);
             left = new BlockRange(run.End, left.End - run.End);
             if (!isMeant(state))
                 continue;

@@ -35,6 +35,9 @@ public enum MapFlags
 
     /// <summary>It is a cache's map, in a file of its own; the data stand in another one.</summary>
     Cache = 16,
+
+    /// <summary>Of a cache: blocks that count as fetched may hold what was written here, since it was switched to, or the machine has died amid writes.</summary>
+    MayHoldWrites = 32,
 }
 
 /// <summary>

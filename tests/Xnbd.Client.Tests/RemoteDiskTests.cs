@@ -217,6 +217,61 @@ public sealed class RemoteDiskTests : IDisposable
     }
 
     [Fact]
+    public async Task A_read_that_is_passed_over_by_others_fails()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image) { Answer = (_, _, request) => request.Offset == 4096 }.Start();
+        using RemoteDisk disk = Connect(patienceSeconds: 0.5);
+        Task<byte[]> lost = Read(disk, 4096, 512);
+        while (!lost.IsCompleted)
+        {
+            Assert.Equal(_image[..512], await Read(disk, 0, 512));
+            await Task.Delay(20, TestContext.Current.CancellationToken);
+        }
+
+        Assert.Contains("and others since", (await Assert.ThrowsAsync<DiskException>(() => lost)).Message, StringComparison.Ordinal);
+    }
+
+    /// <summary>One of two connections has become silent: what was asked for on it lately goes to the other one.</summary>
+    [Fact]
+    public async Task Young_reads_of_a_silent_connection_are_tried_on_another_one()
+    {
+        int silent = -1;
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.CanMultiConn,
+            Answer = (_, number, request) =>
+            {
+                if (request.Offset == 8192)
+                    Interlocked.CompareExchange(ref silent, number, -1);
+                return number == silent;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect(connections: 2, patienceSeconds: 6);
+        Wait.Until(() => disk.ConnectionCount == 2, "both are made");
+        Task<byte[]> old = Read(disk, 8192, 512);
+        await Task.Delay(5000, TestContext.Current.CancellationToken);
+        Task<byte[]>[] young = [.. Enumerable.Range(0, 50).Select(_ => Read(disk, 0, 512))];
+        foreach (Task<byte[]> read in young)
+            Assert.Equal(_image[..512], await read);
+        await Assert.ThrowsAsync<DiskException>(() => old);
+    }
+
+    [Fact]
+    public async Task A_handshake_that_hangs_keeps_no_read_waiting()
+    {
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.CanMultiConn,
+            Handshake = (peer, number) => number > 0 && peer.Receive(1000).Length > 0, // which never come
+            Answer = (_, _, _) => true,
+        }.Start();
+        using RemoteDisk disk = Connect(connections: 2, patienceSeconds: 1);
+        long start = Environment.TickCount64;
+        await Assert.ThrowsAsync<DiskException>(() => Read(disk, 0, 512));
+        Assert.InRange(Environment.TickCount64 - start, 900, 5000);
+    }
+
+    [Fact]
     public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
     {
         using FakeServer server = new FakeServer(SocketPath, _image)

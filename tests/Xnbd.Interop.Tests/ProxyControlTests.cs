@@ -86,6 +86,13 @@ public sealed class ProxyControlTests : IDisposable
         proxy.Kill(); // and a stale one is replaced
         using ServerProcess next = Proxies.Start(_folder, origin);
         Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+        File.Delete(path); // and one that another one has replaced is not removed at the end
+        string socket = _folder.File("x");
+        using ServerProcess last = ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]);
+        Assert.Equal(0, next.Stop());
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+        Assert.Equal(0, last.Stop());
+        Assert.False(Path.Exists(path));
     }
 
     [Theory]

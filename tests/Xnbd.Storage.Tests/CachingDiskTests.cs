@@ -421,6 +421,60 @@ public sealed class CachingDiskTests : IDisposable
         Assert.Equal(Expected(0, 4 * Block), await Soon(Read(disk, 0, 4 * Block)));
     }
 
+    /// <summary>A target notes no more what it writes: it may be where something was fetched.</summary>
+    [Fact]
+    public async Task What_was_written_after_a_switch_is_not_given_up()
+    {
+        using (CacheDisk cache = OpenCache())
+        {
+            await cache.CacheAll(256, CancellationToken.None);
+            cache.Switch(force: false);
+            await Soon(cache.Disk.WriteAsync(0, new byte[Block], durable: true));
+        }
+
+        using CacheDisk again = OpenCache();
+        Assert.Equal(0, again.Statistics.WrittenBlocks);
+        Assert.Contains("--clear-bitmap", Assert.Throws<DiskException>(again.Invalidate).Message, StringComparison.Ordinal);
+        byte[] seen = new byte[Block];
+        await Soon(again.Disk.ReadAsync(0, seen));
+        Assert.Equal(new byte[Block], seen);
+
+        CacheDisk OpenCache() => CacheDisk.Open(
+            _origin, "origin", _folder.File("image"), _folder.File("map"), CacheOpening.GoOn, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+    }
+
+    /// <summary>The map of a large disk is looked at once, not once for each part of it: the switch does so while clients wait.</summary>
+    [Fact]
+    public async Task The_time_of_a_switch_grows_with_the_disk_and_not_with_its_square()
+    {
+        const long length = 1L << 40;
+        var map = BlockMap.Create(new NoStore(), new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = Guid.NewGuid(),
+            Flags = MapFlags.Cache,
+            DataStart = 0,
+            Source = new SourceIdentity("x", length, 0, 0),
+        });
+        map.SetFetched(new BlockRange(0, map.BlockCount));
+        using var disk = new CachingDisk(_origin, new MemoryDisk(0), map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+        await disk.Materialize(giveUpAbsent: false).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken); // a quarter of a second; else minutes
+        await disk.CacheAll(256, 4, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+    }
+
+    private sealed class NoStore : IMapStore
+    {
+        public void Read(long offset, Span<byte> buffer) => buffer.Clear();
+
+        public void Write(long offset, ReadOnlySpan<byte> data)
+        {
+        }
+
+        public void Sync()
+        {
+        }
+    }
+
     [Fact]
     public async Task What_was_written_is_not_mixed_with_other_contents_of_the_origin()
     {

@@ -87,7 +87,7 @@ public sealed class CrashTests
             {
                 Id = Guid.NewGuid(),
                 BootId = _boot,
-                Flags = MapFlags.None,
+                Flags = _isCache ? MapFlags.Cache : MapFlags.None,
                 DataStart = _start,
                 Source = new SourceIdentity("base", Length, 0, 0),
             };
@@ -189,7 +189,7 @@ public sealed class CrashTests
                 StoreFetched();
             switch (_random.Next(12))
             {
-                case 11 when _disk is CachingDisk cache && cache.Statistics.WrittenBlocks == 0:
+                case 11 when _disk is CachingDisk cache && cache.Statistics.WrittenBlocks == 0 && (cache.Map.Header.Flags & MapFlags.MayHoldWrites) == 0:
                     Invalidate(cache);
                     break;
                 case 10:
@@ -224,7 +224,7 @@ public sealed class CrashTests
             }
         }
 
-        /// <summary>Afterwards all is as in the base, also what a death of the machine has left of writes for which nothing was promised.</summary>
+        /// <summary>Afterwards all is as in the base, also what a death of the process has left of a write that was under way.</summary>
         private void Invalidate(CachingDisk cache)
         {
             foreach ((long sector, List<ulong> values) in _model)
