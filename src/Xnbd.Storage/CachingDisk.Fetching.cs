@@ -23,6 +23,8 @@ internal sealed partial class CachingDisk
         public int References = 2; // whoever makes it, and its own
         public long SentAt; // in milliseconds of the system's clock
         public bool IsCounted; // among the bytes that are under way, or to be stored
+        public bool IsHeldUp; // uncounted, but among the bytes that wait for writers to be stored
+        public volatile bool IsSkipped; // some of it was not stored: writers held it, and too much waited already
         public volatile bool IsStale; // the origin may have changed since: it is not to be stored
 
         /// <summary>What it brings; until it is sent, neighbours that are missed as well may be added on both sides.</summary>
@@ -97,6 +99,16 @@ internal sealed partial class CachingDisk
             _bytesInFlight += more;
         fetch.References++;
         return true;
+    }
+
+    /// <summary>Fetched, or being fetched, and not given up yet, in bytes.</summary>
+    internal long BytesHeld
+    {
+        get
+        {
+            lock (_fetching)
+                return _fetches.Where(fetch => fetch.Buffer is not null).Sum(BytesOf);
+        }
     }
 
     private long BytesOf(Fetch fetch) => fetch.Range.LengthOn(Length);
@@ -204,6 +216,8 @@ internal sealed partial class CachingDisk
         {
             _fetches.Remove(fetch);
             Uncount(fetch);
+            if (fetch.IsHeldUp)
+                _bytesHeldUp -= BytesOf(fetch);
         }
 
         if (failure is null)

@@ -238,11 +238,11 @@ internal sealed partial class CachingDisk : IDiskWork
                 continue;
             if (!Changing.TryEnter(run))
             {
-                // A writer holds it, who may wait for a fetch that waits for room. (What is held uncounted is no more than what writers hold.)
-                lock (_fetching)
+                // A writer holds it, who may wait for a fetch that waits for room: so what waits here has its own.
+                if (!MayBeHeldUp(fetch))
                 {
-                    Uncount(fetch);
-                    LetWaitingIn();
+                    fetch.IsSkipped = true;
+                    continue;
                 }
 
                 SendFetches();
@@ -267,6 +267,22 @@ internal sealed partial class CachingDisk : IDiskWork
             {
                 Changing.Leave(run);
             }
+        }
+    }
+
+    /// <summary>Lets a fetch wait for writers, and others in for it, unless as much waits already as may be fetched at all.</summary>
+    private bool MayBeHeldUp(Fetch fetch)
+    {
+        lock (_fetching)
+        {
+            if (!fetch.IsHeldUp && _bytesHeldUp + BytesOf(fetch) > _mostBytes)
+                return false;
+            if (!fetch.IsHeldUp)
+                _bytesHeldUp += BytesOf(fetch);
+            fetch.IsHeldUp = true;
+            Uncount(fetch);
+            LetWaitingIn();
+            return true;
         }
     }
 

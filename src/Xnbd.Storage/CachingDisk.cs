@@ -21,8 +21,9 @@ public readonly record struct CacheStatistics(
 /// a fetch never overwrites what was written since it started. A reader that goes on in sequence is read ahead of.
 /// </para>
 /// <para>
-/// Fetched bytes in memory are bounded: from when a fetch is let in until it is stored. Only a fetch that must wait for a
-/// writer, to be stored, counts no more: that writer may wait for a fetch itself.
+/// Fetched bytes in memory are bounded: from when a fetch is let in until it is stored. A fetch that must wait for a
+/// writer, to be stored, counts no more, as that writer may wait for a fetch itself: such ones have a bound of their own, beyond
+/// which they are not kept.
 /// </para>
 /// Locks: <c>_fetching</c> guards the lists, the budget and the streams. Inside it nothing is held: the map is only read. Blocks
 /// are held in <see cref="OverlayDisk.Changing"/>; <c>_fetching</c> may be taken while they are, never the other way round.
@@ -54,6 +55,7 @@ internal sealed partial class CachingDisk : OverlayDisk
     private int _running; // fetches that were let in, and that the origin has not answered yet
     private long _bytesInFlight; // of them
     private long _bytesToStore; // of those that have arrived
+    private long _bytesHeldUp; // of those that wait for writers, to be stored
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
@@ -162,6 +164,20 @@ internal sealed partial class CachingDisk : OverlayDisk
         });
         await FlushAll();
         RefuseIfWritten();
+    }
+
+    /// <inheritdoc/>
+    protected override void SyncHasFailed()
+    {
+        try
+        {
+            // The kernel may have dropped what it could not write. The next start goes by what has been made durable: the rest is fetched again.
+            Map.WriteHeader(Map.Header with { BootId = Guid.Empty });
+        }
+        catch (DiskException)
+        {
+            // Then the next start believes the live map, as it does after any other end.
+        }
     }
 
     private void RefuseIfWritten()
@@ -306,6 +322,13 @@ internal sealed partial class CachingDisk : OverlayDisk
                 finally
                 {
                     Release(fetch);
+                }
+
+                if (fetch.IsSkipped)
+                {
+                    await Changing.EnterAsync(covered); // when its writers have gone,
+                    Changing.Leave(covered);
+                    continue; // it is looked for anew
                 }
             }
 

@@ -309,7 +309,7 @@ internal abstract partial class OverlayDisk : Disk
         }
         catch (DiskException failure)
         {
-            throw Lost(_lost = failure);
+            throw Lose(failure);
         }
 
         _map.WritePages(pages); // on the disk thread that has synced the data
@@ -319,8 +319,20 @@ internal abstract partial class OverlayDisk : Disk
         }
         catch (DiskException failure)
         {
-            throw Lost(_lost = failure);
+            throw Lose(failure);
         }
+    }
+
+    private DiskException Lose(DiskException failure)
+    {
+        _lost = failure;
+        SyncHasFailed();
+        return Lost(failure);
+    }
+
+    /// <summary>What was not durable before may be lost.</summary>
+    protected virtual void SyncHasFailed()
+    {
     }
 
     private static DiskException Lost(DiskException failure)

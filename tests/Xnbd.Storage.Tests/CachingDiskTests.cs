@@ -336,6 +336,68 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
+    /// <summary>Writers that are stuck hold a block in each MiB that is read: the rest of those MiBs must not fill the memory.</summary>
+    [Fact]
+    public async Task What_waits_for_writers_is_bounded_too_and_fetched_again()
+    {
+        const int most = 1 << 20, writers = 15;
+        using var writing = new ManualResetEventSlim();
+        using var started = new CountdownEvent(writers);
+        using CachingDisk disk = Open(image => new FaultDisk(image)
+        {
+            Before = (operation, _, length) =>
+            {
+                if (operation == "write" && length == Block && !writing.IsSet) // of the clients'
+                {
+                    started.Signal();
+                    writing.Wait();
+                }
+
+                return Task.CompletedTask;
+            },
+        }, bytes: most);
+        using var release = new Release(writing);
+        byte[] ones = [.. Enumerable.Repeat((byte)1, Block)];
+        Task[] writes = [.. Enumerable.Range(0, writers).Select(i => Task.Factory.StartNew(
+            () => disk.WriteAsync((i << 20) + (512 << 10), ones, durable: false).AsTask().GetAwaiter().GetResult(),
+            TestContext.Current.CancellationToken,
+            TaskCreationOptions.LongRunning,
+            TaskScheduler.Default))];
+        started.Wait(TestContext.Current.CancellationToken); // they hold their blocks
+        for (int i = 0; i < writers; i++)
+            Assert.Equal(Expected(i << 20, 1 << 20), await Soon(Read(disk, i << 20, 1 << 20)));
+        Task caching = disk.CacheAll(256, 4, CancellationToken.None);
+        await Task.Delay(100, TestContext.Current.CancellationToken);
+        Assert.InRange(disk.BytesHeld, 0, 2 * most);
+        writing.Set();
+        await Task.WhenAll(writes);
+        await caching.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        for (int i = 0; i < writers; i++)
+            ones.CopyTo(_bytes, (i << 20) + (512 << 10));
+        Assert.Equal(0, disk.Statistics.AbsentBlocks);
+        Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
+    }
+
+    /// <summary>The kernel drops what it cannot write, and says so once.</summary>
+    [Fact]
+    public async Task After_a_failed_sync_and_a_new_start_what_was_not_durable_is_fetched_again()
+    {
+        using (CachingDisk disk = Open(image => new FaultDisk(image)
+        {
+            Before = (operation, _, _) => operation == "flush" ? throw new DiskException(DiskError.Io, "bad medium") : Task.CompletedTask,
+        }))
+        {
+            await disk.CacheAll(256, 4, CancellationToken.None);
+            await Assert.ThrowsAsync<DiskException>(() => disk.FlushAll().AsTask());
+        }
+
+        Linux.LinuxFile.Unlock(_mapFile!);
+        _mapFile!.Dispose();
+        File.WriteAllBytes(_folder.File("image"), new byte[Length]); // what the medium has
+        using CachingDisk again = Open();
+        Assert.Equal(_bytes, await Soon(Read(again, 0, Length)));
+    }
+
     [Fact]
     public async Task Zeroes_of_the_origin_take_no_space()
     {
