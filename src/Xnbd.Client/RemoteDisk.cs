@@ -165,7 +165,7 @@ public sealed partial class RemoteDisk : Disk
     /// <inheritdoc/>
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
     {
-        if (buffer.Length > _mostBytes)
+        if (offset % _blockBytes + buffer.Length > _mostBytes)
             return ReadInParts(offset, buffer);
         if (offset % _blockBytes != 0 || buffer.Length % _blockBytes != 0)
             return ReadWidened(offset, buffer);
@@ -244,9 +244,12 @@ public sealed partial class RemoteDisk : Disk
 
     private async ValueTask ReadInParts(long offset, Memory<byte> buffer)
     {
-        int most = _mostBytes;
-        for (int done = 0; done < buffer.Length; done += most)
-            await ReadAsync(offset + done, buffer.Slice(done, Math.Min(most, buffer.Length - done)));
+        for (int done = 0; done < buffer.Length;)
+        {
+            int length = (int)Math.Min(buffer.Length - done, _mostBytes - ((offset + done) % _blockBytes)); // the block that it begins in counts whole
+            await ReadAsync(offset + done, buffer.Slice(done, length));
+            done += length;
+        }
     }
 
     /// <summary>For servers that take whole blocks only.</summary>
@@ -307,11 +310,39 @@ public sealed partial class RemoteDisk : Disk
 
     private void SubmitWaiting()
     {
+        var misfits = new List<RemoteRequest>();
         lock (_lock)
         {
-            while (_waiting.TryPeek(out RemoteRequest? request) && TrySubmit(request))
+            while (_waiting.TryPeek(out RemoteRequest? request))
+            {
+                if (_connections.Count > 0 && !IsFitting(request.Offset, request.Length))
+                    misfits.Add(request);
+                else if (!TrySubmit(request))
+                    break;
                 _waiting.Dequeue();
+            }
         }
+
+        misfits.ForEach(request => _ = ReadAgain(request));
+    }
+
+    private bool IsFitting(long offset, int length)
+        => length <= _mostBytes && offset % _blockBytes == 0 && (length % _blockBytes == 0 || offset + length == Length); // as ReadWidened makes it
+
+    /// <summary>Of a read that was made for a server with other limits.</summary>
+    private async Task ReadAgain(RemoteRequest request)
+    {
+        try
+        {
+            await ReadAsync(request.Offset, request.Buffer);
+        }
+        catch (DiskException failure)
+        {
+            request.Fail(failure.Message);
+            return;
+        }
+
+        request.Succeed();
     }
 
     private void Broken(RemoteConnection connection, string reason, List<RemoteRequest> left)

@@ -271,6 +271,42 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.InRange(Environment.TickCount64 - start, 900, 5000);
     }
 
+    [Theory]
+    [InlineData(1u, 65536u)]
+    [InlineData(4096u, 65536u)]
+    public async Task Reads_under_way_keep_to_the_limits_of_the_server_that_they_go_to(uint block, uint most)
+    {
+        using FakeServer old = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => true }.Start();
+        var seen = new List<NbdRequest>();
+        string path = _folder.File("t");
+        using FakeServer fresh = new FakeServer(path, _image)
+        {
+            Handshake = (peer, _) =>
+            {
+                Negotiate(peer, (p, option) =>
+                {
+                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
+                    p.ReplyOption(option, NbdOptionReplyType.Ack);
+                });
+                return true;
+            },
+            Answer = (_, _, request) =>
+            {
+                lock (seen)
+                    seen.Add(request);
+                return false;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        Task<byte[]> large = Read(disk, 512, 512 * 1024), small = Read(disk, 700 * 1024, 512);
+        await Task.Delay(100, TestContext.Current.CancellationToken);
+        disk.SwitchTo(RemoteAddress.Parse("unix:" + path, "-", ""));
+        Assert.Equal(_image[512..(512 + (512 * 1024))], await large);
+        Assert.Equal(_image[(700 * 1024)..((700 * 1024) + 512)], await small);
+        Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
+    }
+
     [Fact]
     public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
     {
