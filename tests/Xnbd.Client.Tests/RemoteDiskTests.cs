@@ -279,25 +279,7 @@ public sealed class RemoteDiskTests : IDisposable
         using FakeServer old = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => true }.Start();
         var seen = new List<NbdRequest>();
         string path = _folder.File("t");
-        using FakeServer fresh = new FakeServer(path, _image)
-        {
-            Handshake = (peer, _) =>
-            {
-                Negotiate(peer, (p, option) =>
-                {
-                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
-                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
-                    p.ReplyOption(option, NbdOptionReplyType.Ack);
-                });
-                return true;
-            },
-            Answer = (_, _, request) =>
-            {
-                lock (seen)
-                    seen.Add(request);
-                return false;
-            },
-        }.Start();
+        using FakeServer fresh = Demanding(path, block, most, seen);
         using RemoteDisk disk = Connect();
         Task<byte[]> large = Read(disk, 512, 512 * 1024), small = Read(disk, 700 * 1024, 512);
         await Task.Delay(100, TestContext.Current.CancellationToken);
@@ -547,32 +529,32 @@ public sealed class RemoteDiskTests : IDisposable
     public async Task No_read_is_longer_or_finer_than_the_server_wants(uint block, uint most)
     {
         var seen = new List<NbdRequest>();
-        FakeServer? server = null;
-        using (server = new FakeServer(SocketPath, _image)
-        {
-            Handshake = (peer, _) =>
-            {
-                Negotiate(peer, (p, option) =>
-                {
-                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
-                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
-                    p.ReplyOption(option, NbdOptionReplyType.Ack);
-                });
-                return true;
-            },
-            Answer = (_, _, request) =>
-            {
-                lock (seen)
-                    seen.Add(request);
-                return false;
-            },
-        }.Start())
-        {
-            using RemoteDisk disk = Connect();
-            Assert.Equal(_image[4096..300_000], await Read(disk, 4096, 300_000 - 4096));
-            Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
-        }
+        using FakeServer server = Demanding(SocketPath, block, most, seen);
+        using RemoteDisk disk = Connect();
+        Assert.Equal(_image[4096..300_000], await Read(disk, 4096, 300_000 - 4096));
+        Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
     }
+
+    /// <summary>A server that wants blocks of a size and no more than so much at once, and notes what it is asked.</summary>
+    private FakeServer Demanding(string path, uint block, uint most, List<NbdRequest> seen) => new FakeServer(path, _image)
+    {
+        Handshake = (peer, _) =>
+        {
+            Negotiate(peer, (p, option) =>
+            {
+                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
+                p.ReplyOption(option, NbdOptionReplyType.Ack);
+            });
+            return true;
+        },
+        Answer = (_, _, request) =>
+        {
+            lock (seen)
+                seen.Add(request);
+            return false;
+        },
+    }.Start();
 }
 
 /// <summary>A log that is kept.</summary>

@@ -34,7 +34,9 @@ public sealed class NetworkNamespace : IDisposable
             await Tool.Succeed("ip", "link", "set", name, "up");
             await network.Run("ip", "address", "add", network.Address + "/30", "dev", "line");
             await network.Run("ip", "link", "set", "line", "up");
-            await network.Run("nft", "add table inet filter; add chain inet filter input { type filter hook input priority 0; }");
+            ToolResult filter = await Tool.Run(
+                "ip", "netns", "exec", name, "nft", "add table inet filter; add chain inet filter input { type filter hook input priority 0; }");
+            Skip.Unless(filter.ExitCode == 0, $"this kernel filters no packets: {filter.Errors.Trim()}");
             return network;
         }
         catch
