@@ -10,7 +10,14 @@ namespace Xnbd.Client;
 /// <param name="ExportName">The export; empty for the default one.</param>
 public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, string ExportName)
 {
+    /// <summary>
+    /// A line whose other end does not even acknowledge what was sent, for so long, is broken (by itself, the kernel would try on
+    /// for a quarter of an hour). It is short enough for a read to be tried on another line before it has to fail.
+    /// </summary>
+    public static readonly TimeSpan UnacknowledgedTime = TimeSpan.FromSeconds(5);
+
     private const string UnixPrefix = "unix:";
+    private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
 
     /// <summary>Reads what stands on a command line: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
     /// <exception cref="FormatException">It is neither; the message says why.</exception>
@@ -20,11 +27,10 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         {
             if (port != "-")
                 throw new FormatException($"'{host}' is a Unix socket: give - in place of a port");
-            const int longestPath = 107; // sockaddr_un
             string path = host[UnixPrefix.Length..];
             if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
-                || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > longestPath)
-                throw new FormatException($"'{host}': the path of a Unix socket has 1 to {longestPath} bytes");
+                || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.LongestPath)
+                throw new FormatException($"'{host}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
             return new RemoteAddress(null, 0, Path.GetFullPath(host[UnixPrefix.Length..]), exportName);
         }
 
@@ -65,14 +71,6 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
 
         throw failure ?? new SocketException((int)SocketError.HostNotFound);
     }
-
-    private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
-
-    /// <summary>
-    /// A line whose other end does not even acknowledge what was sent, for so long, is broken (by itself, the kernel would try on
-    /// for a quarter of an hour). It is short enough for a read to be tried on another line before it has to fail.
-    /// </summary>
-    public static readonly TimeSpan UnacknowledgedTime = TimeSpan.FromSeconds(5);
 
     private static Socket ConnectTo(EndPoint endPoint, TimeSpan timeout)
     {

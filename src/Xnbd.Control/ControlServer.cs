@@ -42,6 +42,9 @@ public sealed class ControlServer : IDisposable
     /// <summary>Clients at once; a further one pushes out the one that has been silent for longest.</summary>
     private const int MaxClients = 16;
 
+    /// <summary>Of the socket, in bytes: while it is made, a dot and a process id of up to 7 digits stand behind it.</summary>
+    private const int LongestPath = UnixSocket.LongestPath - 8;
+
     private static readonly TimeSpan s_sendTime = TimeSpan.FromSeconds(5);
 
     private readonly string _path;
@@ -65,8 +68,11 @@ public sealed class ControlServer : IDisposable
     /// <param name="call">Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.</param>
     /// <exception cref="SocketException">Somebody listens there, or the socket cannot be made.</exception>
     /// <exception cref="IOException">There is another file of that name; it stays.</exception>
+    /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static ControlServer Start(string path, Func<string, JsonObject, JsonNode?> call)
     {
+        if (Encoding.UTF8.GetByteCount(path) is 0 or > LongestPath)
+            throw new ArgumentException($"the path of a control socket has 1 to {LongestPath} bytes");
         UnixSocket.RemoveStale(path);
         if (LinuxFile.Status(path, out FileStatus there) == Errno.None)
             throw there.Kind == FileKind.Socket ? new SocketException((int)SocketError.AddressAlreadyInUse) : new IOException("there is another file of that name");
@@ -75,7 +81,7 @@ public sealed class ControlServer : IDisposable
         {
             // Made under another name, and put in place when its mode is right: nobody else can connect in between.
             string partial = $"{path}.{Environment.ProcessId}";
-            listener.Bind(new UnixDomainSocketEndPoint(partial));
+            listener.Bind(UnixSocket.Address(partial));
 #pragma warning disable CA1416 // Linux only
             File.SetUnixFileMode(partial, UnixFileMode.UserRead | UnixFileMode.UserWrite);
 #pragma warning restore CA1416

@@ -64,10 +64,11 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     }
 
     /// <summary>Opens a listening Unix socket. One that nobody listens on any more is replaced.</summary>
-    /// <exception cref="SocketException">The path is in use, too long, or cannot be created.</exception>
+    /// <exception cref="SocketException">The path is in use, or cannot be created.</exception>
+    /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public void Listen(string path)
     {
-        var address = new UnixDomainSocketEndPoint(path);
+        UnixDomainSocketEndPoint address = UnixSocket.Address(path);
         var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {

@@ -65,6 +65,7 @@ internal sealed class BlockMap
     private readonly bool[] _isBehind; // pages whose live map in the file lacks copies that were made since
     private readonly List<int> _behind = []; // those pages
     private readonly Lock _writingBehind = new();
+    private readonly Lock _changingHeader = new();
     private readonly List<long> _torn = []; // slots, as offsets in bytes, whose copies are torn
     private Guid _bootId;
 
@@ -162,6 +163,13 @@ internal sealed class BlockMap
         MapHeader? first = MapHeader.TryRead(copies[..MapHeader.Size]);
         MapHeader? second = MapHeader.TryRead(copies[MapHeader.Size..]);
         return first is null || second?.Sequence > first.Sequence ? second : first;
+    }
+
+    /// <summary>Writes a header that differs from the present one; any thread may.</summary>
+    public void ChangeHeader(Func<MapHeader, MapHeader> change)
+    {
+        lock (_changingHeader)
+            WriteHeader(change(Header));
     }
 
     /// <summary>Writes and syncs a new header; its sequence is set here.</summary>

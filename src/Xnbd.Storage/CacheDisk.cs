@@ -94,13 +94,7 @@ public sealed class CacheDisk : IDisposable
 
     /// <summary>Records that the origin has another address now.</summary>
     public void Rebind(string originName)
-    {
-        lock (_switching) // which writes the header, too
-        {
-            MapHeader header = _cache.Map.Header;
-            _cache.Map.WriteHeader(header with { Source = header.Source with { Path = originName } });
-        }
-    }
+        => _cache.Map.ChangeHeader(header => header with { Source = header.Source with { Path = originName } });
 
     /// <summary>
     /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; it pauses while what is under
@@ -121,7 +115,7 @@ public sealed class CacheDisk : IDisposable
                 if (force)
                     _cache.ZeroAbsent().GetAwaiter().GetResult(); // what may fail comes before anything has changed
                 Complete(force); // and the rest while nothing does
-                _cache.Map.WriteHeader(_cache.Map.Header with { Flags = _cache.Map.Header.Flags | MapFlags.MayHoldWrites }); // nobody notes them any more
+                _cache.Map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites }); // nobody notes them any more
                 return _image;
             });
             _image.ShareLock();

@@ -172,7 +172,7 @@ internal sealed partial class CachingDisk : OverlayDisk
         try
         {
             // The kernel may have dropped what it could not write. The next start goes by what has been made durable: the rest is fetched again.
-            Map.WriteHeader(Map.Header with { BootId = Guid.Empty });
+            Map.ChangeHeader(header => header with { BootId = Guid.Empty });
         }
         catch (DiskException)
         {

@@ -49,9 +49,6 @@ internal sealed class ProxyMode : IDisposable
     /// <summary>Opens the control channel.</summary>
     public void StartControl()
     {
-        const int longestPath = 107; // sockaddr_un
-        if (System.Text.Encoding.UTF8.GetByteCount(_options.ControlSocket) > longestPath - 10) // and a process id, while it is made
-            throw new FailureException($"cannot listen on the control socket '{_options.ControlSocket}': its path has more than {longestPath - 10} bytes");
         try
         {
             _control = ControlServer.Start(_options.ControlSocket, Call);

@@ -276,13 +276,14 @@ public sealed class RemoteDiskTests : IDisposable
     [InlineData(4096u, 65536u)]
     public async Task Reads_under_way_keep_to_the_limits_of_the_server_that_they_go_to(uint block, uint most)
     {
-        using FakeServer old = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => true }.Start();
+        using var asked = new CountdownEvent(2);
+        using FakeServer old = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => asked.Signal() || true }.Start();
         var seen = new List<NbdRequest>();
         string path = _folder.File("t");
         using FakeServer fresh = Demanding(path, block, most, seen);
         using RemoteDisk disk = Connect();
         Task<byte[]> large = Read(disk, 512, 512 * 1024), small = Read(disk, 700 * 1024, 512);
-        await Task.Delay(100, TestContext.Current.CancellationToken);
+        Assert.True(asked.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
         disk.SwitchTo(RemoteAddress.Parse("unix:" + path, "-", ""));
         Assert.Equal(_image[512..(512 + (512 * 1024))], await large);
         Assert.Equal(_image[(700 * 1024)..((700 * 1024) + 512)], await small);

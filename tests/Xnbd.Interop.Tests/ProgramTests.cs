@@ -44,6 +44,7 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "five arguments", "--proxy", "h", "1", "a", "b")]
     [InlineData(2, "remote port", "--proxy", "h", "x", "a", "b", "c")]
     [InlineData(2, "Unix socket", "--proxy", "unix:/x", "1", "a", "b", "c")]
+    [InlineData(2, "--clear-bitmap forgets", "--proxy", "--clear-bitmap", "--import-bitmap", "unix:/x", "-", "a", "b", "c")]
     [InlineData(2, "--clear-bitmap goes with --proxy", "--target", "--clear-bitmap", "a")]
     [InlineData(2, "--max-buf-size 5", "--proxy", "--max-buf-size", "5", "unix:/x", "-", "a", "b", "c")]
     [InlineData(1, "cannot connect", "--proxy", "unix:/nonexistent/socket", "-", "/tmp/a", "/tmp/b", "/tmp/c")]
@@ -96,6 +97,10 @@ public sealed class ProgramTests : IDisposable
                 Assert.EndsWith($"port {port}: Address already in use\n", second.Errors, StringComparison.Ordinal);
             }
         }
+
+        ToolResult tooLong = await Tool.Run(ServerProcess.Executable, "--target", "--unix", "/tmp/" + new string('x', 103), image);
+        Assert.Equal(1, tooLong.ExitCode);
+        Assert.EndsWith(": the path of a Unix socket has 1 to 107 bytes\n", tooLong.Errors, StringComparison.Ordinal);
 
         string elsewhere = await Tool.Run("true") is { ExitCode: 0 } ? _folder.File("no/such/socket") : "";
         Assert.Equal(1, (await Tool.Run(ServerProcess.Executable, "--target", "--unix", elsewhere, image)).ExitCode);
