@@ -141,28 +141,17 @@ internal static class LayerProgram
 
         Console.WriteLine($"layer:     {info.Path}{(info.IsDisposable ? " (goes when its server ends)" : "")}");
         Console.WriteLine($"base:      {info.BasePath}{(info.BaseIsLayer ? " (a layer)" : "")}");
-        Console.WriteLine($"disk:      {Bytes(info.Length)}");
+        Console.WriteLine($"disk:      {ByteCount.DescribeExactly(info.Length)}");
         Console.WriteLine($"written:   {Blocks(info.WrittenBytes)}");
         Console.WriteLine($"zeroed:    {Blocks(info.ZeroBytes)}");
-        Console.WriteLine($"on disk:   {Bytes(info.AllocatedBytes)}");
+        Console.WriteLine($"on disk:   {ByteCount.DescribeExactly(info.AllocatedBytes)}");
         Console.WriteLine($"state:     {state}");
         Console.WriteLine();
         foreach (string line in LayerMap.Draw(info))
             Console.WriteLine(line);
     }
 
-    private static string Bytes(long count)
-    {
-        string[] units = ["KiB", "MiB", "GiB", "TiB"];
-        double value = count;
-        int unit = -1;
-        for (; value >= 1024 && unit < units.Length - 1; unit++)
-            value /= 1024;
-        string text = count.ToString(CultureInfo.InvariantCulture) + " bytes";
-        return unit < 0 ? text : string.Create(CultureInfo.InvariantCulture, $"{value:0.#} {units[unit]} ({text})");
-    }
-
-    private static string Blocks(long bytes) => $"{BlockRange.CountOf(bytes)} blocks, {Bytes(bytes)}";
+    private static string Blocks(long bytes) => $"{BlockRange.CountOf(bytes)} blocks, {ByteCount.DescribeExactly(bytes)}";
 
     private static void Commit(ParseResult result, CancellationToken cancel)
     {
@@ -171,7 +160,7 @@ internal static class LayerProgram
         if (result.GetValue(s_json))
             Console.WriteLine($"{{ \"committed-bytes\": {committed.ToString(CultureInfo.InvariantCulture)} }}");
         else
-            Console.WriteLine($"committed {Bytes(committed)}; the layer is empty now");
+            Console.WriteLine($"committed {ByteCount.DescribeExactly(committed)}; the layer is empty now");
     }
 
     private static void Diff(ParseResult result, CancellationToken cancel)
