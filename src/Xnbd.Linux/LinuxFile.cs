@@ -52,6 +52,7 @@ public enum FileKind
 /// <param name="User">Its owner.</param>
 /// <param name="Group">Its group.</param>
 /// <param name="ModifiedNanoseconds">When its contents were last changed, since 1970.</param>
+/// <param name="BlockBytes">The unit in which its file system allocates and reads, in bytes (<c>st_blksize</c>).</param>
 public readonly record struct FileStatus(
     FileKind Kind,
     long Length,
@@ -61,7 +62,8 @@ public readonly record struct FileStatus(
     uint Permissions,
     uint User,
     uint Group,
-    long ModifiedNanoseconds)
+    long ModifiedNanoseconds,
+    uint BlockBytes)
 {
     /// <summary>Whether both are one and the same file.</summary>
     public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
@@ -126,6 +128,27 @@ public static unsafe class LinuxFile
         Errno errno = LibC.Outcome(descriptor);
         file = errno == Errno.None ? new SafeFileHandle(descriptor, ownsHandle: true) : null;
         return errno;
+    }
+
+    /// <summary>
+    /// Opens an open file once more, for reading: the same file, but a file position and locks of its own. Whatever has
+    /// become of the file's name does not matter.
+    /// </summary>
+    /// <param name="file">The open file.</param>
+    /// <param name="again">The second opening; null on failure, such as without /proc.</param>
+    public static Errno OpenAgain(SafeFileHandle file, out SafeFileHandle? again)
+    {
+        bool added = false;
+        try
+        {
+            file.DangerousAddRef(ref added);
+            return Open($"/proc/self/fd/{file.DangerousGetHandle()}", OpenMode.ReadOnly, out again);
+        }
+        finally
+        {
+            if (added)
+                file.DangerousRelease();
+        }
     }
 
     /// <summary>Reads until the buffer is full or the file ends.</summary>
@@ -354,6 +377,7 @@ public static unsafe class LinuxFile
         uint permissions = *(ushort*)(buffer + 28) & 0xfffu;
         return new FileStatus(
             kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
-            *(uint*)(buffer + 20), *(uint*)(buffer + 24), (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120));
+            *(uint*)(buffer + 20), *(uint*)(buffer + 24), (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120),
+            *(uint*)(buffer + 4));
     }
 }

@@ -38,12 +38,15 @@ public abstract class Disk : IDisposable
     public abstract bool TryWrite(long offset, ReadOnlySpan<byte> data);
 
     /// <summary>
-    /// Where the bytes from <paramref name="offset"/> on stand, if one file holds them and reading them needs no
-    /// waiting; lets a session send them without a copy.
+    /// Where the bytes from <paramref name="offset"/> on stand, if one file holds them, nobody changes that file as long
+    /// as the disk is open, and reading them needs no waiting; lets a session send them without a copy. (A socket refers
+    /// to the file's pages until the client has taken them. If they were changed in place meanwhile, the client would
+    /// get bytes that the disk may never have held.)
     /// </summary>
     /// <param name="offset">The first byte.</param>
     /// <param name="length">How many are wanted, at least 1.</param>
     /// <param name="findHoles">Tell holes from data; without it all is data.</param>
+    /// <exception cref="DiskException">The bytes are lost.</exception>
     /// <returns>A range that begins at <paramref name="offset"/> and is at most <paramref name="length"/> long; <see cref="FileRange.None"/> when the bytes are to be read instead.</returns>
     public abstract FileRange TryLocate(long offset, int length, bool findHoles);
 

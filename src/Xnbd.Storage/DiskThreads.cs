@@ -9,7 +9,7 @@ internal interface IDiskWork
 
 /// <summary>
 /// Threads that wait for disks, so that a session's thread need not. They are started when there is more work than
-/// idle threads, up to <see cref="MaxThreads"/>, and stay. Shared by all images of the process.
+/// idle threads, up to a maximum, and stay. Shared by all images of the process.
 /// </summary>
 internal sealed class DiskThreads
 {
@@ -24,16 +24,23 @@ internal sealed class DiskThreads
     private readonly object _gate = new();
     private readonly Queue<IDiskWork> _waiting = new();
     private readonly string _name;
+    private readonly int _maxThreads;
     private int _threads;
     private int _idle;
 
-    private DiskThreads(string name) => _name = name;
+    private DiskThreads(string name, int maxThreads) => (_name, _maxThreads) = (name, maxThreads);
 
     /// <summary>For reads: they never queue up behind a slow flush, or a long zeroing.</summary>
-    public static DiskThreads Readers { get; } = new("disk reader");
+    public static DiskThreads Readers { get; } = new("disk reader", MaxThreads);
 
     /// <summary>For all that changes or syncs.</summary>
-    public static DiskThreads Writers { get; } = new("disk writer");
+    public static DiskThreads Writers { get; } = new("disk writer", MaxThreads);
+
+    /// <summary>
+    /// For questions where data and holes are. In a badly fragmented file the kernel may take long for one; however many
+    /// are asked, they keep two threads busy, and no read waits behind them.
+    /// </summary>
+    public static DiskThreads Lookers { get; } = new("disk looker", 2);
 
     /// <summary>Hands work over. Callers bound how much: the queue itself has no limit.</summary>
     public void Enqueue(IDiskWork work)
@@ -41,7 +48,7 @@ internal sealed class DiskThreads
         lock (_gate)
         {
             _waiting.Enqueue(work);
-            if (_idle >= _waiting.Count || _threads == MaxThreads)
+            if (_idle >= _waiting.Count || _threads == _maxThreads)
             {
                 Monitor.Pulse(_gate);
                 return;

@@ -92,10 +92,11 @@ public sealed partial class ImageFile
     /// <returns>True when the file system shares the blocks; false when they were copied.</returns>
     private bool Fill(SafeFileHandle target, Action begun, Action<long> progress, CancellationToken cancel)
     {
-        var copy = new SnapshotCopy(_file, target, Length);
+        var copy = new SnapshotCopy(_file, Seeking, target, Length);
         Errno cloned = Errno.EOPNOTSUPP;
         _gate.RunClosed(() =>
         {
+            ThrowIfShorter();
             cloned = LinuxFile.Clone(_file, target);
             if (cloned != Errno.None)
                 _saving = copy;
@@ -115,7 +116,10 @@ public sealed partial class ImageFile
             _gate.RunClosed(() => _saving = null);
         }
 
-        return copy.Failure is null ? false : throw copy.Failure;
+        if (copy.Failure is not null)
+            throw copy.Failure;
+        ThrowIfShorter(); // what is behind the end was taken for a hole
+        return false;
     }
 
     private string PutInPlace(string partial, long seconds)

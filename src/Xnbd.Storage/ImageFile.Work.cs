@@ -98,8 +98,12 @@ public sealed partial class ImageFile
             return task;
         }
 
-        private DiskThreads Threads
-            => _operation is Operation.Read or Operation.Extents or Operation.Prefetch ? DiskThreads.Readers : DiskThreads.Writers;
+        private DiskThreads Threads => _operation switch
+        {
+            Operation.Read or Operation.Prefetch => DiskThreads.Readers,
+            Operation.Extents => DiskThreads.Lookers,
+            _ => DiskThreads.Writers,
+        };
 
         public void Run()
         {

@@ -19,21 +19,23 @@ public sealed partial class ImageFile
     private bool ZeroPart(ref long offset, ref long length, ZeroMode mode, bool durable)
     {
         ThrowIfSyncFailed(durable);
-        if ((mode & ZeroMode.FastOnly) != 0 && length > 0 && !IsFastToZero(offset, length))
-            throw NoFastZero(offset, length);
-
         _gate.Enter();
         try
         {
             long part = length;
-            if (_saving is { } saving && length > 0)
+            if ((mode & ZeroMode.FastOnly) != 0)
+                ZeroFast(offset, length, mode);
+            else if (length > 0)
             {
-                part = Math.Min(length, SnapshotCopy.BlockSize - (offset % SnapshotCopy.BlockSize));
-                saving.Save(offset, part);
+                if (_saving is { } saving)
+                {
+                    part = Math.Min(length, SnapshotCopy.BlockSize - (offset % SnapshotCopy.BlockSize));
+                    saving.Save(offset, part);
+                }
+
+                part = ZeroPiece(offset, part, mode);
             }
 
-            if (part > 0)
-                part = ZeroPiece(offset, part, mode);
             offset += part;
             length -= part;
         }
@@ -50,41 +52,43 @@ public sealed partial class ImageFile
     }
 
     /// <summary>
-    /// Whether zeroing can be fast, told before anything changes: a device's blocks are whole, and no snapshot has to
-    /// save what stands there.
+    /// Zeroes a range without writing more than its edges. First what may turn out not to be fast, so that nothing has
+    /// changed when it does: the whole blocks. Not fast are, too, the edges of a device's blocks, which the device would
+    /// have to read first, and blocks that a snapshot has to save.
     /// </summary>
-    private bool IsFastToZero(long offset, long length)
-        => Aligned(offset, length) == (offset, offset + length)
-            && (_saving is not { } saving || saving.IsSaved(offset, length));
-
-    private DiskException NoFastZero(long offset, long length)
-        => new(DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset} of '{Path}'");
+    private void ZeroFast(long offset, long length, ZeroMode mode)
+    {
+        (long start, long end) = WholeBlocks(offset, length);
+        bool isFast = (_saving is not { } saving || saving.IsSaved(offset, length))
+            && (_kind == FileKind.Regular || (start, end) == (offset, offset + length))
+            && (start == end || TryZeroBlocks(start, end - start, mode));
+        if (!isFast)
+            throw new DiskException(DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset} of '{Path}'");
+        WriteZeroes(offset, start - offset);
+        WriteZeroes(end, offset + length - end);
+    }
 
     /// <summary>Zeroes a range or its beginning; answers how much.</summary>
     private long ZeroPiece(long offset, long length, ZeroMode mode)
     {
-        (long start, long end) = Aligned(offset, length);
-        if (start > offset || end < offset + length)
-        {
-            // A block device takes whole blocks only: what sticks out is written, the middle comes next round.
-            if (start > offset || end <= start)
-                return WriteZeroes(offset, Math.Min(length, end <= start ? length : start - offset));
-            length = end - offset;
-        }
+        (long start, long end) = WholeBlocks(offset, length);
+        if (start > offset)
+            return WriteZeroes(offset, start - offset); // an edge, shorter than two blocks; the middle comes next round
+        return TryZeroBlocks(start, end - start, mode)
+            ? end - start
+            : WriteZeroes(offset, Math.Min(length, ZeroPieceBytes));
+    }
 
-        bool fastOnly = (mode & ZeroMode.FastOnly) != 0;
-        if ((mode & ZeroMode.MayPunch) != 0
-            && TryAllocate(AllocateMode.PunchHole | AllocateMode.KeepSize, offset, length, ref _cannotPunch))
-            return length;
+    /// <summary>Has whole blocks zeroed by the file system.</summary>
+    /// <returns>False when it cannot do that; then nothing has changed.</returns>
+    private bool TryZeroBlocks(long offset, long length, ZeroMode mode)
+    {
+        if ((mode & ZeroMode.MayPunch) != 0 && TryAllocate(AllocateMode.PunchHole, offset, length, ref _cannotPunch))
+            return true;
 
         // On a block device this may write zeroes one by one inside the kernel: not fast.
-        if (!(fastOnly && _kind == FileKind.BlockDevice)
-            && TryAllocate(AllocateMode.ZeroRange | AllocateMode.KeepSize, offset, length, ref _cannotZeroRange))
-            return length;
-
-        if (fastOnly)
-            throw NoFastZero(offset, length);
-        return WriteZeroes(offset, Math.Min(length, ZeroPieceBytes));
+        return !((mode & ZeroMode.FastOnly) != 0 && _kind == FileKind.BlockDevice)
+            && TryAllocate(AllocateMode.ZeroRange, offset, length, ref _cannotZeroRange);
     }
 
     /// <summary>Gives all of the image's space back, if the file system can; it then reads as zeroes.</summary>
@@ -93,7 +97,7 @@ public sealed partial class ImageFile
     private void Trim(long offset, long length, bool durable)
     {
         ThrowIfSyncFailed(durable);
-        (long start, long end) = Aligned(offset, length);
+        (long start, long end) = WholeBlocks(offset, length);
         if (start < end)
         {
             _gate.Enter();
@@ -101,7 +105,7 @@ public sealed partial class ImageFile
             {
                 // A trim is a hint. While a snapshot is copied it would first have to copy all that it discards.
                 if (_saving is null)
-                    _ = TryAllocate(AllocateMode.PunchHole | AllocateMode.KeepSize, start, end - start, ref _cannotPunch);
+                    _ = TryAllocate(AllocateMode.PunchHole, start, end - start, ref _cannotPunch);
             }
             finally
             {
@@ -113,13 +117,17 @@ public sealed partial class ImageFile
             Flush();
     }
 
-    /// <summary>The part of a range that the file can zero or punch by itself: all of it, or a device's whole blocks.</summary>
-    private (long Start, long End) Aligned(long offset, long length)
+    /// <summary>
+    /// The whole blocks of the file system inside a range, of which the image's last one may be shorter; of none, an
+    /// empty range at the end of the given one. Only such blocks are punched or zeroed by the file system: a part of one
+    /// is cleared by some of them (XFS) together with its neighbours, in memory and in place, and put right afterwards.
+    /// </summary>
+    private (long Start, long End) WholeBlocks(long offset, long length)
     {
         long end = offset + length;
-        return _kind == FileKind.BlockDevice
-            ? ((offset + PageSize - 1) / PageSize * PageSize, end == Length ? end : end / PageSize * PageSize)
-            : (offset, end);
+        long firstWhole = (offset + _blockBytes - 1) / _blockBytes * _blockBytes;
+        long lastWhole = end == Length ? end : end / _blockBytes * _blockBytes;
+        return firstWhole < lastWhole ? (firstWhole, lastWhole) : (end, end);
     }
 
     /// <returns>False when the file system cannot do it.</returns>
@@ -127,7 +135,8 @@ public sealed partial class ImageFile
     {
         if (Volatile.Read(ref isImpossible))
             return false;
-        switch (LinuxFile.Allocate(_file, mode, _start + offset, length))
+        ForgetRun(offset, length);
+        switch (LinuxFile.Allocate(_file, mode | AllocateMode.KeepSize, _start + offset, length))
         {
             case Errno.None:
                 return true;

@@ -21,11 +21,20 @@ public sealed partial class ImageFile : Disk
 {
     private const int PageSize = 4096;
 
+    /// <summary>The largest block of a local file system, in bytes; what a network file system names is a transfer size.</summary>
+    private const uint MaxBlockBytes = 64 * 1024;
+
+    /// <summary>Who writes an image holds a lock on this byte, as QEMU's programs do.</summary>
+    private const long WritersByte = 100 + 1;
+
     private readonly SafeFileHandle _file;
     private readonly FileKind _kind;
     private readonly long _start; // where the image begins in its file, in bytes
     private readonly bool _inMemory;
     private readonly bool _canReadNoWait;
+    private readonly bool _cannotChange; // nobody writes the file as long as it is open
+    private readonly SafeFileHandle? _seeking; // a second opening of the file, to look for data and holes
+    private readonly long _blockBytes; // the file system's blocks, at least a page
     private readonly WriteGate _gate = new();
 
     // Syncs, numbered in the order of their start; one at a time runs. Guarded by _syncing.
@@ -35,7 +44,7 @@ public sealed partial class ImageFile : Disk
     private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
 
-    private ImageFile(string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly)
+    private ImageFile(string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly, bool cannotChange = false)
     {
         Path = path;
         _file = file;
@@ -44,6 +53,12 @@ public sealed partial class ImageFile : Disk
         Length = length;
         Features = readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim;
         _inMemory = kind == FileKind.Regular && LinuxFile.IsInMemory(file);
+        _cannotChange = cannotChange;
+        _blockBytes = LinuxFile.Status(file, out FileStatus status) == Errno.None && kind == FileKind.Regular
+            ? Math.Clamp(status.BlockBytes, PageSize, MaxBlockBytes)
+            : PageSize;
+        if (kind == FileKind.Regular)
+            _ = LinuxFile.OpenAgain(file, out _seeking); // without it, all goes on with one opening
         Span<byte> probe = stackalloc byte[1];
         _canReadNoWait = !_inMemory && LinuxFile.ReadNoWait(file, probe, start) is >= 0 or -(long)Errno.EAGAIN;
     }
@@ -98,7 +113,7 @@ public sealed partial class ImageFile : Disk
             throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
         }
 
-        return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly);
+        return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly, cannotChange: use == ImageUse.Base);
     }
 
     /// <summary>A part of a regular file as a disk, such as the data of a layer. The disk owns the file from now on.</summary>
@@ -106,9 +121,9 @@ public sealed partial class ImageFile : Disk
     /// <param name="file">The open file.</param>
     /// <param name="start">Where the part begins, in bytes; a multiple of 4096.</param>
     /// <param name="length">Its length in bytes; the file is long enough.</param>
-    /// <param name="readOnly">The file is open for reading only.</param>
+    /// <param name="readOnly">The file is open for reading only, and nobody writes it as long as it is.</param>
     internal static ImageFile OfPart(string path, SafeFileHandle file, long start, long length, bool readOnly)
-        => new(path, file, FileKind.Regular, start, length, readOnly);
+        => new(path, file, FileKind.Regular, start, length, readOnly, cannotChange: readOnly);
 
     /// <summary>Opens the image of a cache, for this process alone; a file is made if it is absent, and grown if it is too short.</summary>
     /// <param name="path">A file, or a block device that is long enough.</param>
@@ -158,7 +173,7 @@ public sealed partial class ImageFile : Disk
     /// </summary>
     private static bool TryLock(SafeFileHandle file, bool readOnly, ImageUse use, out string? reason)
     {
-        const long writes = 100 + 1, toleratesNoWriter = 200 + 1;
+        const long writes = WritersByte, toleratesNoWriter = 200 + 1;
         reason = "another program needs it, or has it, alone";
         if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
             return false;
@@ -227,6 +242,7 @@ public sealed partial class ImageFile : Disk
         if (!disposing || _file.IsClosed)
             return;
         LinuxFile.Unlock(_file);
+        _seeking?.Dispose();
         _file.Dispose();
     }
 
@@ -260,8 +276,7 @@ public sealed partial class ImageFile : Disk
             throw new DiskException("read", Path, offset, buffer.Length, (Errno)(-count));
         if (count < buffer.Length)
         {
-            throw new DiskException(
-                DiskError.Io, $"read of {buffer.Length} bytes at {offset} of '{Path}': the image has become shorter than {Length} bytes");
+            throw TooShort(offset + count, offset + count);
         }
     }
 
@@ -325,15 +340,30 @@ public sealed partial class ImageFile : Disk
             number = ++_syncsStarted;
         }
 
-        Errno errno = LinuxFile.SyncData(_file);
+        DiskException? failure = Sync();
         lock (_syncing)
         {
             _isSyncing = false;
             _lastSync = number;
-            if (errno != Errno.None)
-                _syncFailure = new DiskException("flush", Path, 0, Length, errno);
+            _syncFailure ??= failure;
             Monitor.PulseAll(_syncing);
             ThrowIfSyncFailed(durable: true);
+        }
+    }
+
+    /// <summary>Syncs the file. One that has become shorter has lost data, whatever the kernel says of the rest.</summary>
+    private DiskException? Sync()
+    {
+        if (LinuxFile.SyncData(_file) is var errno and not Errno.None)
+            return new DiskException("flush", Path, 0, Length, errno);
+        try
+        {
+            ThrowIfShorter();
+            return null;
+        }
+        catch (DiskException failure)
+        {
+            return failure;
         }
     }
 

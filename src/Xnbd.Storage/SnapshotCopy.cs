@@ -21,15 +21,17 @@ internal sealed class SnapshotCopy
     private const int Stripes = 64;
 
     private readonly SafeFileHandle _image;
+    private readonly SafeFileHandle _seeking; // the image, to look for data
     private readonly SafeFileHandle _target;
     private readonly long _length;
     private readonly ulong[] _saved;
     private readonly Lock[] _locks = new Lock[Stripes];
     private volatile DiskException? _failure;
 
-    public SnapshotCopy(SafeFileHandle image, SafeFileHandle target, long length)
+    public SnapshotCopy(SafeFileHandle image, SafeFileHandle seeking, SafeFileHandle target, long length)
     {
         _image = image;
+        _seeking = seeking;
         _target = target;
         _length = length;
         long blocks = (length + BlockSize - 1) / BlockSize;
@@ -88,7 +90,7 @@ internal sealed class SnapshotCopy
 
             // A hole that is passed over here is still a hole in the copy; whoever writes there later saves it first,
             // and finds zeroes, which are not written.
-            long data = LinuxFile.NextData(_image, offset);
+            long data = LinuxFile.NextData(_seeking, offset);
             if (data == -(long)Errno.ENXIO || data >= _length)
                 break; // a hole to the end, or to what somebody has appended since
             if (data > offset)

@@ -410,8 +410,9 @@ public sealed class CachingDiskTests : IDisposable
         Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
         Assert.Equal(BlockRange.CountOf(Length), disk.Statistics.FetchedBlocks);
         Assert.InRange(long.Parse((await Tool.Succeed("stat", "-c", "%b", image)).Trim(), null) * 512, Length - (9 << 20), Length - (7 << 20));
-        Assert.True(disk.TryLocate(2 << 20, 1 << 20, findHoles: true).IsHole);
-        Assert.False(disk.TryLocate(0, 1 << 20, findHoles: true).IsHole);
+        var extents = new ExtentList(2);
+        await disk.GetExtentsAsync(0, Length, extents);
+        Assert.Equal([new(1 << 20, false, 1), new(8 << 20, true, 1)], extents.Extents);
     }
 
     /// <summary>Of each moment in a fetch's life: waiting for room, with the origin, being stored, stored.</summary>

@@ -132,24 +132,31 @@ public sealed class ImageFileTests : IDisposable
     }
 
     [Theory]
-    [InlineData(false)]
-    [InlineData(true)]
-    public void Located_ranges_are_where_they_say(bool inMemory)
+    [InlineData(false, ImageUse.Base)]
+    [InlineData(true, ImageUse.Base)]
+    [InlineData(false, ImageUse.Shared)]
+    public void Located_ranges_are_where_they_say(bool inMemory, ImageUse use)
     {
         string path = Folder(inMemory).Sparse("image", 1 << 20);
         byte[] data = new byte[128 * 1024];
         new Random(1).NextBytes(data);
-        using ImageFile image = ImageFile.Open(path, readOnly: false);
-        Assert.True(image.TryWrite(512 * 1024, data));
+        using (ImageFile written = ImageFile.Open(path, readOnly: false))
+        {
+            Assert.True(written.TryWrite(512 * 1024, data));
+            Assert.Equal(FileRange.None, written.TryLocate(0, 1 << 20, findHoles: true)); // its pages may change in place
+            using ImageFile read = ImageFile.Open(path, readOnly: true);
+            Assert.Equal(FileRange.None, read.TryLocate(0, 1 << 20, findHoles: true)); // the same pages
+        }
 
+        using ImageFile image = ImageFile.Open(path, readOnly: true, use);
         FileRange hole = image.TryLocate(0, 1 << 20, findHoles: true);
         Assert.True(hole.IsHole);
         Assert.Equal(512 * 1024, hole.Length);
         FileRange range = image.TryLocate(512 * 1024, 512 * 1024, findHoles: true);
         Assert.Equal(128 * 1024, range.Length);
-        byte[] read = new byte[range.Length];
-        Assert.Equal(range.Length, RandomAccess.Read(range.File!, read, range.FileOffset));
-        Assert.Equal(data, read);
+        byte[] bytes = new byte[range.Length];
+        Assert.Equal(range.Length, RandomAccess.Read(range.File!, bytes, range.FileOffset));
+        Assert.Equal(data, bytes);
     }
 
     [Fact]
@@ -179,6 +186,135 @@ public sealed class ImageFileTests : IDisposable
         Assert.False(image.TryRead(0, buffer));
         DiskException failure = await Assert.ThrowsAsync<DiskException>(async () => await image.ReadAsync(0, buffer));
         Assert.Equal(DiskError.Io, failure.Error);
+    }
+
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public async Task What_stood_behind_the_end_of_a_shorter_image_is_lost_and_not_a_hole(bool inMemory)
+    {
+        string path = Folder(inMemory).Random("image", 1 << 20);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        using ImageFile layerBase = ImageFile.Open(path, readOnly: true);
+        await image.GetExtentsAsync(0, 1 << 20, new ExtentList(10)); // what it remembers of this must not count
+        await image.FlushAsync();
+        using (FileStream file = File.Open(path, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
+            file.SetLength(256 * 1024);
+
+        var extents = new ExtentList(10);
+        await image.GetExtentsAsync(0, 1 << 20, extents);
+        Assert.Equal([new Extent(256 * 1024, false, 1)], extents.Extents); // and no more is said
+        foreach (long offset in (long[])[256 * 1024, 512 * 1024, (1 << 20) - 1])
+        {
+            DiskException lost = await Assert.ThrowsAsync<DiskException>(
+                async () => await image.GetExtentsAsync(offset, 1, new ExtentList(10)));
+            Assert.Equal(DiskError.Io, lost.Error);
+            Assert.Contains("has become shorter", lost.Message, StringComparison.Ordinal);
+        }
+
+        Assert.Throws<DiskException>(() => Locate(layerBase, 256 * 1024));
+        Assert.Contains(
+            "has become shorter",
+            Assert.Throws<DiskException>(() => image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None)).Message,
+            StringComparison.Ordinal);
+        Assert.DoesNotContain(Directory.GetFiles(Folder(inMemory).Path), file => file.Contains("snapshot", StringComparison.Ordinal));
+        await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync()); // nobody is told that all is well
+
+        static void Locate(ImageFile image, long offset)
+        {
+            if (image.TryLocate(offset, 65536, findHoles: true) == FileRange.None && !image.TryRead(offset, new byte[65536]))
+                image.ReadAsync(offset, new byte[65536]).AsTask().GetAwaiter().GetResult();
+        }
+    }
+
+    /// <summary>In memory the kernel goes through all pages of the data to find its end; on a disk, through its extents.</summary>
+    [Fact]
+    public async Task A_question_about_a_part_of_a_large_image_takes_no_longer_than_of_a_small_one()
+    {
+        const int length = 1 << 30;
+        string path = _memory.Sparse("image", length);
+        await Tool.Succeed("dd", "if=/dev/zero", $"of={path}", "bs=1M", "count=1024", "conv=notrunc");
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        var times = new List<double>();
+        for (int i = 0; i < 101; i++)
+        {
+            long start = System.Diagnostics.Stopwatch.GetTimestamp();
+            await image.GetExtentsAsync(i * 9_000_000L, 4096, new ExtentList(1));
+            times.Add(System.Diagnostics.Stopwatch.GetElapsedTime(start).TotalMilliseconds);
+        }
+
+        times.Sort();
+        Assert.InRange(times[50], 0, 2); // the kernel alone needs about 15 to find the end
+
+        // The whole image takes several questions, each of which goes on where the last one ended.
+        long offset = 0;
+        while (offset < length)
+        {
+            var extents = new ExtentList(10);
+            await image.GetExtentsAsync(offset, length - offset, extents);
+            Assert.All(extents.Extents, extent => Assert.False(extent.IsHole));
+            Assert.InRange(extents.Length, 1, length - offset);
+            offset += extents.Length;
+        }
+    }
+
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public async Task Holes_show_where_they_are_also_when_a_run_is_remembered(bool inMemory)
+    {
+        using ImageFile image = ImageFile.Open(Folder(inMemory).Random("image", 4 << 20), readOnly: false);
+        Assert.Equal([new Extent(4 << 20, false, 1)], await Ask());
+        await image.ZeroAsync((1 << 20) + 4096, 400_000 / 4096 * 4096, ZeroMode.MayPunch, durable: false);
+        const int hole = 400_000 / 4096 * 4096;
+        Assert.Equal(
+            [new Extent((1 << 20) + 4096, false, 1), new Extent(hole, true, 1), new Extent((3 << 20) - 4096 - hole, false, 1)], await Ask());
+        await image.WriteAsync(1 << 20, new byte[1 << 20].Select(_ => (byte)1).ToArray(), durable: false);
+        Assert.Equal([new Extent(4 << 20, false, 1)], await Ask());
+
+        async Task<IReadOnlyList<Extent>> Ask()
+        {
+            var extents = new ExtentList(10);
+            await image.GetExtentsAsync(0, 4 << 20, extents);
+            return extents.Extents;
+        }
+    }
+
+    /// <summary>Parts of blocks are written, whole ones are given back; and nothing else changes.</summary>
+    [Theory]
+    [InlineData("xfs", "-bsize=4096")]
+    [InlineData("xfs", "-bsize=16384")]
+    [InlineData("ext4", "-b1024")]
+    [InlineData("btrfs", "")]
+    public async Task Only_whole_blocks_of_the_file_system_are_punched(string kind, string option)
+    {
+        using LoopMount mount = await LoopMount.Create(_disk, kind, 512 << 20, option.Length > 0 ? [option] : []);
+        int block = option.EndsWith("16384", StringComparison.Ordinal) ? 16384 : 4096;
+        string path = Path.Combine(mount.Path, "image");
+        byte[] model = File.ReadAllBytes(_disk.Random("bytes", 1 << 20));
+        File.WriteAllBytes(path, model);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        await image.TrimAsync(block - 512, (4 * block) + 1024, durable: true);
+        model.AsSpan(block, 4 * block).Clear(); // the edges stay
+        await image.ZeroAsync((8 * block) - 512, (4 * block) + 1024, ZeroMode.MayPunch, durable: false);
+        model.AsSpan((8 * block) - 512, (4 * block) + 1024).Clear();
+        await image.ZeroAsync((16 * block) + 512, 512, ZeroMode.None, durable: false);
+        model.AsSpan((16 * block) + 512, 512).Clear();
+        await image.ZeroAsync((20 * block) + 512, 6 * block, ZeroMode.MayPunch | ZeroMode.FastOnly, durable: false);
+        model.AsSpan((20 * block) + 512, 6 * block).Clear();
+
+        byte[] seen = new byte[model.Length];
+        await image.ReadAsync(0, seen);
+        Assert.Equal(model, seen);
+        foreach (int hole in (int[])[1, 8, 21])
+            Assert.True(await IsHole(hole * block, (hole == 21 ? 5 : 4) * block), $"no hole at block {hole}");
+
+        async Task<bool> IsHole(long offset, long length)
+        {
+            var extents = new ExtentList(1);
+            await image.GetExtentsAsync(offset, length, extents);
+            return extents.Extents[0] is { IsHole: true } first && first.Length == length;
+        }
     }
 
     [Fact]
