@@ -9,15 +9,23 @@ public sealed unsafe class LinuxEvent : IDisposable
     /// <exception cref="IOException">No more descriptors are to be had.</exception>
     public LinuxEvent()
     {
-        const int closeOnExec = 0x80000, nonBlocking = 0x800;
-        int descriptor = LibC.EventFd(0, closeOnExec | nonBlocking);
+        int descriptor = Create();
         Errno errno = LibC.Outcome(descriptor);
         if (errno != Errno.None)
             throw new IOException($"eventfd: {errno.Describe()}");
         Handle = new SafeFileHandle(descriptor, ownsHandle: true);
     }
 
+    private LinuxEvent(int descriptor) => Handle = new SafeFileHandle(descriptor, ownsHandle: true);
+
     internal SafeFileHandle Handle { get; }
+
+    /// <summary>Creates an event that is not signalled; null when no more descriptors are to be had.</summary>
+    public static LinuxEvent? TryCreate()
+    {
+        int descriptor = Create();
+        return descriptor < 0 ? null : new LinuxEvent(descriptor);
+    }
 
     /// <summary>Signals the event; signalling it again before it was reset changes nothing.</summary>
     public void Signal()
@@ -35,4 +43,10 @@ public sealed unsafe class LinuxEvent : IDisposable
 
     /// <summary>Closes the descriptor.</summary>
     public void Dispose() => Handle.Dispose();
+
+    private static int Create()
+    {
+        const int closeOnExec = 0x80000, nonBlocking = 0x800;
+        return LibC.EventFd(0, closeOnExec | nonBlocking);
+    }
 }

@@ -72,30 +72,26 @@ public static unsafe class LinuxSocket
         return count;
     }
 
-    /// <summary>Waits until the socket or the wake-up event is ready.</summary>
+    /// <summary>Waits until the socket is ready, or an event is signalled.</summary>
     /// <param name="socket">The socket.</param>
     /// <param name="forReading">Wait for data.</param>
     /// <param name="forWriting">Wait for room to send.</param>
-    /// <param name="wakeUp">An event to wait for as well; may be null.</param>
     /// <param name="timeoutMilliseconds">How long; negative: without end.</param>
+    /// <param name="first">An event to wait for as well; may be null.</param>
+    /// <param name="second">Another one; may be null.</param>
     public static Readiness Wait(
-        SafeHandle socket, bool forReading, bool forWriting, LinuxEvent? wakeUp, int timeoutMilliseconds)
+        SafeHandle socket, bool forReading, bool forWriting, int timeoutMilliseconds, LinuxEvent? first = null, LinuxEvent? second = null)
     {
-        var entries = stackalloc LibC.PollEntry[2];
-        bool added = false, addedWake = false;
+        var entries = stackalloc LibC.PollEntry[3];
+        bool addedSocket = false, addedFirst = false, addedSecond = false;
         try
         {
-            socket.DangerousAddRef(ref added);
-            entries[0].Descriptor = (int)socket.DangerousGetHandle();
-            entries[0].Events = (short)((forReading ? PollIn : 0) | (forWriting ? PollOut : 0));
-            nuint count = 1;
-            if (wakeUp is not null)
-            {
-                wakeUp.Handle.DangerousAddRef(ref addedWake);
-                entries[1].Descriptor = (int)wakeUp.Handle.DangerousGetHandle();
-                entries[1].Events = PollIn;
-                count = 2;
-            }
+            nuint count = 0;
+            Add(socket, (short)((forReading ? PollIn : 0) | (forWriting ? PollOut : 0)), ref addedSocket);
+            if (first is not null)
+                Add(first.Handle, PollIn, ref addedFirst);
+            if (second is not null)
+                Add(second.Handle, PollIn, ref addedSecond);
 
             int answer = LibC.Poll(entries, count, timeoutMilliseconds);
             if (answer <= 0)
@@ -108,16 +104,24 @@ public static unsafe class LinuxSocket
                 ready |= Readiness.Writable;
             if ((entries[0].Returned & (PollError | PollHangUp)) != 0)
                 ready |= Readiness.Broken;
-            if (count == 2 && entries[1].Returned != 0)
-                ready |= Readiness.Woken;
+            for (nuint i = 1; i < count; i++)
+                ready |= entries[i].Returned != 0 ? Readiness.Woken : 0;
             return ready;
+
+            void Add(SafeHandle handle, short events, ref bool added)
+            {
+                handle.DangerousAddRef(ref added);
+                entries[count++] = new LibC.PollEntry { Descriptor = (int)handle.DangerousGetHandle(), Events = events };
+            }
         }
         finally
         {
-            if (added)
+            if (addedSocket)
                 socket.DangerousRelease();
-            if (addedWake)
-                wakeUp!.Handle.DangerousRelease();
+            if (addedFirst)
+                first!.Handle.DangerousRelease();
+            if (addedSecond)
+                second!.Handle.DangerousRelease();
         }
     }
 

@@ -4,7 +4,7 @@ namespace Xnbd.Protocol;
 
 /// <summary>
 /// The header of a request of the transmission phase (section "Request message"). The cookie is opaque: it is
-/// sent back as it came, it may repeat, and nothing is keyed by it.
+/// sent back as it came, and it may repeat: then the client tells the replies by their order.
 /// </summary>
 /// <param name="Flags">Command flags; unknown bits are kept, so that they can be refused.</param>
 /// <param name="Command">The request's type; unknown values are kept, so that they can be refused.</param>

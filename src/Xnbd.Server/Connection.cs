@@ -73,7 +73,7 @@ internal sealed class Connection : IDisposable
                 long left = deadline - Environment.TickCount64;
                 if (left <= 0)
                     return End("handshake took too long");
-                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, (int)left);
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, (int)left);
                 continue;
             }
 
@@ -119,7 +119,7 @@ internal sealed class Connection : IDisposable
         {
             long count = LinuxSocket.ReceiveNow(Handle, scratch);
             if (count == -(long)Errno.EAGAIN)
-                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wakeUp: null, 50);
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, 50);
             else if (count <= 0)
                 return;
         }

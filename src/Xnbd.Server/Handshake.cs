@@ -20,7 +20,8 @@ public enum HandshakeStyle
 /// <param name="Export">What the client chose.</param>
 /// <param name="StructuredReplies">Reads are answered with structured replies.</param>
 /// <param name="Contexts">The metadata contexts that were selected.</param>
-internal sealed record Agreement(Export Export, bool StructuredReplies, MetaContexts Contexts);
+/// <param name="InOrder">Replies go out in the order of the requests: clients of the old style rely on it.</param>
+internal sealed record Agreement(Export Export, bool StructuredReplies, MetaContexts Contexts, bool InOrder = false);
 
 /// <summary>Metadata contexts; each one's value is also its id in replies.</summary>
 [Flags]
@@ -79,7 +80,9 @@ internal sealed class Handshake
                 Export export = exports.Default;
                 byte[] greeting = new byte[NbdSize.OldstyleGreeting];
                 NbdHandshake.WriteOldstyleGreeting(greeting, export.Disk.Length, export.TransmissionFlags(structuredReplies: false));
-                return connection.SendExactly(greeting, handshake._deadline) ? handshake.Agree(export) : null;
+                return connection.SendExactly(greeting, handshake._deadline)
+                    ? handshake.Agree(export) with { InOrder = true }
+                    : null;
             default:
                 return handshake.Greet() && handshake.Haggle() ? handshake._agreement : null;
         }

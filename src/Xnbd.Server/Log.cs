@@ -12,8 +12,9 @@ internal static partial class Log
     [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: serving export '{Export}'")]
     public static partial void SessionStarted(this ILogger logger, string peer, string export);
 
-    [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: {Reason} after {Count} requests")]
-    public static partial void SessionEnded(this ILogger logger, string peer, string reason, long count);
+    [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: {Reason} after {Count} requests: read {Read}, wrote {Written}, {Seconds:0.0} s")]
+    public static partial void SessionEnded(
+        this ILogger logger, string peer, string reason, long count, string read, string written, double seconds);
 
     [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: no session: {Reason}")]
     public static partial void HandshakeEnded(this ILogger logger, string peer, string reason);

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using Microsoft.Extensions.Logging;
@@ -20,7 +21,7 @@ namespace Xnbd.Server;
 public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger, RequestLimits? limits = null) : IDisposable
 {
     private readonly SessionServices _services = new(
-        new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger));
+        new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger), new LinuxEvent());
 
     private readonly List<Socket> _listeners = [];
     private readonly object _connections = new();
@@ -143,6 +144,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
                 connection.Abort("server is stopping");
             foreach (Session session in _sessions.Values)
                 session.Stop();
+            _services.Stopping.Signal();
             if (WaitForSessions(ServerLimits.StopTime))
                 return;
             logger.SessionsBrokenOff(_sessions.Count);
@@ -232,8 +234,15 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         try
         {
             logger.SessionStarted(connection.Peer, agreement.Export.Name);
+            long start = Stopwatch.GetTimestamp();
             session.Run();
-            logger.SessionEnded(connection.Peer, connection.EndReason ?? "ended", session.RequestCount);
+            logger.SessionEnded(
+                connection.Peer,
+                connection.EndReason ?? "ended",
+                session.RequestCount,
+                ByteCount.Describe(session.BytesRead),
+                ByteCount.Describe(session.BytesWritten),
+                Stopwatch.GetElapsedTime(start).TotalSeconds);
             connection.Linger(ServerLimits.LingerTime);
         }
         finally

@@ -52,14 +52,26 @@ public static class ServerLimits
     /// <summary>Requests are received into a buffer of this size: a batch of 32 small writes and their payload.</summary>
     public const int InputBuffer = 256 * 1024;
 
-    /// <summary>Replies are gathered in a buffer of this size: a batch of 32 small reads and their data.</summary>
-    public const int OutputBuffer = 256 * 1024;
+    /// <summary>Replies are gathered up to this length: a batch of 60 small reads and their data, or four of 64 KiB.</summary>
+    public const int GatheredReplies = 256 * 1024;
+
+    /// <summary>They are gathered in a buffer of this size, which a single reply may fill further.</summary>
+    public const int OutputBuffer = 1024 * 1024;
 
     /// <summary>Up to this length a write is received in the input buffer; a longer one gets a buffer of its own.</summary>
     public const int MaxBatchedWrite = 64 * 1024;
 
-    /// <summary>Up to this length a read is copied into the output buffer; a longer one is sent from the file.</summary>
-    public const int MaxBatchedRead = 32 * 1024;
+    /// <summary>Up to this length a read is answered with one chunk; a longer one with data and holes apart.</summary>
+    public const int MaxUncutRead = 32 * 1024;
+
+    /// <summary>
+    /// A longer read whose data are in memory is copied to its client piece by piece: the piece that was read is still in
+    /// the processor's cache when it is sent.
+    /// </summary>
+    public const int ReadPiece = 128 * 1024;
+
+    /// <summary>The longest read that may not be cut, and whose data are gathered in the output all the same.</summary>
+    public const int MaxCopiedRead = 512 * 1024;
 
     /// <summary>The pieces, data or hole, of one read: bounds the work for a badly fragmented range.</summary>
     public const int MaxReadChunks = 64;

@@ -9,9 +9,6 @@ namespace Xnbd.Server;
 /// <content>What each request does (section "Request types").</content>
 internal sealed partial class Session
 {
-    private const int DataHeader = NbdSize.StructuredReply + NbdSize.OffsetDataPrefix;
-    private const int HoleChunk = NbdSize.StructuredReply + NbdSize.OffsetHolePayload; // longer than a data chunk of 3 bytes
-
     private readonly FileRange[] _ranges = new FileRange[ServerLimits.MaxReadChunks];
 
     /// <returns>False when the session is over.</returns>
@@ -19,6 +16,8 @@ internal sealed partial class Session
     {
         if (request.Command == NbdCommand.Disconnect)
             return _connection.End("disconnected");
+        if (!KeepOrder(request.Cookie))
+            return false;
 
         NbdError error = RequestRules.Judge(request, _agreement, out string message);
         if (error != NbdError.None)
@@ -34,7 +33,7 @@ internal sealed partial class Session
                 case NbdCommand.Write:
                     return ServeWrite(request, isDurable);
                 case NbdCommand.Flush:
-                    return TryStart(request, 0, out SlowRequest? flush) && Begin(flush, _disk.FlushAsync());
+                    return TryClaim(request, 0, out SlowRequest? flush) && Begin(flush, _disk.FlushAsync());
                 case NbdCommand.BlockStatus:
                     return ServeBlockStatus(request);
                 default:
@@ -43,7 +42,7 @@ internal sealed partial class Session
 
             if (request.Length == 0)
                 return ReplySuccess(request);
-            if (!TryStart(request, 0, out SlowRequest? slow))
+            if (!TryClaim(request, 0, out SlowRequest? slow))
                 return false;
             long offset = (long)request.Offset;
             return Begin(slow, request.Command switch
@@ -64,46 +63,120 @@ internal sealed partial class Session
         => ((flags & NbdCommandFlags.NoHole) == 0 ? ZeroMode.MayPunch : ZeroMode.None)
             | ((flags & NbdCommandFlags.FastZero) != 0 ? ZeroMode.FastOnly : ZeroMode.None);
 
+    /// <summary>
+    /// Sees to it that a request is not answered before those on which its client relies: in the old style all that came
+    /// before it, as such clients know replies by their order; otherwise those with the same cookie. (A client that
+    /// gives two requests the same cookie relies on their order, too: from then on it gets its replies in order.)
+    /// </summary>
+    /// <returns>False when the connection is broken.</returns>
+    private bool KeepOrder(ulong cookie)
+    {
+        _mustQueue = false;
+        if (Volatile.Read(ref _inFlight) == 0)
+            return true;
+        if (!_isInOrder && IsInFlight(cookie))
+        {
+            if (!FlushReplies() || !WaitUntilFinished(0))
+                return false;
+            lock (_finished)
+                _isInOrder = true;
+        }
+
+        _mustQueue = _isInOrder && InFlight > 0;
+        return true;
+    }
+
     private bool ServeRead(in NbdRequest request)
     {
         int length = (int)request.Length;
         if (length == 0)
             return ReplySuccess(request);
 
-        bool? sent = length <= ServerLimits.MaxBatchedRead ? TryReadCopied(request) : TryReadLocated(request);
-        if (sent is { } answer)
-            return answer;
+        BytesRead += length;
+        if (!_mustQueue)
+        {
+            bool? sent = length > ServerLimits.MaxUncutRead ? TryReadLocated(request) : null;
+            sent ??= TryReadCopied(request);
+            if (sent is { } answer)
+                return answer;
+        }
 
+        return StartRead(request);
+    }
+
+    /// <summary>A read that may wait for the disk.</summary>
+    private bool StartRead(in NbdRequest request)
+    {
         // Its data will stand behind room for the headers of as many chunks as it may be cut into.
-        int headers = HeaderRoom(length);
-        if (!TryStart(request, headers + length, out SlowRequest? slow))
+        int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
+        if (!TryClaim(request, headers + length, out SlowRequest? slow))
             return false;
         return Begin(slow, _disk.ReadAsync((long)request.Offset, slow.Buffer!.Memory.Slice(headers, length)));
     }
 
-    /// <summary>A small read: straight into the output, behind its header.</summary>
-    /// <returns>Null when it would wait for the disk.</returns>
+    /// <summary>
+    /// A read whose data are in memory: straight into the output, behind its header. A long one goes piece by piece, if
+    /// it may be cut; otherwise all of its data must be in hand before its header goes out.
+    /// </summary>
+    /// <returns>Null when it would wait for the disk, or is too long to be gathered in the output.</returns>
     private bool? TryReadCopied(in NbdRequest request)
     {
         int length = (int)request.Length;
-        int header = _structured ? DataHeader : NbdSize.SimpleReply;
-        if (!TryReserve(Math.Max(header + length, HoleChunk), out Span<byte> room))
-            return false;
-        Span<byte> data = room.Slice(header, length);
-        if (!_disk.TryRead((long)request.Offset, data))
+        bool mayCut = _structured && (request.Flags & NbdCommandFlags.Df) == 0 && length > ServerLimits.MaxUncutRead;
+        int most = mayCut ? ServerLimits.ReadPiece : ServerLimits.MaxCopiedRead;
+        if (length > most && !mayCut)
             return null;
+        for (int done = 0; done < length;)
+        {
+            int piece = Math.Min(length - done, most);
+            var part = request with { Offset = request.Offset + (ulong)done, Length = (uint)piece };
+            if (!TryReserve(ReadChunks.HeaderRoom(piece) + piece, out Span<byte> room))
+                return false;
+            if (!TryReadPiece(part, room, mayCut, isLast: done + piece == length))
+                return done == 0 ? null : StartRead(request with { Offset = part.Offset, Length = (uint)(length - done) });
+            done += piece;
+        }
 
-        if (!_structured)
-            _outputLength += NbdReply.WriteSimple(room, NbdError.None, request.Cookie) + length;
-        else if (!data.ContainsAnyExcept((byte)0))
-            _outputLength += NbdReply.WriteOffsetHole(room, NbdChunkFlags.Done, request.Cookie, request.Offset, request.Length);
-        else
-            _outputLength += NbdReply.WriteOffsetData(room, NbdChunkFlags.Done, request.Cookie, request.Offset, length) + length;
         return true;
     }
 
-    /// <summary>A large read: from the file to the socket, without a copy through this process; holes as holes.</summary>
-    /// <returns>Null when it would wait for the disk, or no one file holds the data.</returns>
+    /// <summary>Reads a part of a reply into the output.</summary>
+    /// <returns>False when it would wait for the disk.</returns>
+    private bool TryReadPiece(in NbdRequest part, Span<byte> room, bool mayCut, bool isLast)
+    {
+        int length = (int)part.Length, header = _structured ? ReadChunks.DataHeader : NbdSize.SimpleReply;
+        Span<byte> data = room.Slice(header, length);
+        if (!_disk.TryRead((long)part.Offset, data))
+            return false;
+        if (!_structured)
+        {
+            _outputLength += NbdReply.WriteSimple(room, NbdError.None, part.Cookie) + length;
+            return true;
+        }
+
+        NbdChunkFlags flags = isLast ? NbdChunkFlags.Done : NbdChunkFlags.None;
+        if (ReadChunks.RunLength(data, part.Offset, mayCut, out bool isHole) < length)
+        {
+            int headers = ReadChunks.HeaderRoom(length);
+            data.CopyTo(room[headers..]);
+            _outputLength += ReadChunks.Write(room, headers, length, part.Offset, part.Cookie, mayCut, isLast).Length;
+        }
+        else if (isHole)
+        {
+            _outputLength += NbdReply.WriteOffsetHole(room, flags, part.Cookie, part.Offset, part.Length);
+        }
+        else
+        {
+            _outputLength += NbdReply.WriteOffsetData(room, flags, part.Cookie, part.Offset, length) + length;
+        }
+
+        return true;
+    }
+
+    /// <summary>
+    /// A large read of a file that nobody changes: to the socket, without a copy through this process; holes as holes.
+    /// </summary>
+    /// <returns>Null when it would wait for the disk, or no such file holds the data.</returns>
     private bool? TryReadLocated(in NbdRequest request)
     {
         int length = (int)request.Length;
@@ -123,7 +196,7 @@ internal sealed partial class Session
         for (int i = 0; i < count; i++)
         {
             FileRange range = _ranges[i];
-            if (!TryReserve(HoleChunk, out Span<byte> header))
+            if (!TryReserve(ReadChunks.HoleChunk, out Span<byte> header))
                 return false;
             if (range.IsHole)
             {
@@ -174,41 +247,43 @@ internal sealed partial class Session
         if (length == 0)
             return ReplySuccess(request);
 
+        BytesWritten += length;
+        bool isFast = !isDurable && !_mustQueue;
         long offset = (long)request.Offset;
         if (length <= ServerLimits.MaxBatchedWrite)
         {
             // Its payload is in the input already.
             Span<byte> payload = _input!.Slice(_head, length);
             _head += length;
-            if (!isDurable && _disk.TryWrite(offset, payload))
+            if (isFast && _disk.TryWrite(offset, payload))
                 return ReplySuccess(request);
-            if (!TryStart(request, length, out SlowRequest? slow))
+            if (!TryClaim(request, length, out SlowRequest? slow))
                 return false;
             payload.CopyTo(slow.Buffer!.GetSpan());
             return Begin(slow, _disk.WriteAsync(offset, slow.Buffer.Memory[..length], isDurable));
         }
 
-        if (!TryStart(request, length, out SlowRequest? large))
+        if (!TryClaim(request, length, out SlowRequest? large))
             return false;
         try
         {
             if (!ReceivePayload(large.Buffer!.Slice(0, length)))
             {
-                Release(large);
+                GiveBack(large);
                 return false;
             }
 
             _expectsLargeWrite = true;
-            if (isDurable || !_disk.TryWrite(offset, large.Buffer.Slice(0, length)))
+            if (!isFast || !_disk.TryWrite(offset, large.Buffer.Slice(0, length)))
                 return Begin(large, _disk.WriteAsync(offset, large.Buffer.Memory[..length], isDurable));
         }
         catch (DiskException)
         {
-            Release(large);
+            GiveBack(large);
             throw;
         }
 
-        Release(large);
+        GiveBack(large);
         return ReplySuccess(request);
     }
 
@@ -216,7 +291,7 @@ internal sealed partial class Session
     {
         int most = (request.Flags & NbdCommandFlags.ReqOne) != 0 ? 1 : ServerLimits.MaxExtents;
         int chunks = BitOperations.PopCount((uint)_agreement.Contexts);
-        if (!TryStart(request, chunks * NbdReply.BlockStatusLength(most), out SlowRequest? slow))
+        if (!TryClaim(request, chunks * NbdReply.BlockStatusLength(most), out SlowRequest? slow))
             return false;
         slow.Extents = new ExtentList(most);
         return Begin(slow, _disk.GetExtentsAsync((long)request.Offset, request.Length, slow.Extents));
@@ -238,7 +313,7 @@ internal sealed partial class Session
             long count = Receive(payload, mayBlock: true);
             if (count > 0)
                 payload = payload[(int)count..];
-            if (payload.Length > 0 && !MayGoOnReceiving(count))
+            if (payload.Length > 0 && !MayGoOnReceiving(count, holdsBytes: true))
                 return false;
         }
 
@@ -248,14 +323,16 @@ internal sealed partial class Session
     }
 
     /// <summary>After a receive that did not bring all that is due: whether to wait for the rest.</summary>
-    private bool MayGoOnReceiving(long count)
+    /// <param name="count">What the receive answered.</param>
+    /// <param name="holdsBytes">The session holds bytes of the budget.</param>
+    private bool MayGoOnReceiving(long count, bool holdsBytes)
     {
         if (count == 0 || (count < 0 && count != -(long)Errno.EAGAIN))
             return _connection.End(count == 0 ? "closed by client amid a write" : ((Errno)(-count)).Describe());
         if (_isStopping)
             return _connection.End("server is stopping");
         _stall.Moved(Math.Max(0, count));
-        if (InFlight > 0 && IsStalled())
+        if (holdsBytes && IsStalled())
             return false;
 
         // The client may not send on before it has what other threads could not send.
@@ -286,7 +363,7 @@ internal sealed partial class Session
             Span<byte> scratch = _input!.Slice(0, (int)Math.Min(left, _input.Length));
             long count = Receive(scratch, mayBlock: true);
             left -= Math.Max(0, count);
-            if (count < scratch.Length && !MayGoOnReceiving(count))
+            if (count < scratch.Length && !MayGoOnReceiving(count, holdsBytes: InFlight > 0))
                 return false;
         }
 
@@ -297,12 +374,14 @@ internal sealed partial class Session
 
     /// <summary>
     /// Makes a slow request, with a buffer of <paramref name="bufferLength"/> bytes if that is more than 0. Waits until
-    /// the bounds on requests and bytes allow it.
+    /// the bounds on requests and bytes allow it. Then it is begun (<see cref="Begin"/>), or given back.
     /// </summary>
     /// <returns>False when the connection broke meanwhile.</returns>
-    private bool TryStart(in NbdRequest request, int bufferLength, out SlowRequest slow)
+    private bool TryClaim(in NbdRequest request, int bufferLength, out SlowRequest slow)
     {
         slow = null!;
+        if (_isInOrder && !FlushReplies())
+            return false; // another thread will send its reply, behind these
         if (InFlight >= ServerLimits.MaxInFlight
             && !(FlushReplies() && WaitUntilFinished(ServerLimits.MaxInFlight - 1)))
             return false;
@@ -330,13 +409,21 @@ internal sealed partial class Session
         slow = SlowRequest.Rent(this, request);
         slow.ClaimedBytes = bufferLength;
         slow.Buffer = buffer;
-        lock (_finished)
-            _inFlight++;
         return true;
     }
 
-    private static bool Begin(SlowRequest slow, ValueTask operation)
+    /// <summary>A slow request is under way from now on; when its operation has ended, it is answered.</summary>
+    private bool Begin(SlowRequest slow, ValueTask operation)
     {
+        lock (_finished)
+        {
+            _inFlight++;
+            if (_isInOrder)
+                _order.Enqueue(slow);
+            else
+                _cookies.Add(slow.Request.Cookie);
+        }
+
         slow.Await(operation);
         return true;
     }
@@ -373,10 +460,8 @@ internal sealed partial class Session
     private void BuildReadReply(SlowRequest slow)
     {
         NbdRequest request = slow.Request;
-        int length = (int)request.Length;
-        int headers = HeaderRoom(length);
+        int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
         Span<byte> buffer = slow.Buffer!.GetSpan();
-        Span<byte> data = buffer.Slice(headers, length);
         if (!_structured)
         {
             int start = headers - NbdSize.SimpleReply;
@@ -385,61 +470,9 @@ internal sealed partial class Session
             return;
         }
 
-        // All data, all hole, or (unless it may not be cut) a piece for each run of data or zeroes. Chunks are laid
-        // down from the front; their data moves forward, past headers that are no longer than the room for them.
         bool mayCut = (request.Flags & NbdCommandFlags.Df) == 0;
-        int at = 0;
-        for (int done = 0; done < length;)
-        {
-            int run = RunLength(data[done..], request.Offset + (ulong)done, mayCut, out bool isHole);
-            NbdChunkFlags flags = done + run == length ? NbdChunkFlags.Done : NbdChunkFlags.None;
-            ulong offset = request.Offset + (ulong)done;
-            if (isHole)
-            {
-                at += NbdReply.WriteOffsetHole(buffer[at..], flags, request.Cookie, offset, (uint)run);
-            }
-            else if (done == 0 && run == length)
-            {
-                at = headers - DataHeader; // the common case: nothing moves
-                NbdReply.WriteOffsetData(buffer[at..], flags, request.Cookie, offset, run);
-                slow.ReplyFromBuffer(at, DataHeader + run);
-                return;
-            }
-            else
-            {
-                data.Slice(done, run).CopyTo(buffer[(at + DataHeader)..]);
-                at += NbdReply.WriteOffsetData(buffer[at..], flags, request.Cookie, offset, run) + run;
-            }
-
-            done += run;
-        }
-
-        slow.ReplyFromBuffer(0, at);
-    }
-
-    /// <summary>Data that is all zeroes over a whole aligned part of this size, in bytes, is sent as a hole.</summary>
-    private const int HoleGrain = 64 * 1024;
-
-    /// <summary>Room for the headers of all chunks that a read may be cut into.</summary>
-    private static int HeaderRoom(int length) => HoleChunk * ((length / HoleGrain) + 2);
-
-    /// <summary>How long the data from here on is of one kind.</summary>
-    private static int RunLength(ReadOnlySpan<byte> data, ulong offset, bool mayCut, out bool isHole)
-    {
-        int run = mayCut ? NextPart(0, data.Length, offset) : data.Length;
-        isHole = !data[..run].ContainsAnyExcept((byte)0);
-        while (run < data.Length)
-        {
-            int part = NextPart(run, data.Length, offset);
-            if (!data.Slice(run, part).ContainsAnyExcept((byte)0) != isHole)
-                break;
-            run += part;
-        }
-
-        return run;
-
-        static int NextPart(int at, int length, ulong offset)
-            => (int)Math.Min(length - at, HoleGrain - (long)((offset + (ulong)at) % HoleGrain));
+        (int at, int all) = ReadChunks.Write(buffer, headers, length, request.Offset, request.Cookie, mayCut, isLast: true);
+        slow.ReplyFromBuffer(at, all);
     }
 
     /// <summary>One chunk for each context; in each, neighbours of equal status are one extent.</summary>

@@ -17,8 +17,20 @@ internal sealed partial class Session
     private bool _awaitsFinished;
     private volatile bool _isSendBlocked;
     private volatile bool _isBroken; // nothing can be sent any more
-    private readonly LinuxEvent _wakeUp = new();
     private readonly StallClock _stall;
+
+    // Replies go out in the order of the requests. It changes only while nothing is in flight.
+    private bool _isInOrder;
+    private readonly Queue<SlowRequest> _order = new(); // then: those in flight; guarded by _finished, as all of these
+    private readonly HashSet<ulong> _cookies = []; // else: theirs
+    private bool _mustQueue; // the request at hand must be answered after those in flight; the session's thread's own
+
+    /// <summary>
+    /// Lets other threads wake the session's one from its poll. There is one only while it may be needed: so an idle
+    /// session takes one descriptor. Made by the session's thread; others use it while they hold <c>_sending</c>, and a
+    /// slow request that is not sent yet.
+    /// </summary>
+    private LinuxEvent? _wakeUp;
 
     private NativeBuffer? _output;
     private int _outputLength;
@@ -30,7 +42,8 @@ internal sealed partial class Session
     private bool TryReserve(int length, out Span<byte> room)
     {
         _output ??= _services.Buffers.Rent(ServerLimits.OutputBuffer);
-        if (_outputLength + length > _output.Length && !FlushReplies())
+        bool isFull = _outputLength > 0 && _outputLength + length > ServerLimits.GatheredReplies;
+        if ((isFull && !FlushReplies()) || (_mustQueue && !WaitForTurn()))
         {
             room = default;
             return false;
@@ -38,6 +51,14 @@ internal sealed partial class Session
 
         room = _output.Slice(_outputLength, length);
         return true;
+    }
+
+    /// <summary>Waits until the replies of all that is in flight have gone out.</summary>
+    /// <returns>False when the connection is broken.</returns>
+    private bool WaitForTurn()
+    {
+        _mustQueue = false;
+        return FlushReplies() && WaitUntilFinished(0);
     }
 
     /// <summary>Sends all gathered replies, waiting for the client as long as it takes.</summary>
@@ -105,7 +126,11 @@ internal sealed partial class Session
     {
         lock (_finished)
         {
-            _finished.Enqueue(slow);
+            slow.IsFinished = true;
+            if (!_isInOrder)
+                _finished.Enqueue(slow);
+            while (_order.TryPeek(out SlowRequest? oldest) && oldest.IsFinished)
+                _finished.Enqueue(_order.Dequeue());
             if (_awaitsFinished)
                 Monitor.Pulse(_finished);
         }
@@ -133,7 +158,8 @@ internal sealed partial class Session
                 {
                     // Inside the lock: the session cannot end, and dispose of the event, before it has had the lock itself.
                     _isSendBlocked = true;
-                    _wakeUp.Signal();
+                    Interlocked.MemoryBarrier(); // the session's thread sees that, or this one its event
+                    Volatile.Read(ref _wakeUp)?.Signal();
                 }
             }
             finally
@@ -321,20 +347,35 @@ internal sealed partial class Session
         }
     }
 
-    /// <summary>Gives back what a slow request held.</summary>
+    /// <summary>Whether a slow request with this cookie has not been answered yet.</summary>
+    private bool IsInFlight(ulong cookie)
+    {
+        lock (_finished)
+            return _cookies.Contains(cookie);
+    }
+
+    /// <summary>A slow request has been answered, or dropped.</summary>
     private void Release(SlowRequest slow)
+    {
+        ulong cookie = slow.Request.Cookie;
+        GiveBack(slow);
+        lock (_finished)
+        {
+            _inFlight--;
+            _cookies.Remove(cookie);
+            if (_awaitsFinished)
+                Monitor.Pulse(_finished);
+        }
+    }
+
+    /// <summary>Gives back what a slow request held, which is not, or not any more, in flight.</summary>
+    private void GiveBack(SlowRequest slow)
     {
         if (slow.Buffer is { } buffer)
             _services.Buffers.Return(buffer);
         if (slow.ClaimedBytes > 0)
             _services.Budget.Release(slow.ClaimedBytes);
         slow.Return();
-        lock (_finished)
-        {
-            _inFlight--;
-            if (_awaitsFinished)
-                Monitor.Pulse(_finished);
-        }
     }
 
     /// <summary>Sends what is finished until at most <paramref name="mostInFlight"/> slow requests are left.</summary>

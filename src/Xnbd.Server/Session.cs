@@ -37,6 +37,9 @@ internal sealed partial class Session
 
     private volatile bool _isStopping;
 
+    /// <summary>How often a session looks for what others could not send, if they have no way to wake it.</summary>
+    private const int LookAgainMilliseconds = 20;
+
     public Session(Connection connection, Agreement agreement, SessionServices services)
     {
         _connection = connection;
@@ -44,11 +47,18 @@ internal sealed partial class Session
         _disk = agreement.Export.Disk;
         _services = services;
         _structured = agreement.StructuredReplies;
+        _isInOrder = agreement.InOrder;
         _stall = new StallClock(services.Budget);
     }
 
     /// <summary>Requests answered so far.</summary>
     public long RequestCount { get; private set; }
+
+    /// <summary>Bytes of data that the client has asked for so far.</summary>
+    public long BytesRead { get; private set; }
+
+    /// <summary>Bytes of data that the client has sent so far.</summary>
+    public long BytesWritten { get; private set; }
 
     /// <summary>Serves the client until it leaves, breaks the protocol, or the session is stopped.</summary>
     public void Run()
@@ -70,23 +80,15 @@ internal sealed partial class Session
                 FlushReplies();
             AdaptivePoll.NoteBlocked();
             ReleaseBuffers();
-            _wakeUp.Dispose();
+            _wakeUp?.Dispose();
         }
     }
 
-    /// <summary>Ends the session after the requests that have been received, from any thread.</summary>
-    public void Stop()
-    {
-        _isStopping = true;
-        try
-        {
-            _wakeUp.Signal();
-        }
-        catch (ObjectDisposedException)
-        {
-            // It has ended by itself.
-        }
-    }
+    /// <summary>
+    /// Ends the session after the requests that have been received, from any thread. Who calls it signals
+    /// <see cref="SessionServices.Stopping"/> afterwards.
+    /// </summary>
+    public void Stop() => _isStopping = true;
 
     /// <returns>False when the session is over.</returns>
     private bool ServeBufferedRequests()
@@ -183,13 +185,19 @@ internal sealed partial class Session
     {
         while (true)
         {
+            bool canBeWoken = PrepareWakeUp();
             bool isBlocked = _isSendBlocked;
             AdaptivePoll.NoteBlocked();
             Readiness ready = LinuxSocket.Wait(
-                _connection.Handle, forReading: true, forWriting: isBlocked, _wakeUp, isBlocked ? 1000 : -1);
+                _connection.Handle,
+                forReading: true,
+                forWriting: isBlocked,
+                isBlocked ? 1000 : canBeWoken ? -1 : LookAgainMilliseconds,
+                _wakeUp,
+                _services.Stopping);
             AdaptivePoll.NoteAwake();
             if ((ready & Readiness.Woken) != 0)
-                _wakeUp.Reset();
+                _wakeUp?.Reset();
             if ((ready & Readiness.Writable) != 0)
             {
                 _isSendBlocked = false;
@@ -202,6 +210,26 @@ internal sealed partial class Session
             if ((ready & (Readiness.Readable | Readiness.Broken)) != 0 || _isStopping)
                 return true; // the next receive tells what it is
         }
+    }
+
+    /// <summary>Makes the event by which other threads wake this one if they may have to, else gives it back.</summary>
+    /// <returns>False when they may have to, and there is no event: no descriptor was to be had.</returns>
+    private bool PrepareWakeUp()
+    {
+        bool isNeeded = InFlight > 0;
+        if (isNeeded && _wakeUp is null)
+        {
+            Volatile.Write(ref _wakeUp, LinuxEvent.TryCreate());
+            Interlocked.MemoryBarrier(); // who did not see it has set _isSendBlocked before this thread looks
+        }
+        else if (!isNeeded && _wakeUp is { } idle)
+        {
+            lock (_sending)
+                _wakeUp = null;
+            idle.Dispose();
+        }
+
+        return !isNeeded || _wakeUp is not null;
     }
 
     private void CompactInput()
@@ -252,4 +280,5 @@ internal sealed partial class Session
 /// <param name="Buffers">For requests and replies.</param>
 /// <param name="Budget">What may be in flight.</param>
 /// <param name="Failures">For requests that failed.</param>
-internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures);
+/// <param name="Stopping">Signalled, once and for all, when sessions are to end.</param>
+internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures, LinuxEvent Stopping);

@@ -37,6 +37,9 @@ internal sealed class SlowRequest
     /// <summary>Where the answer to a block status is gathered.</summary>
     public ExtentList? Extents { get; set; }
 
+    /// <summary>Its reply is built, and waits to be sent.</summary>
+    public bool IsFinished { get; set; }
+
     /// <summary>What is left to send of the reply: its start within buffer or small reply, and its length.</summary>
     public (int Start, int Length) Unsent { get; set; }
 
@@ -61,6 +64,7 @@ internal sealed class SlowRequest
         Buffer = null;
         ClaimedBytes = 0;
         Extents = null;
+        IsFinished = false;
         lock (Spare)
         {
             if (Spare.Count < MaxSpare)

@@ -378,12 +378,14 @@ public sealed class ProgramTests : IDisposable
         await Tool.Succeed("python3", "-c", script, ServerProcess.Executable, image);
     }
 
-    [Fact]
-    public void An_image_that_becomes_shorter_amid_a_large_read_is_an_error_and_the_session_stays_up()
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public void An_image_that_becomes_shorter_amid_a_large_read_is_an_error_and_the_session_stays_up(bool readOnly)
     {
         using var memory = new TempFolder("/dev/shm");
         string image = memory.Random("disk.img", 2 << 20);
-        using ServerProcess server = ServerProcess.Start(memory, image);
+        using ServerProcess server = ServerProcess.Start(memory, image, readOnly ? ["--readonly"] : []);
         using NbdTestClient client = server.Open();
         using NbdTestClient old = server.Open(structured: false);
         using (FileStream file = File.Open(image, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
@@ -391,8 +393,73 @@ public sealed class ProgramTests : IDisposable
         Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20, NbdCommandFlags.Df)); // sendfile was under way
         Assert.Equal(File.ReadAllBytes(image)[..4096], client.Read(0, 4096));
         old.SendRequest(NbdCommand.Read, 1 << 20, 1 << 20);
-        Assert.Throws<EndOfStreamException>(old.ReceiveReply); // a simple reply can only be broken off
+        if (readOnly)
+            Assert.Throws<EndOfStreamException>(old.ReceiveReply); // with sendfile a simple reply can only be broken off
+        else
+            Assert.Equal(NbdError.Io, old.ReceiveReply().Error);
         Assert.False(server.HasExited);
+    }
+
+    /// <summary>All that was behind the new end is lost: nobody gets zeroes in its place, and nobody keeps them.</summary>
+    [Fact]
+    public async Task What_stood_behind_the_end_of_an_image_that_became_shorter_is_an_error_for_everybody()
+    {
+        string image = _folder.Random("disk.img", 2 << 20);
+        using ServerProcess server = ServerProcess.Start(_folder, image);
+        using ServerProcess proxy = Proxies.Start(_folder, server);
+        using (FileStream file = File.Open(image, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
+            file.SetLength(1 << 20);
+        foreach (ServerProcess one in (ServerProcess[])[server, proxy])
+        {
+            using NbdTestClient client = one.Open(true, "", "base:allocation");
+            Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 512));
+            Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 65536));
+            Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20));
+            if (one == server)
+                Assert.Equal(NbdError.Io, client.Try(NbdCommand.BlockStatus, 1 << 20, 65536));
+        }
+
+        ToolResult caching = await Tool.Run(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
+        Assert.Equal(1, caching.ExitCode);
+        server.Signal(10); // SIGUSR1
+        Wait.Until(() => server.Log.Contains("no snapshot was made", StringComparison.Ordinal), "the snapshot has failed");
+        Assert.Contains("has become shorter", server.Log, StringComparison.Ordinal);
+    }
+
+    /// <summary>As the original xNBD's proxy does: all requests have one cookie, and replies are known by their order.</summary>
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public async Task A_client_that_relies_on_the_order_of_replies_reads_a_cold_image(bool oldstyle)
+    {
+        const int size = 32 << 20, requests = 4096;
+        string image = _folder.Random("disk.img", size);
+        byte[] bytes = File.ReadAllBytes(image);
+        await Tool.Succeed("dd", $"of={image}", "oflag=nocache", "conv=notrunc,fdatasync", "count=0");
+        using ServerProcess server = ServerProcess.Start(_folder, image, oldstyle ? ["--oldstyle"] : []);
+        using NbdTestClient client = oldstyle ? NbdTestClient.Connect(server.SocketPath) : server.Open(structured: false);
+        if (oldstyle)
+            client.Receive(NbdSize.OldstyleGreeting);
+        var random = new Random(3);
+        var reads = Enumerable.Range(0, requests).Select(_ => (Offset: random.Next(size / 4096) * 4096, Length: random.Next(8) == 0 ? 65536 : 4096))
+            .Select(r => r with { Length = Math.Min(r.Length, size - r.Offset) }).ToList();
+        const int depth = 32;
+        byte[] header = new byte[NbdSize.Request];
+        for (int i = 0; i < requests + depth; i++)
+        {
+            if (i < requests)
+            {
+                new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, 1, (ulong)reads[i].Offset, (uint)reads[i].Length).Write(header);
+                client.Send(header);
+            }
+
+            if (i < depth)
+                continue;
+            (int offset, int length) = reads[i - depth];
+            byte[] reply = client.Receive(NbdSize.SimpleReply);
+            Assert.Equal(NbdMagic.SimpleReply, System.Buffers.Binary.BinaryPrimitives.ReadUInt32BigEndian(reply));
+            Assert.True(client.Receive(length).AsSpan().SequenceEqual(bytes.AsSpan(offset, length)), $"reply {i - depth} is another read's");
+        }
     }
 
     [Fact]
@@ -566,6 +633,7 @@ public sealed class ProgramTests : IDisposable
             long kibibytes = server.Status("VmRSS");
             TestContext.Current.TestOutputHelper?.WriteLine($"1,000 idle clients: {kibibytes} KiB, {server.Status("Threads")} threads");
             Assert.InRange(kibibytes, 1, 64 * 1024);
+            Assert.InRange(server.OpenDescriptors, 1000, 1050); // one for each
             Assert.Equal(16, clients[500].Read(0, 16).Length);
         }
         finally

@@ -20,6 +20,9 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>The fast forms say no.</summary>
     public bool Slow { get; set; }
 
+    /// <summary>They say no for some offsets.</summary>
+    public Func<long, bool>? SlowAt { get; set; }
+
     /// <summary>The disk says that it is read-only.</summary>
     public bool ReadOnly { get; init; }
 
@@ -32,7 +35,7 @@ public sealed class FaultDisk(Disk inner) : Disk
 
     public override bool TryRead(long offset, Span<byte> buffer)
     {
-        if (Slow)
+        if (IsSlow(offset))
             return false;
         Before?.Invoke("read", offset, buffer.Length).GetAwaiter().GetResult();
         return inner.TryRead(offset, buffer);
@@ -40,14 +43,14 @@ public sealed class FaultDisk(Disk inner) : Disk
 
     public override bool TryWrite(long offset, ReadOnlySpan<byte> data)
     {
-        if (Slow)
+        if (IsSlow(offset))
             return false;
         Before?.Invoke("write", offset, data.Length).GetAwaiter().GetResult();
         return inner.TryWrite(offset, data);
     }
 
     public override FileRange TryLocate(long offset, int length, bool findHoles)
-        => Slow ? FileRange.None : inner.TryLocate(offset, length, findHoles);
+        => IsSlow(offset) ? FileRange.None : inner.TryLocate(offset, length, findHoles);
 
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
         => Run("read", offset, buffer.Length, false, () => inner.ReadAsync(offset, buffer));
@@ -80,6 +83,8 @@ public sealed class FaultDisk(Disk inner) : Disk
         if (disposing)
             inner.Dispose();
     }
+
+    private bool IsSlow(long offset) => Slow || SlowAt?.Invoke(offset) == true;
 
     private async ValueTask Run(string operation, long offset, long length, bool durable, Func<ValueTask> action)
     {

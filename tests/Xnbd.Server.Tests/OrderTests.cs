@@ -1,0 +1,129 @@
+using System.Buffers.Binary;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+using Xnbd.TestKit;
+
+namespace Xnbd.Server.Tests;
+
+/// <summary>
+/// Clients that tell replies apart by their order, not by their cookies: those of the old style, and those that give
+/// several requests one cookie. The disk answers some requests at once, and others late and in any order.
+/// </summary>
+public sealed class OrderTests : IDisposable
+{
+    private const int Size = 8 << 20, Requests = 300;
+
+    private readonly byte[] _bytes = new byte[Size];
+    private readonly FaultDisk _disk;
+
+    public OrderTests()
+    {
+        new Random(7).NextBytes(_bytes);
+        var memory = new MemoryDisk(Size);
+        memory.TryWrite(0, _bytes);
+        _disk = new FaultDisk(memory)
+        {
+            SlowAt = offset => offset / 4096 % 3 != 0,
+            Before = (_, offset, _) => offset / 4096 % 3 != 0 ? Task.Delay((int)(offset / 4096 % 7)) : Task.CompletedTask,
+        };
+    }
+
+    public void Dispose() => _disk.Dispose();
+
+    public enum Style
+    {
+        Old,
+        NewSimple,
+        NewStructured,
+    }
+
+    [Theory]
+    [InlineData(Style.Old, true)]
+    [InlineData(Style.Old, false)]
+    [InlineData(Style.NewSimple, true)]
+    [InlineData(Style.NewStructured, true)]
+    public async Task Replies_come_in_the_order_of_the_requests(Style style, bool hasOneCookie)
+    {
+        using var server = new ServerFixture(_disk, style == Style.Old ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle);
+        using NbdTestClient client = style == Style.Old ? server.Connect() : server.Open(style == Style.NewStructured);
+        if (style == Style.Old)
+            client.Receive(NbdSize.OldstyleGreeting);
+
+        // Reads and writes of mixed sizes, flushes, errors, and requests of nothing.
+        var random = new Random(11);
+        var requests = new List<NbdRequest>();
+        for (int i = 0; i < Requests; i++)
+        {
+            NbdCommand command = random.Next(10) switch
+            {
+                0 => NbdCommand.Flush,
+                1 or 2 => NbdCommand.Write,
+                _ => NbdCommand.Read,
+            };
+            uint length = command == NbdCommand.Flush ? 0 : (uint)(random.Next(4) == 0 ? random.Next(200_000) : random.Next(5000));
+            ulong offset = command == NbdCommand.Flush ? 0 : random.Next(20) == 0 ? Size : (ulong)random.Next(Size - 200_000);
+            requests.Add(new NbdRequest(NbdCommandFlags.None, command, hasOneCookie ? 77 : (ulong)i, offset, length));
+        }
+
+        Task sending = Task.Run(() =>
+        {
+            byte[] header = new byte[NbdSize.Request];
+            foreach (NbdRequest request in requests)
+            {
+                request.Write(header);
+                client.Send(header);
+                if (request.Command == NbdCommand.Write) // what stands there already: so it does not matter which comes first
+                    client.Send(request.Offset < Size ? _bytes.AsSpan((int)request.Offset, (int)request.Length) : new byte[request.Length]);
+            }
+        });
+        foreach (NbdRequest request in requests)
+            CheckReply(client, request, style == Style.NewStructured);
+        await sending;
+    }
+
+    private void CheckReply(NbdTestClient client, NbdRequest request, bool isStructured)
+    {
+        bool fails = request.Offset + request.Length > Size;
+        if (!isStructured || request.Command != NbdCommand.Read)
+        {
+            // Errors have a form of their own where replies are structured.
+            byte[] start = client.Receive(NbdSize.SimpleReply);
+            bool isChunk = BinaryPrimitives.ReadUInt32BigEndian(start) == NbdMagic.StructuredReply;
+            Assert.Equal(request.Cookie, BinaryPrimitives.ReadUInt64BigEndian(start.AsSpan(8)));
+            if (isChunk)
+                client.Receive(BinaryPrimitives.ReadInt32BigEndian(client.Receive(4)));
+            Assert.Equal(fails, isChunk || BinaryPrimitives.ReadUInt32BigEndian(start.AsSpan(4)) != 0);
+            if (request.Command == NbdCommand.Read && !fails)
+                Assert.True(client.Receive((int)request.Length).AsSpan().SequenceEqual(Expected(request)), $"wrong data at {request.Offset}");
+            return;
+        }
+
+        var chunks = new List<Reply>();
+        do
+        {
+            chunks.Add(client.ReceiveReply());
+            Assert.Equal(request.Cookie, chunks[^1].Cookie);
+        }
+        while (!chunks[^1].IsLast);
+        if (fails)
+            Assert.NotEqual(NbdError.None, chunks[0].Error);
+        else if (request.Length > 0)
+            Assert.True(NbdTestClient.Assemble(chunks, request.Offset, request.Length).AsSpan().SequenceEqual(Expected(request)), $"wrong data at {request.Offset}");
+    }
+
+    private ReadOnlySpan<byte> Expected(NbdRequest request) => _bytes.AsSpan((int)request.Offset, (int)request.Length);
+
+    [Fact]
+    public void Requests_with_cookies_of_their_own_overtake_each_other()
+    {
+        using var release = new ManualResetEventSlim();
+        _disk.SlowAt = offset => offset == 4096;
+        _disk.Before = (_, offset, _) => offset == 4096 ? Task.Run(release.Wait) : Task.CompletedTask;
+        using var server = new ServerFixture(_disk);
+        using NbdTestClient client = server.Open();
+        ulong slow = client.SendRequest(NbdCommand.Read, 4096, 512), fast = client.SendRequest(NbdCommand.Read, 0, 512);
+        Assert.Equal(fast, client.ReceiveReply().Cookie);
+        release.Set();
+        Assert.Equal(slow, client.ReceiveReply().Cookie);
+    }
+}
