@@ -38,7 +38,7 @@ public sealed class ModelTests
         byte[] before = File.ReadAllBytes(image);
         string layer = folder.File("layer");
         using ServerProcess server = ServerProcess.StartMode("--cow-target", folder, image, "--cow-layer", layer);
-        var run = new ModelRun(server.SocketPath, Size, Seed, Operations) { Initial = before, TrimUnit = 4096 };
+        var run = new ModelRun(server.SocketPath, Size, Seed, Operations) { Initial = before };
         await run.Run();
         Assert.Equal(0, server.Stop());
         Assert.Equal(before, File.ReadAllBytes(image));
@@ -59,7 +59,7 @@ public sealed class ModelTests
         for (int life = 0; life < 2; life++)
         {
             using ServerProcess server = Proxies.Start(folder, origin);
-            var run = new ModelRun(server.SocketPath, Size, Seed + life, Operations / 2) { Initial = model, TrimUnit = 4096 };
+            var run = new ModelRun(server.SocketPath, Size, Seed + life, Operations / 2) { Initial = model };
             Task running = run.Run();
             if (life == 1)
                 await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(folder));

@@ -28,8 +28,8 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
         init => value.CopyTo(_model, 0);
     }
 
-    /// <summary>A trim makes zero what it covers of such units whole, in bytes; the rest stays.</summary>
-    public int TrimUnit { get; init; } = 1;
+    /// <summary>A trim makes whole blocks zero, of this size in bytes; the rest stays.</summary>
+    private const int TrimUnit = 4096;
 
     /// <summary>What the disk must hold afterwards.</summary>
     public byte[] Model => _model;
