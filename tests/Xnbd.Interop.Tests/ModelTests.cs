@@ -16,13 +16,27 @@ public sealed class ModelTests
     [Theory]
     [InlineData(null)] // the disk's file system
     [InlineData("/dev/shm")]
-    public async Task The_disk_equals_the_model(string? root)
+    public async Task The_disk_equals_the_model(string? root) => await CheckTarget(root, trimUnit: 4096);
+
+    /// <summary>Operations on a part of a file system's block change nothing else in it, also in replies that have been sent.</summary>
+    [Theory]
+    [InlineData("xfs", "-bsize=4096", 4096)]
+    [InlineData("xfs", "-bsize=16384", 16384)]
+    [InlineData("btrfs", "-q", 4096)]
+    public async Task The_disk_equals_the_model_on_other_file_systems(string kind, string option, int blockBytes)
+    {
+        using var folder = new TempFolder();
+        using LoopMount mount = await LoopMount.Create(folder, kind, 512 << 20, option);
+        await CheckTarget(mount.Path, blockBytes);
+    }
+
+    private static async Task CheckTarget(string? root, int trimUnit)
     {
         using var folder = new TempFolder(root);
         string image = folder.Sparse("disk.img", Size);
         using ServerProcess server = ServerProcess.Start(folder, image);
         TestContext.Current.TestOutputHelper?.WriteLine($"seed {Seed}, {Operations} operations");
-        var run = new ModelRun(server.SocketPath, Size, Seed, Operations);
+        var run = new ModelRun(server.SocketPath, Size, Seed, Operations) { TrimUnit = trimUnit };
         await run.Run();
         Assert.Equal(0, server.Stop());
         Assert.Equal(run.Model, File.ReadAllBytes(image));

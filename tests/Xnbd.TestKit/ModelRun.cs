@@ -29,7 +29,7 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
     }
 
     /// <summary>A trim makes whole blocks zero, of this size in bytes; the rest stays.</summary>
-    private const int TrimUnit = 4096;
+    public int TrimUnit { get; init; } = 4096;
 
     /// <summary>What the disk must hold afterwards.</summary>
     public byte[] Model => _model;
