@@ -132,9 +132,14 @@ internal sealed partial class Session
             var part = request with { Offset = request.Offset + (ulong)done, Length = (uint)piece };
             if (!TryReserve(ReadChunks.HeaderRoom(piece) + piece, out Span<byte> room))
                 return false;
-            if (!TryReadPiece(part, room, mayCut, isLast: done + piece == length))
-                return done == 0 ? null : StartRead(request with { Offset = part.Offset, Length = (uint)(length - done) });
-            done += piece;
+            if (TryReadPiece(part, room, mayCut, isLast: done + piece == length))
+            {
+                done += piece;
+                continue;
+            }
+
+            // The rest waits for the disk. What is gathered goes out first: the last chunk must not overtake it.
+            return done == 0 ? null : FlushReplies() && StartRead(request with { Offset = part.Offset, Length = (uint)(length - done) });
         }
 
         return true;

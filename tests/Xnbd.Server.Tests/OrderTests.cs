@@ -113,6 +113,39 @@ public sealed class OrderTests : IDisposable
 
     private ReadOnlySpan<byte> Expected(NbdRequest request) => _bytes.AsSpan((int)request.Offset, (int)request.Length);
 
+    /// <summary>The first pieces of a long read are in memory, and the rest comes from the disk, at any time.</summary>
+    [Fact]
+    public void The_last_chunk_of_a_reply_comes_last()
+    {
+        _disk.SlowAt = offset => offset % (1 << 20) >= 256 << 10;
+        _disk.Before = null;
+        using var server = new ServerFixture(_disk);
+        using NbdTestClient client = server.Open();
+        const int reads = 40, length = 512 << 10;
+        var replies = new Dictionary<ulong, (ulong Offset, List<Reply> Chunks)>();
+        byte[] requests = new byte[reads * NbdSize.Request];
+        for (int i = 0; i < reads; i++) // in one go, so that replies are gathered
+        {
+            replies.Add((ulong)i, ((ulong)(i % 8) << 20, []));
+            new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, (ulong)i, (ulong)(i % 8) << 20, length).Write(requests.AsSpan(i * NbdSize.Request));
+        }
+
+        Task sending = Task.Run(() => client.Send(requests));
+        for (int left = reads; left > 0;)
+        {
+            Reply chunk = client.ReceiveReply();
+            Assert.True(replies.TryGetValue(chunk.Cookie, out (ulong Offset, List<Reply> Chunks) read), "a chunk behind the last one");
+            read.Chunks.Add(chunk);
+            if (!chunk.IsLast)
+                continue;
+            Assert.True(NbdTestClient.Assemble(read.Chunks, read.Offset, length).AsSpan().SequenceEqual(_bytes.AsSpan((int)read.Offset, length)));
+            replies.Remove(chunk.Cookie);
+            left--;
+        }
+
+        sending.GetAwaiter().GetResult();
+    }
+
     [Fact]
     public void Requests_with_cookies_of_their_own_overtake_each_other()
     {
