@@ -117,11 +117,11 @@ public sealed class OrderTests : IDisposable
     [Fact]
     public void The_last_chunk_of_a_reply_comes_last()
     {
-        _disk.SlowAt = offset => offset % (1 << 20) >= 256 << 10;
+        _disk.SlowAt = offset => offset % (1 << 20) >= 128 << 10;
         _disk.Before = null;
         using var server = new ServerFixture(_disk);
         using NbdTestClient client = server.Open();
-        const int reads = 40, length = 512 << 10;
+        const int reads = 40, length = 160 << 10;
         var replies = new Dictionary<ulong, (ulong Offset, List<Reply> Chunks)>();
         byte[] requests = new byte[reads * NbdSize.Request];
         for (int i = 0; i < reads; i++) // in one go, so that replies are gathered
