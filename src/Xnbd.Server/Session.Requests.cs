@@ -433,86 +433,6 @@ internal sealed partial class Session
         return true;
     }
 
-    /// <summary>Builds the reply of a slow request whose disk operation has ended, and hands it to be sent. On any thread.</summary>
-    public void Finish(SlowRequest slow)
-    {
-        NbdRequest request = slow.Request;
-        try
-        {
-            slow.GetResult();
-            switch (request.Command)
-            {
-                case NbdCommand.Read:
-                    BuildReadReply(slow);
-                    break;
-                case NbdCommand.BlockStatus:
-                    BuildBlockStatusReply(slow);
-                    break;
-                default:
-                    slow.ReplySmall(NbdReply.WriteSimple(slow.SmallReply, NbdError.None, request.Cookie));
-                    break;
-            }
-        }
-        catch (Exception failure)
-        {
-            NbdError error = LogFailure(request, failure);
-            slow.ReplySmall(WriteError(slow.SmallReply, request, error, ErrorMap.Describe(error)));
-        }
-
-        Enqueue(slow);
-    }
-
-    private void BuildReadReply(SlowRequest slow)
-    {
-        NbdRequest request = slow.Request;
-        int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
-        Span<byte> buffer = slow.Buffer!.GetSpan();
-        if (!_structured)
-        {
-            int start = headers - NbdSize.SimpleReply;
-            NbdReply.WriteSimple(buffer[start..], NbdError.None, request.Cookie);
-            slow.ReplyFromBuffer(start, NbdSize.SimpleReply + length);
-            return;
-        }
-
-        bool mayCut = (request.Flags & NbdCommandFlags.Df) == 0;
-        (int at, int all) = ReadChunks.Write(buffer, headers, length, request.Offset, request.Cookie, mayCut, isLast: true);
-        slow.ReplyFromBuffer(at, all);
-    }
-
-    /// <summary>One chunk for each context; in each, neighbours of equal status are one extent.</summary>
-    private void BuildBlockStatusReply(SlowRequest slow)
-    {
-        Span<byte> buffer = slow.Buffer!.GetSpan();
-        int at = 0;
-        for (MetaContexts left = _agreement.Contexts; left != MetaContexts.None;)
-        {
-            MetaContexts context = left & ~(left - 1); // the lowest bit
-            left &= ~context;
-            int chunk = at, count = 0;
-            at += NbdReply.BlockStatusLength(0);
-            uint lastStatus = 0, lastLength = 0;
-            foreach (Extent extent in slow.Extents!.Extents)
-            {
-                uint status = context == MetaContexts.AllocationDepth ? (uint)extent.Depth
-                    : (uint)(extent.IsHole ? NbdAllocation.Hole | NbdAllocation.Zero : NbdAllocation.Data);
-                bool joins = count > 0 && status == lastStatus;
-                lastLength = (uint)extent.Length + (joins ? lastLength : 0);
-                lastStatus = status;
-                if (joins)
-                    at -= NbdReply.ExtentLength;
-                else
-                    count++;
-                at += NbdReply.WriteExtent(buffer[at..], lastLength, status);
-            }
-
-            NbdChunkFlags flags = left == MetaContexts.None ? NbdChunkFlags.Done : NbdChunkFlags.None;
-            NbdReply.WriteBlockStatus(buffer[chunk..], flags, slow.Request.Cookie, (uint)context, count);
-        }
-
-        slow.ReplyFromBuffer(0, at);
-    }
-
     /// <summary>A reply without data, from the session's thread.</summary>
     private bool ReplySuccess(in NbdRequest request)
     {
@@ -526,7 +446,7 @@ internal sealed partial class Session
 
     private bool ReplyFailure(in NbdRequest request, DiskException failure)
     {
-        NbdError error = LogFailure(request, failure);
+        NbdError error = _replies.LogFailure(request, failure);
         return ReplyError(request, error, ErrorMap.Describe(error));
     }
 
@@ -534,21 +454,7 @@ internal sealed partial class Session
     {
         if (!TryReserve(NbdReply.MaxErrorChunk, out Span<byte> room))
             return false;
-        _outputLength += WriteError(room, request, error, message);
+        _outputLength += _replies.WriteError(room, request, error, message);
         return true;
-    }
-
-    private int WriteError(Span<byte> destination, in NbdRequest request, NbdError error, string message)
-        => _structured
-            ? NbdReply.WriteErrorChunk(destination, request.Cookie, error, message)
-            : NbdReply.WriteSimple(destination, error, request.Cookie);
-
-    /// <summary>Logs why a request failed, and says what the client is told.</summary>
-    private NbdError LogFailure(in NbdRequest request, Exception failure)
-    {
-        if (failure is DiskException { Error: DiskError.NotSupported })
-            return NbdError.NotSupported; // the usual answer to a fast zero: nothing went wrong
-        _services.Failures.Log(_connection.Peer, request.Command, failure.Message);
-        return failure is DiskException known ? ErrorMap.ToNbd(known.Error) : NbdError.Io;
     }
 }

@@ -121,9 +121,12 @@ internal sealed partial class Session
         return true;
     }
 
-    /// <summary>Takes a finished request's reply, on any thread, and sends it if nobody else is sending.</summary>
-    private void Enqueue(SlowRequest slow)
+    /// <summary>
+    /// A slow request's disk operation has ended: its reply is built, and sent if nobody else is sending. On any thread.
+    /// </summary>
+    public void Finish(SlowRequest slow)
     {
+        _replies.Build(slow);
         lock (_finished)
         {
             slow.IsFinished = true;

@@ -27,6 +27,7 @@ internal sealed partial class Session
     private readonly Agreement _agreement;
     private readonly Disk _disk;
     private readonly SessionServices _services;
+    private readonly ReplyBuilder _replies;
     private readonly bool _structured;
 
     // Requests received and not yet handled: _input[_head.._tail].
@@ -46,6 +47,7 @@ internal sealed partial class Session
         _agreement = agreement;
         _disk = agreement.Export.Disk;
         _services = services;
+        _replies = new ReplyBuilder(agreement, services.Failures, connection.Peer);
         _structured = agreement.StructuredReplies;
         _isInOrder = agreement.InOrder;
         _stall = new StallClock(services.Budget);
