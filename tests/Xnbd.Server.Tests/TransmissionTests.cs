@@ -536,7 +536,7 @@ public sealed class TransmissionTests : IDisposable
             _disk.Slow = slow;
             if (slow)
                 _disk.Before = async (_, _, _) => await Task.Delay(Random.Shared.Next(2));
-            var model = new ModelRun(_server.SocketPath, Size, seed: slow ? 7 : 8, operations: slow ? 2000 : 10_000) { Initial = held };
+            var model = new ModelRun(_server.SocketPath, Size, seed: slow ? 7 : 8, operations: slow ? 2000 : 10_000) { Initial = held, TrimUnit = 1 };
             await model.Run();
             held = model.Model;
         }
