@@ -15,7 +15,8 @@ namespace Xnbd.Storage;
 /// the process.
 /// </para>
 /// The type's other files: <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Locating.cs</c> (extents, and
-/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>.
+/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>. Its locks are
+/// in <see cref="ImageLock"/>.
 /// </summary>
 public sealed partial class ImageFile : Disk
 {
@@ -76,6 +77,8 @@ public sealed partial class ImageFile : Disk
             errno = Errno.EISDIR;
         if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
             errno = LinuxFile.BlockDeviceLength(file!, out length);
+        if (errno == Errno.ENXIO && LinuxFile.Status(path, out status) == Errno.None && status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
+            throw NoImage(path); // a socket
 
         if (errno != Errno.None)
         {
@@ -89,17 +92,23 @@ public sealed partial class ImageFile : Disk
         if (status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
         {
             file!.Dispose();
-            throw new DiskException(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
+            throw NoImage(path);
         }
 
-        if (!TryLock(file!, readOnly, use, out string? reason))
+        try
+        {
+            ImageLock.Take(path, file!, readOnly, use);
+            return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly);
+        }
+        catch
         {
             file!.Dispose();
-            throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
+            throw;
         }
-
-        return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly);
     }
+
+    private static DiskException NoImage(string path)
+        => new(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
 
     /// <summary>A part of a regular file as a disk, such as the data of a layer. The disk owns the file from now on.</summary>
     /// <param name="path">The file's name, for messages.</param>
@@ -123,8 +132,7 @@ public sealed partial class ImageFile : Disk
             throw LockedFile.Failure(errno, "open the cache image", path);
         try
         {
-            if (!TryLock(file!, readOnly: false, ImageUse.Alone, out string? reason))
-                throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
+            ImageLock.Take(path, file!, readOnly: false, ImageUse.Alone);
             errno = LinuxFile.Status(file!, out FileStatus status);
             long present = status.Length;
             if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
@@ -148,33 +156,29 @@ public sealed partial class ImageFile : Disk
         }
     }
 
+    /// <summary>From now on others may read the image as well, as that of the target mode.</summary>
+    internal void ShareLock() => ImageLock.Share(_file);
+
     /// <summary>
-    /// Keeps others out, who would do harm. Where there are no locks (some network file systems), nobody is.
-    /// <para>
-    /// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as QEMU does,
-    /// so that its programs and this one respect each other: the first by who writes the file, the second by who relies on
-    /// nobody writing it. Several may write it at the same time, as servers of one connection do.
-    /// </para>
+    /// Differs when the image was changed: the time of its last change, in nanoseconds since 1970, or of a device a
+    /// <see cref="DeviceVersion"/>. What was written before is synced, and counts.
     /// </summary>
-    private static bool TryLock(SafeFileHandle file, bool readOnly, ImageUse use, out string? reason)
+    /// <exception cref="DiskException">The sync failed.</exception>
+    internal long GetVersion()
     {
-        const long writes = 100 + 1, toleratesNoWriter = 200 + 1;
-        reason = "another program needs it, or has it, alone";
-        if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
-            return false;
-        if (!readOnly)
+        if (_kind == FileKind.BlockDevice)
         {
-            reason = "another program relies on its staying as it is";
-            return LinuxFile.TryLockByte(file, writes) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, toleratesNoWriter);
+            SyncContents();
+            return DeviceVersion.Of(_file);
         }
 
-        reason = "another program writes it";
-        return use != ImageUse.Base
-            || (LinuxFile.TryLockByte(file, toleratesNoWriter) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, writes));
+        return LinuxFile.Status(_file, out FileStatus status) is var errno and not Errno.None
+            ? throw new DiskException(DiskException.Classify(errno), $"cannot look at '{Path}': {errno.Describe()}")
+            : status.ModifiedNanoseconds;
     }
 
-    /// <summary>From now on others may use the image as well, as that of the target mode.</summary>
-    internal void ShareLock() => _ = LinuxFile.TryLock(_file, shared: true);
+    /// <summary>Nothing of it can be written, whoever tries: its file system is read-only.</summary>
+    internal bool IsOnReadOnlyFileSystem => LinuxFile.IsOnReadOnlyFileSystem(_file);
 
     /// <summary>Makes durable what is in the file, whoever wrote it, also if this process only reads it.</summary>
     /// <exception cref="DiskException">The sync failed.</exception>

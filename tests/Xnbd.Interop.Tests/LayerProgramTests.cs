@@ -76,7 +76,7 @@ public sealed class LayerProgramTests : IDisposable
         foreach (string command in (string[])["commit", "discard", "diff"])
         {
             ToolResult refused = await Run(command, LayerPath);
-            Assert.Equal((1, $"xnbd-layer: layer '{LayerPath}' is in use\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal((1, $"xnbd-layer: layer '{LayerPath}' is in use by xnbd-server (process {server.Id})\n"), (refused.ExitCode, refused.Errors));
         }
     }
 
@@ -88,7 +88,7 @@ public sealed class LayerProgramTests : IDisposable
         {
             using ServerProcess server = ServerProcess.StartMode(mode, _folder, _image);
             ToolResult refused = await Run("commit", LayerPath);
-            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use: another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use by xnbd-server (process {server.Id}): another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
         }
 
         Assert.Equal(_before, File.ReadAllBytes(_image));
