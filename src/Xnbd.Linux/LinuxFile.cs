@@ -277,6 +277,9 @@ public static unsafe class LinuxFile
     /// <summary>Makes data and all metadata durable; for a directory, its entries.</summary>
     public static Errno Sync(SafeFileHandle file) => LibC.Outcome(LibC.FSync(file));
 
+    /// <summary>Makes now the time of a file's last change.</summary>
+    public static Errno Touch(SafeFileHandle file) => LibC.Outcome(LibC.FUTimeNs(file, null));
+
     /// <summary>Sets a file's length.</summary>
     public static Errno Truncate(SafeFileHandle file, long length) => LibC.Outcome(LibC.FTruncate(file, length));
 

@@ -36,6 +36,10 @@ public sealed partial class ImageFile : Disk
     private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
 
+    // Of the thread that syncs: the time of the last change that is durable, and whether that is later than the first sync.
+    private long? _durableChange;
+    private bool _isChangeDurable;
+
     private ImageFile(string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly)
     {
         Path = path;
@@ -161,10 +165,14 @@ public sealed partial class ImageFile : Disk
 
     /// <summary>
     /// Differs when the image was changed: the time of its last change, in nanoseconds since 1970, or of a device a
-    /// <see cref="DeviceVersion"/>. What was written before is synced, and counts.
+    /// <see cref="DeviceVersion"/>.
     /// </summary>
+    /// <param name="isKept">
+    /// Something will be bound to it that outlives the machine: then image and version are made durable. (A device is synced in
+    /// any case, since what was not written yet has not been counted yet.)
+    /// </param>
     /// <exception cref="DiskException">The sync failed.</exception>
-    internal long GetVersion()
+    internal long GetVersion(bool isKept)
     {
         if (_kind == FileKind.BlockDevice)
         {
@@ -172,9 +180,36 @@ public sealed partial class ImageFile : Disk
             return DeviceVersion.Of(_file);
         }
 
-        return LinuxFile.Status(_file, out FileStatus status) is var errno and not Errno.None
-            ? throw new DiskException(DiskException.Classify(errno), $"cannot look at '{Path}': {errno.Describe()}")
-            : status.ModifiedNanoseconds;
+        Errno errno = isKept ? LinuxFile.Sync(_file) : Errno.None;
+        if (errno is not (Errno.None or Errno.EROFS)) // a file system that has become read-only by an error can still be read
+            throw new DiskException("sync", Path, 0, Length, errno);
+        errno = LinuxFile.Status(_file, out FileStatus status);
+        return errno == Errno.None ? status.ModifiedNanoseconds : throw LockedFile.Failure(errno, "look at", Path);
+    }
+
+    /// <summary>
+    /// Changes the version, durably, and nothing else: to be called before the first change of an image on which layers
+    /// may stand. Whatever becomes of the machine then, they do not take it for what it was.
+    /// </summary>
+    /// <exception cref="DiskException">It could not be done.</exception>
+    internal void MarkChanged()
+    {
+        Errno errno = Errno.None;
+        if (_kind == FileKind.Regular)
+        {
+            errno = LinuxFile.Touch(_file);
+        }
+        else if (Length > 0)
+        {
+            Span<byte> start = stackalloc byte[(int)Math.Min(PageSize, Length)];
+            Read(0, start);
+            WriteRaw(0, start);
+        }
+
+        if (errno == Errno.None)
+            errno = LinuxFile.Sync(_file);
+        if (errno != Errno.None)
+            throw LockedFile.Failure(errno, "mark as changed", Path);
     }
 
     /// <summary>Nothing of it can be written, whoever tries: its file system is read-only.</summary>
@@ -329,7 +364,7 @@ public sealed partial class ImageFile : Disk
             number = ++_syncsStarted;
         }
 
-        Errno errno = LinuxFile.SyncData(_file);
+        Errno errno = SyncFile();
         lock (_syncing)
         {
             _isSyncing = false;
@@ -339,6 +374,22 @@ public sealed partial class ImageFile : Disk
             Monitor.PulseAll(_syncing);
             ThrowIfSyncFailed(durable: true);
         }
+    }
+
+    /// <summary>
+    /// Syncs the data, and, as far as it matters, the time of their change: by it layers know that their base has changed.
+    /// After a crash of the machine the old time would stand over new data. The first sync covers what was left by a process
+    /// that was killed, and another one the first change since; which change it is makes no difference to anybody.
+    /// </summary>
+    private Errno SyncFile()
+    {
+        if (_isChangeDurable || _kind != FileKind.Regular || _start != 0
+            || LinuxFile.Status(_file, out FileStatus status) != Errno.None || status.ModifiedNanoseconds == _durableChange)
+            return LinuxFile.SyncData(_file);
+        Errno errno = LinuxFile.Sync(_file);
+        _isChangeDurable = errno == Errno.None && _durableChange is not null;
+        _durableChange = status.ModifiedNanoseconds;
+        return errno;
     }
 
     private void ThrowIfSyncFailed(bool durable)

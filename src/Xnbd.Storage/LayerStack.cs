@@ -41,7 +41,7 @@ public static class LayerStack
             foreach (string path in LockedFile.RemoveAbandoned(prefix, DisposableSuffix, LayerFile.IsDisposable))
                 removed(path);
 
-            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage);
+            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage, isKept: false);
             LayerFile? layer = null;
             for (int number = 0; layer is null; number++)
                 layer = LayerFile.TryCreateDisposable(prefix + number.ToString(CultureInfo.InvariantCulture) + DisposableSuffix, source);
@@ -71,7 +71,7 @@ public static class LayerStack
             {
                 string path = Path.GetFullPath(layerPaths[i]);
                 bool isTop = i == layerPaths.Count - 1, isWritten = isTop && !readOnly;
-                SourceIdentity source = Identify(below, disk);
+                SourceIdentity source = Identify(below, disk, isKept: !readOnly);
                 MapFlags flags = i == 0 ? MapFlags.None : MapFlags.BaseIsLayer;
                 if (isTop && LinuxFile.Status(path, out _) == Errno.ENOENT)
                 {
@@ -139,7 +139,7 @@ public static class LayerStack
             if (resumes && (header.Flags & MapFlags.Committing) != 0)
                 CheckCommitted(layer, below, disk);
             else
-                CheckBase(layer, Identify(below, disk), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+                CheckBase(layer, Identify(below, disk, isKept: isStackWritten), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
             if (!readOnly)
                 layer.Map.PrepareToWrite();
             return Compose(disk, layer, readOnly);
@@ -251,11 +251,12 @@ public static class LayerStack
     /// <summary>What a disk is, so that it is known again, and known to be unchanged.</summary>
     /// <param name="path">Where it stands.</param>
     /// <param name="disk">The open disk.</param>
-    internal static SourceIdentity Identify(string path, Disk disk)
+    /// <param name="isKept">Something will be bound to it that outlives the machine.</param>
+    internal static SourceIdentity Identify(string path, Disk disk, bool isKept = true)
     {
         if (!MapHeader.FitsPath(path))
             throw new DiskException(DiskError.NotSupported, $"the path of '{path}' is too long to be recorded");
-        long version = (disk as ImageFile)?.GetVersion() ?? 0; // first: what is written from now on must make a difference
+        long version = (disk as ImageFile)?.GetVersion(isKept) ?? 0; // first: what is written from now on must make a difference
         long count = BlockRange.CountOf(disk.Length), samples = Math.Min(count, SampledBlocks);
         var blocks = new List<long>();
         for (long i = 0; i < samples; i++)

@@ -112,8 +112,11 @@ public static class LayerWork
                 Source = header.Source with { Path = below, Sample = LayerStack.SampleAbsent(layer.Map, disk.Base) },
             };
             layer.Map.WriteHeader(header);
-            if (disk.Base is CowDisk { File.Map: var lower }) // who else stands on it will notice
+            // Who else stands on it will notice.
+            if (disk.Base is CowDisk { File.Map: var lower })
                 lower.WriteHeader(lower.Header with { Generation = lower.Header.Generation + 1 });
+            else
+                (disk.Base as ImageFile)?.MarkChanged();
         }
 
         long committed = 0, sinceCheckpoint = 0;
