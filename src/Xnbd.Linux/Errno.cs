@@ -68,6 +68,9 @@ public enum Errno
     /// <summary>Function not implemented.</summary>
     ENOSYS = 38,
 
+    /// <summary>Too many levels of symbolic links, or one where none is allowed.</summary>
+    ELOOP = 40,
+
     /// <summary>No such device or address; for SEEK_DATA: no data beyond.</summary>
     ENXIO = 6,
 

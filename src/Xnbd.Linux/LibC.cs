@@ -31,6 +31,9 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "fsync", SetLastError = true)]
     internal static partial int FSync(SafeHandle file);
 
+    [LibraryImport(Name, EntryPoint = "futimens", SetLastError = true)]
+    internal static partial int FUTimeNs(SafeHandle file, void* times);
+
     [LibraryImport(Name, EntryPoint = "ftruncate64", SetLastError = true)]
     internal static partial int FTruncate(SafeHandle file, long length);
 

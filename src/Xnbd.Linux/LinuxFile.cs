@@ -21,6 +21,12 @@ public enum OpenMode
 
     /// <summary>For writing at its end, wherever that is by then; create it if it is absent, readable for all.</summary>
     Append = 1 | 0x400 | 0x40,
+
+    /// <summary>Refuse a symbolic link, with <see cref="Errno.ELOOP"/>. (The number is ours: it differs between architectures.)</summary>
+    NoFollow = 1 << 30,
+
+    /// <summary>Past the page cache, for aligned reads of devices. (The number is ours, too.)</summary>
+    Direct = 1 << 29,
 }
 
 /// <summary>What kind of file stands behind a descriptor.</summary>
@@ -53,6 +59,7 @@ public enum FileKind
 /// <param name="Group">Its group.</param>
 /// <param name="ModifiedNanoseconds">When its contents were last changed, since 1970.</param>
 /// <param name="BlockBytes">The unit in which its file system allocates and reads, in bytes (<c>st_blksize</c>).</param>
+/// <param name="Number">Which device it is, if it is one: its major and minor number.</param>
 public readonly record struct FileStatus(
     FileKind Kind,
     long Length,
@@ -63,7 +70,8 @@ public readonly record struct FileStatus(
     uint User,
     uint Group,
     long ModifiedNanoseconds,
-    uint BlockBytes)
+    uint BlockBytes,
+    (uint Major, uint Minor) Number)
 {
     /// <summary>Whether both are one and the same file.</summary>
     public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
@@ -91,6 +99,7 @@ public enum AllocateMode
 public static unsafe class LinuxFile
 {
     private const int OpenCloseOnExec = 0x80000;
+    private const int OpenNonBlocking = 0x800;
     private const int RwfNoWait = 8;
 
     private const int LockShared = 1;
@@ -112,17 +121,55 @@ public static unsafe class LinuxFile
     private const nuint IoctlBlockDeviceLength = 0x80081272; // BLKGETSIZE64
     private const nuint IoctlClone = 0x40049409; // FICLONE
 
-    /// <summary>Opens a file; the descriptor is closed on exec.</summary>
+    private static readonly bool s_isArm = RuntimeInformation.ProcessArchitecture is Architecture.Arm64 or Architecture.Arm;
+    private static readonly int s_openNoFollow = s_isArm ? 0x8000 : 0x20000; // O_NOFOLLOW
+    private static readonly int s_openDirect = s_isArm ? 0x10000 : 0x4000; // O_DIRECT
+
+    /// <summary>
+    /// Opens a file; the descriptor is closed on exec. It never waits for another program: a FIFO is opened at once, or fails
+    /// with <see cref="Errno.ENXIO"/>, if it is to be written and nobody reads it.
+    /// </summary>
     /// <param name="path">The file.</param>
     /// <param name="mode">How.</param>
     /// <param name="file">The open file; null on failure.</param>
     public static Errno Open(string path, OpenMode mode, out SafeFileHandle? file)
     {
+        file = null;
+        int flags = (int)(mode & ~(OpenMode.NoFollow | OpenMode.Direct)) | OpenCloseOnExec;
+        flags |= ((mode & OpenMode.NoFollow) != 0 ? s_openNoFollow : 0) | ((mode & OpenMode.Direct) != 0 ? s_openDirect : 0);
+        uint permissions = (mode & OpenMode.Append) == OpenMode.Append ? 0b110_100_100u : 0b110_000_000u;
+        Errno errno = Open(path, flags | OpenNonBlocking, permissions, out SafeFileHandle? opened);
+        if (errno == Errno.EAGAIN && Status(path, out FileStatus leased) == Errno.None && leased.Kind == FileKind.Regular)
+            errno = Open(path, flags, permissions, out opened); // a lease, as Samba has: its holder is given the time to let go of it
+        if (errno != Errno.None)
+            return errno;
+
+        // From here on it is as if it had been opened without O_NONBLOCK.
+        if (Status(opened!, out FileStatus status) == Errno.None && status.Kind == FileKind.BlockDevice)
+        {
+            // Some drivers skip checks then, such as that for a medium: so the same device once more.
+            errno = Open(NameOf(opened!), flags & ~(s_openNoFollow | (int)OpenMode.CreateNew), 0, out file);
+            if (errno != Errno.ENOENT)
+            {
+                opened!.Dispose();
+                return errno;
+            }
+        }
+
+        _ = LinuxSocket.SetBlocking(opened!);
+        file = opened;
+        return Errno.None;
+    }
+
+    /// <summary>A name that leads to an open file, wherever that is by now.</summary>
+    public static string NameOf(SafeFileHandle file) => $"/proc/self/fd/{file.DangerousGetHandle()}";
+
+    private static Errno Open(string path, int flags, uint permissions, out SafeFileHandle? file)
+    {
         int descriptor;
         do
         {
-            uint permissions = (mode & OpenMode.Append) == OpenMode.Append ? 0b110_100_100u : 0b110_000_000u;
-            descriptor = LibC.Open(path, (int)mode | OpenCloseOnExec, permissions);
+            descriptor = LibC.Open(path, flags, permissions);
         }
         while (descriptor < 0 && Marshal.GetLastPInvokeError() == (int)Errno.EINTR);
         Errno errno = LibC.Outcome(descriptor);
@@ -253,6 +300,9 @@ public static unsafe class LinuxFile
     /// <summary>Makes data and all metadata durable; for a directory, its entries.</summary>
     public static Errno Sync(SafeFileHandle file) => LibC.Outcome(LibC.FSync(file));
 
+    /// <summary>Makes now the time of a file's last change.</summary>
+    public static Errno Touch(SafeFileHandle file) => LibC.Outcome(LibC.FUTimeNs(file, null));
+
     /// <summary>Sets a file's length.</summary>
     public static Errno Truncate(SafeFileHandle file, long length) => LibC.Outcome(LibC.FTruncate(file, length));
 
@@ -274,6 +324,14 @@ public static unsafe class LinuxFile
         const int setLock = 37; // F_OFD_SETLK
         var range = new LibC.RecordLock { Type = ReadLock, Start = offset, Length = 1 };
         return LibC.Outcome(LibC.FCntl(file, setLock, &range));
+    }
+
+    /// <summary>Lets go of a lock of <see cref="TryLockByte"/>.</summary>
+    public static void UnlockByte(SafeFileHandle file, long offset)
+    {
+        const int setLock = 37; // F_OFD_SETLK
+        var range = new LibC.RecordLock { Type = Unlocked, Start = offset, Length = 1 };
+        _ = LibC.FCntl(file, setLock, &range);
     }
 
     /// <summary>
@@ -336,6 +394,14 @@ public static unsafe class LinuxFile
         return LibC.FStatFs(file, buffer) == 0 && (*(long*)buffer & 0xffffffff) is tmpfs or ramfs;
     }
 
+    /// <summary>Whether the file can be read only because its file system, or its mount, is read-only.</summary>
+    public static bool IsOnReadOnlyFileSystem(SafeFileHandle file)
+    {
+        const int flagsAt = 10, readOnly = 1; // f_flags is the eleventh word of struct statfs; ST_RDONLY
+        byte* buffer = stackalloc byte[256];
+        return LibC.FStatFs(file, buffer) == 0 && (((long*)buffer)[flagsAt] & readOnly) != 0;
+    }
+
     /// <summary>Makes the entries of the directory in which a file stands durable, as far as the file system can.</summary>
     public static void SyncDirectoryOf(string path)
     {
@@ -378,6 +444,6 @@ public static unsafe class LinuxFile
         return new FileStatus(
             kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
             *(uint*)(buffer + 20), *(uint*)(buffer + 24), (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120),
-            *(uint*)(buffer + 4));
+            *(uint*)(buffer + 4), (*(uint*)(buffer + 128), *(uint*)(buffer + 132)));
     }
 }

@@ -7,7 +7,12 @@ namespace Xnbd.Server;
 /// <param name="Name">As clients ask for it; may be empty.</param>
 /// <param name="Description">A text for people, shown by <c>nbdinfo</c>.</param>
 /// <param name="Disk">What is served.</param>
-public sealed record Export(string Name, string Description, Disk Disk)
+/// <param name="CanMultiConn">
+/// All connections that a client can open under this name see one disk, and a flush on one of them covers what was
+/// written on all. Connections of one server always do. Those of several servers, one for each connection, do if they write
+/// one file; not if each has a layer or a cache of its own.
+/// </param>
+public sealed record Export(string Name, string Description, Disk Disk, bool CanMultiConn = true)
 {
     /// <summary>Writing is refused.</summary>
     public bool IsReadOnly => (Disk.Features & DiskFeatures.ReadOnly) != 0;
@@ -15,15 +20,14 @@ public sealed record Export(string Name, string Description, Disk Disk)
     /// <summary>Its disk consists of layers, and tells which of them holds what.</summary>
     public bool HasLayers => (Disk.Features & DiskFeatures.Layered) != 0;
 
-    /// <summary>
-    /// The transmission flags of a connection. All connections share one disk, which keeps nothing back from another:
-    /// hence CAN_MULTI_CONN.
-    /// </summary>
+    /// <summary>The transmission flags of a connection.</summary>
     /// <param name="structuredReplies">They have been negotiated: DF is offered only then.</param>
     public NbdTransmissionFlags TransmissionFlags(bool structuredReplies)
     {
         NbdTransmissionFlags flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.SendFlush
-            | NbdTransmissionFlags.SendFua | NbdTransmissionFlags.CanMultiConn | NbdTransmissionFlags.SendCache;
+            | NbdTransmissionFlags.SendFua | NbdTransmissionFlags.SendCache;
+        if (CanMultiConn)
+            flags |= NbdTransmissionFlags.CanMultiConn;
         flags |= IsReadOnly
             ? NbdTransmissionFlags.ReadOnly
             : NbdTransmissionFlags.SendTrim | NbdTransmissionFlags.SendWriteZeroes | NbdTransmissionFlags.SendFastZero;

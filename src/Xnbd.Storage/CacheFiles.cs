@@ -116,10 +116,10 @@ internal static class CacheFiles
     {
         _ = LinuxFile.Status(file, out FileStatus status);
         size = status.Length;
-        if (LinuxFile.TryLock(file) == Errno.EAGAIN)
-            throw new DiskException(DiskError.Permission, $"the map '{path}' is in use by another proxy");
         if (status.Kind != FileKind.Regular)
             throw new DiskException(DiskError.Io, $"'{path}' is no regular file");
+        if (LinuxFile.TryLock(file) == Errno.EAGAIN)
+            throw new InUseException($"the map '{path}'", file, UseConflict.NeededAlone);
         if (size == 0)
             return null; // an empty file, such as mktemp makes
         var store = new FileMapStore(path, file);

@@ -22,7 +22,7 @@ public enum DiskError
 }
 
 /// <summary>A disk's operation failed, or a disk could not be opened. The message names operation, place and cause.</summary>
-public sealed class DiskException : Exception
+public class DiskException : Exception
 {
     /// <summary>A failure with a message of its own.</summary>
     public DiskException(DiskError error, string message)

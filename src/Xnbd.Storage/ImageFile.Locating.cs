@@ -59,7 +59,7 @@ public sealed partial class ImageFile
     /// a hole, it clears whole blocks in place.) Nobody writes the base of a layer, as its locks say; an image that is
     /// only read is written as long as another program holds the lock of those who write.
     /// </summary>
-    private bool MayChange => !_cannotChange && ((Features & DiskFeatures.ReadOnly) == 0 || LinuxFile.IsByteLocked(_file, WritersByte));
+    private bool MayChange => !_cannotChange && ((Features & DiskFeatures.ReadOnly) == 0 || ImageLock.IsWritten(_file));
 
     /// <summary>The opening of the file that is used to look for data and holes.</summary>
     private SafeFileHandle Seeking => _seeking ?? _file;

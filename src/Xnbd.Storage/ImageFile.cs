@@ -15,7 +15,8 @@ namespace Xnbd.Storage;
 /// the process.
 /// </para>
 /// The type's other files: <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Locating.cs</c> (extents, and
-/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>.
+/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>. Its locks are
+/// in <see cref="ImageLock"/>.
 /// </summary>
 public sealed partial class ImageFile : Disk
 {
@@ -23,9 +24,6 @@ public sealed partial class ImageFile : Disk
 
     /// <summary>The largest block of a local file system, in bytes; what a network file system names is a transfer size.</summary>
     private const uint MaxBlockBytes = 64 * 1024;
-
-    /// <summary>Who writes an image holds a lock on this byte, as QEMU's programs do.</summary>
-    private const long WritersByte = 100 + 1;
 
     private readonly SafeFileHandle _file;
     private readonly FileKind _kind;
@@ -43,6 +41,10 @@ public sealed partial class ImageFile : Disk
     private long _syncsStarted;
     private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
+
+    // Of the thread that syncs: the time of the last change that is durable, and whether that is later than the first sync.
+    private long? _durableChange;
+    private bool _isChangeDurable;
 
     private ImageFile(string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly, bool cannotChange = false)
     {
@@ -91,6 +93,8 @@ public sealed partial class ImageFile : Disk
             errno = Errno.EISDIR;
         if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
             errno = LinuxFile.BlockDeviceLength(file!, out length);
+        if (errno == Errno.ENXIO && LinuxFile.Status(path, out status) == Errno.None && status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
+            throw NoImage(path); // a socket
 
         if (errno != Errno.None)
         {
@@ -104,17 +108,23 @@ public sealed partial class ImageFile : Disk
         if (status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
         {
             file!.Dispose();
-            throw new DiskException(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
+            throw NoImage(path);
         }
 
-        if (!TryLock(file!, readOnly, use, out string? reason))
+        try
+        {
+            ImageLock.Take(path, file!, readOnly, use);
+            return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly, cannotChange: use == ImageUse.Base);
+        }
+        catch
         {
             file!.Dispose();
-            throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
+            throw;
         }
-
-        return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly, cannotChange: use == ImageUse.Base);
     }
+
+    private static DiskException NoImage(string path)
+        => new(DiskError.Io, $"cannot serve '{path}': neither a regular file nor a block device");
 
     /// <summary>A part of a regular file as a disk, such as the data of a layer. The disk owns the file from now on.</summary>
     /// <param name="path">The file's name, for messages.</param>
@@ -138,8 +148,7 @@ public sealed partial class ImageFile : Disk
             throw LockedFile.Failure(errno, "open the cache image", path);
         try
         {
-            if (!TryLock(file!, readOnly: false, ImageUse.Alone, out string? reason))
-                throw new DiskException(DiskError.Permission, $"'{path}' is in use: {reason}");
+            ImageLock.Take(path, file!, readOnly: false, ImageUse.Alone);
             errno = LinuxFile.Status(file!, out FileStatus status);
             long present = status.Length;
             if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
@@ -163,33 +172,60 @@ public sealed partial class ImageFile : Disk
         }
     }
 
+    /// <summary>From now on others may read the image as well, as that of the target mode.</summary>
+    internal void ShareLock() => ImageLock.Share(_file);
+
     /// <summary>
-    /// Keeps others out, who would do harm. Where there are no locks (some network file systems), nobody is.
-    /// <para>
-    /// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as QEMU does,
-    /// so that its programs and this one respect each other: the first by who writes the file, the second by who relies on
-    /// nobody writing it. Several may write it at the same time, as servers of one connection do.
-    /// </para>
+    /// Differs when the image was changed: the time of its last change, in nanoseconds since 1970, or of a device a
+    /// <see cref="DeviceVersion"/>.
     /// </summary>
-    private static bool TryLock(SafeFileHandle file, bool readOnly, ImageUse use, out string? reason)
+    /// <param name="isKept">
+    /// Something will be bound to it that outlives the machine: then image and version are made durable. (A device is synced in
+    /// any case, since what was not written yet has not been counted yet.)
+    /// </param>
+    /// <exception cref="DiskException">The sync failed.</exception>
+    internal long GetVersion(bool isKept)
     {
-        const long writes = WritersByte, toleratesNoWriter = 200 + 1;
-        reason = "another program needs it, or has it, alone";
-        if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
-            return false;
-        if (!readOnly)
+        if (_kind == FileKind.BlockDevice)
         {
-            reason = "another program relies on its staying as it is";
-            return LinuxFile.TryLockByte(file, writes) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, toleratesNoWriter);
+            SyncContents();
+            return DeviceVersion.Of(_file);
         }
 
-        reason = "another program writes it";
-        return use != ImageUse.Base
-            || (LinuxFile.TryLockByte(file, toleratesNoWriter) != Errno.EAGAIN && !LinuxFile.IsByteLocked(file, writes));
+        Errno errno = isKept ? LinuxFile.Sync(_file) : Errno.None;
+        if (errno is not (Errno.None or Errno.EROFS)) // a file system that has become read-only by an error can still be read
+            throw new DiskException("sync", Path, 0, Length, errno);
+        errno = LinuxFile.Status(_file, out FileStatus status);
+        return errno == Errno.None ? status.ModifiedNanoseconds : throw LockedFile.Failure(errno, "look at", Path);
     }
 
-    /// <summary>From now on others may use the image as well, as that of the target mode.</summary>
-    internal void ShareLock() => _ = LinuxFile.TryLock(_file, shared: true);
+    /// <summary>
+    /// Changes the version, durably, and nothing else: to be called before the first change of an image on which layers
+    /// may stand. Whatever becomes of the machine then, they do not take it for what it was.
+    /// </summary>
+    /// <exception cref="DiskException">It could not be done.</exception>
+    internal void MarkChanged()
+    {
+        Errno errno = Errno.None;
+        if (_kind == FileKind.Regular)
+        {
+            errno = LinuxFile.Touch(_file);
+        }
+        else if (Length > 0)
+        {
+            Span<byte> start = stackalloc byte[(int)Math.Min(PageSize, Length)];
+            Read(0, start);
+            WriteRaw(0, start);
+        }
+
+        if (errno == Errno.None)
+            errno = LinuxFile.Sync(_file);
+        if (errno != Errno.None)
+            throw LockedFile.Failure(errno, "mark as changed", Path);
+    }
+
+    /// <summary>Nothing of it can be written, whoever tries: its file system is read-only.</summary>
+    internal bool IsOnReadOnlyFileSystem => LinuxFile.IsOnReadOnlyFileSystem(_file);
 
     /// <summary>Makes durable what is in the file, whoever wrote it, also if this process only reads it.</summary>
     /// <exception cref="DiskException">The sync failed.</exception>
@@ -354,7 +390,7 @@ public sealed partial class ImageFile : Disk
     /// <summary>Syncs the file. One that has become shorter has lost data, whatever the kernel says of the rest.</summary>
     private DiskException? Sync()
     {
-        if (LinuxFile.SyncData(_file) is var errno and not Errno.None)
+        if (SyncFile() is var errno and not Errno.None)
             return new DiskException("flush", Path, 0, Length, errno);
         try
         {
@@ -365,6 +401,22 @@ public sealed partial class ImageFile : Disk
         {
             return failure;
         }
+    }
+
+    /// <summary>
+    /// Syncs the data, and, as far as it matters, the time of their change: by it layers know that their base has changed.
+    /// After a crash of the machine the old time would stand over new data. The first sync covers what was left by a process
+    /// that was killed, and another one the first change since; which change it is makes no difference to anybody.
+    /// </summary>
+    private Errno SyncFile()
+    {
+        if (_isChangeDurable || _kind != FileKind.Regular || _start != 0
+            || LinuxFile.Status(_file, out FileStatus status) != Errno.None || status.ModifiedNanoseconds == _durableChange)
+            return LinuxFile.SyncData(_file);
+        Errno errno = LinuxFile.Sync(_file);
+        _isChangeDurable = errno == Errno.None && _durableChange is not null;
+        _durableChange = status.ModifiedNanoseconds;
+        return errno;
     }
 
     private void ThrowIfSyncFailed(bool durable)

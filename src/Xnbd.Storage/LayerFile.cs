@@ -98,9 +98,11 @@ internal sealed class LayerFile : IDisposable
             throw LockedFile.Failure(errno, "open layer", path);
         try
         {
+            if (LinuxFile.Status(file!, out FileStatus kind) == Errno.None && kind.Kind != FileKind.Regular)
+                throw new DiskException(DiskError.Io, $"cannot open layer '{path}': it is no regular file");
             isInUse = LinuxFile.TryLock(file!, shared: readOnly) == Errno.EAGAIN;
             if (isInUse && !mayBeInUse)
-                throw new DiskException(DiskError.Permission, $"layer '{path}' is in use");
+                throw new InUseException($"layer '{path}'", file!, UseConflict.NeededAlone);
             _ = LinuxFile.Status(file!, out FileStatus status);
             var store = new FileMapStore(path, file!);
             try
@@ -121,6 +123,9 @@ internal sealed class LayerFile : IDisposable
             throw;
         }
     }
+
+    /// <summary>Nothing of it can be written, whoever tries: its file system is read-only.</summary>
+    public bool IsOnReadOnlyFileSystem => Data.IsOnReadOnlyFileSystem;
 
     /// <summary>Whether an open file is a disposable layer, or the beginning of one; who holds its lock may remove it.</summary>
     public static bool IsDisposable(SafeFileHandle file)

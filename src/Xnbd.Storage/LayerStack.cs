@@ -41,7 +41,7 @@ public static class LayerStack
             foreach (string path in LockedFile.RemoveAbandoned(prefix, DisposableSuffix, LayerFile.IsDisposable))
                 removed(path);
 
-            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage);
+            SourceIdentity source = Identify(Path.GetFullPath(basePath), baseImage, isKept: false);
             LayerFile? layer = null;
             for (int number = 0; layer is null; number++)
                 layer = LayerFile.TryCreateDisposable(prefix + number.ToString(CultureInfo.InvariantCulture) + DisposableSuffix, source);
@@ -71,15 +71,17 @@ public static class LayerStack
             {
                 string path = Path.GetFullPath(layerPaths[i]);
                 bool isTop = i == layerPaths.Count - 1, isWritten = isTop && !readOnly;
-                SourceIdentity source = Identify(below, disk);
+                SourceIdentity source = Identify(below, disk, isKept: !readOnly);
                 MapFlags flags = i == 0 ? MapFlags.None : MapFlags.BaseIsLayer;
-                if (isWritten && LinuxFile.Status(path, out _) == Errno.ENOENT)
+                if (isTop && LinuxFile.Status(path, out _) == Errno.ENOENT)
                 {
+                    if (readOnly)
+                        throw new DiskException(DiskError.Permission, $"there is no layer '{path}'; none is made for a disk that is only read");
                     disk = new CowDisk(disk, LayerFile.Create(path, source, flags), readOnly: false);
                     return disk;
                 }
 
-                LayerFile layer = OpenSettled(path, isWritten);
+                LayerFile layer = OpenSettled(path, isWritten, isStackWritten: !readOnly);
                 try
                 {
                     CheckBase(layer, source, flags, force, warn);
@@ -105,6 +107,14 @@ public static class LayerStack
         }
     }
 
+    /// <summary>The image at the bottom of a disk; null if it stands on no image.</summary>
+    public static ImageFile? ImageOf(Disk disk)
+    {
+        while (disk is CowDisk layered)
+            disk = layered.Base;
+        return disk as ImageFile;
+    }
+
     /// <summary>Removes a disposable layer while operations may still be under way, for a process that ends at once.</summary>
     public static void Abandon(Disk disk) => (disk as CowDisk)?.File.Dispose();
 
@@ -114,20 +124,22 @@ public static class LayerStack
     /// <param name="readOnly">It is only read.</param>
     /// <param name="writableBase">Its base is to be written, too: then nobody else may be using it.</param>
     /// <param name="resumes">A commit that was interrupted is to be resumed; otherwise such a layer is refused.</param>
+    /// <param name="isStackWritten">Something that stands on it is written; of course so if it is not only read itself.</param>
     internal static CowDisk OpenByHeader(
-        string path, string? basePath = null, bool readOnly = true, bool writableBase = false, bool resumes = false)
+        string path, string? basePath = null, bool readOnly = true, bool writableBase = false, bool resumes = false, bool isStackWritten = false)
     {
-        LayerFile layer = OpenSettled(path, isWritten: !readOnly);
+        isStackWritten |= !readOnly;
+        LayerFile layer = OpenSettled(path, isWritten: !readOnly, isStackWritten);
         Disk? disk = null;
         try
         {
             MapHeader header = layer.Map.Header;
             string below = Path.GetFullPath(basePath ?? header.Source.Path);
-            disk = OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, writableBase);
+            disk = OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, isStackWritten, writableBase);
             if (resumes && (header.Flags & MapFlags.Committing) != 0)
                 CheckCommitted(layer, below, disk);
             else
-                CheckBase(layer, Identify(below, disk), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+                CheckBase(layer, Identify(below, disk, isKept: isStackWritten), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
             if (!readOnly)
                 layer.Map.PrepareToWrite();
             return Compose(disk, layer, readOnly);
@@ -141,9 +153,13 @@ public static class LayerStack
     }
 
     /// <summary>What a layer stands on: an image, or a layer on a base of its own.</summary>
-    internal static Disk OpenBase(string path, bool isLayer, bool writable = false)
+    /// <param name="path">Where it stands.</param>
+    /// <param name="isLayer">It is a layer.</param>
+    /// <param name="isStackWritten">Something that stands on it is written.</param>
+    /// <param name="writable">It is to be written itself.</param>
+    internal static Disk OpenBase(string path, bool isLayer, bool isStackWritten, bool writable = false)
         => isLayer
-            ? OpenByHeader(path, readOnly: !writable)
+            ? OpenByHeader(path, readOnly: !writable, isStackWritten: isStackWritten)
             : ImageFile.Open(path, readOnly: !writable, writable ? ImageUse.Alone : ImageUse.Base);
 
     /// <summary>
@@ -178,7 +194,14 @@ public static class LayerStack
     /// Opens a layer. One that will only be read must be durable as it is found: what stands on it is bound to it, and a flush
     /// of what stands on it covers it. If a server of it was killed, it is settled first, which needs it alone for a moment.
     /// </summary>
-    private static LayerFile OpenSettled(string path, bool isWritten)
+    /// <remarks>
+    /// On a read-only file system it cannot be settled. If nothing that stands on it is written, it is taken as its map says:
+    /// nobody's flush relies on it, and nothing will be bound to it. The map is right: in the run of the machine in which the
+    /// server was killed, the live one, since a file system becomes read-only by writing all back that was in memory; and later
+    /// the durable one. Nobody changes it meanwhile: it is locked, and not even another mount of the file system, which
+    /// may be writable, lets this program past the lock.
+    /// </remarks>
+    private static LayerFile OpenSettled(string path, bool isWritten, bool isStackWritten)
     {
         LayerFile layer = LayerFile.Open(path, readOnly: !isWritten);
         try
@@ -188,22 +211,22 @@ public static class LayerStack
                 throw new DiskException(DiskError.Permission, $"layer '{path}' was made to be thrown away; it can only be exported or compared");
             if ((flags & MapFlags.Discarding) != 0)
                 throw new DiskException(DiskError.Permission, $"layer '{path}' was being emptied; complete that with: xnbd-layer discard {path}");
-            if (!isWritten && (flags & MapFlags.Disposable) == 0)
+            if (isWritten || (flags & MapFlags.Disposable) != 0)
+                return layer;
+            if (!layer.Map.IsCommitted)
             {
-                if (!layer.Map.IsCommitted)
-                {
-                    layer.Data.Dispose();
-                    layer = LayerFile.Open(path, readOnly: false);
-                    layer.Map.PrepareToWrite();
-                    layer.Data.SyncContents();
-                    layer.Map.Commit();
-                    layer.Data.Dispose();
-                    layer = LayerFile.Open(path, readOnly: true);
-                }
-
+                if (!isStackWritten && layer.IsOnReadOnlyFileSystem)
+                    return layer;
+                layer.Data.Dispose();
+                layer = LayerFile.Open(path, readOnly: false);
+                layer.Map.PrepareToWrite();
                 layer.Data.SyncContents();
+                layer.Map.Commit();
+                layer.Data.Dispose();
+                layer = LayerFile.Open(path, readOnly: true);
             }
 
+            layer.Data.SyncContents();
             return layer;
         }
         catch
@@ -228,10 +251,12 @@ public static class LayerStack
     /// <summary>What a disk is, so that it is known again, and known to be unchanged.</summary>
     /// <param name="path">Where it stands.</param>
     /// <param name="disk">The open disk.</param>
-    internal static SourceIdentity Identify(string path, Disk disk)
+    /// <param name="isKept">Something will be bound to it that outlives the machine.</param>
+    internal static SourceIdentity Identify(string path, Disk disk, bool isKept = true)
     {
         if (!MapHeader.FitsPath(path))
             throw new DiskException(DiskError.NotSupported, $"the path of '{path}' is too long to be recorded");
+        long version = (disk as ImageFile)?.GetVersion(isKept) ?? 0; // first: what is written from now on must make a difference
         long count = BlockRange.CountOf(disk.Length), samples = Math.Min(count, SampledBlocks);
         var blocks = new List<long>();
         for (long i = 0; i < samples; i++)
@@ -239,10 +264,7 @@ public static class LayerStack
         UInt128 sample = Sample(disk, blocks);
         if (disk is CowDisk layered)
             return new SourceIdentity(path, disk.Length, layered.Map.Header.Generation, sample ^ BinaryPrimitives.ReadUInt128LittleEndian(layered.Map.Header.Id.ToByteArray()));
-        long modified = LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
-            ? status.ModifiedNanoseconds
-            : 0; // a device's says nothing
-        return new SourceIdentity(path, disk.Length, modified, sample);
+        return new SourceIdentity(path, disk.Length, version, sample);
     }
 
     /// <summary>The number of a sample's block: the first, the last, and others at equal distances.</summary>
@@ -296,10 +318,10 @@ public static class LayerStack
         var differences = new List<string>();
         if (((header.Flags ^ flags) & MapFlags.BaseIsLayer) != 0)
             differences.Add((flags & MapFlags.BaseIsLayer) != 0 ? "it is a layer, and was an image" : "it is an image, and was a layer");
-        else if (known.Version != actual.Version)
+        else if (!DeviceVersion.AreEqual(known.Version, actual.Version))
         {
-            differences.Add((flags & MapFlags.BaseIsLayer) != 0
-                ? "it has been served to be written, or emptied, since"
+            differences.Add((flags & MapFlags.BaseIsLayer) != 0 ? "it has been served to be written, or emptied, since"
+                : IsDevice(actual) && actual.Version < 0 ? DeviceVersion.Describe(known.Version, actual.Version)
                 : $"modified {Time(actual.Version)}, was {Time(known.Version)}");
         }
 
@@ -314,8 +336,11 @@ public static class LayerStack
         warn(message);
     }
 
+    private static bool IsDevice(SourceIdentity source)
+        => LinuxFile.Status(source.Path, out FileStatus status) == Errno.None && status.Kind == FileKind.BlockDevice;
+
     private static string Time(long nanoseconds)
-        => nanoseconds == 0
+        => nanoseconds <= 0
             ? "at no known time"
             : DateTime.UnixEpoch.AddTicks(nanoseconds / 100).ToString("yyyy-MM-dd HH:mm:ss.fffffff", CultureInfo.InvariantCulture)
                 + (nanoseconds % 100).ToString("00'Z'", CultureInfo.InvariantCulture);

@@ -112,8 +112,11 @@ public static class LayerWork
                 Source = header.Source with { Path = below, Sample = LayerStack.SampleAbsent(layer.Map, disk.Base) },
             };
             layer.Map.WriteHeader(header);
-            if (disk.Base is CowDisk { File.Map: var lower }) // who else stands on it will notice
+            // Who else stands on it will notice.
+            if (disk.Base is CowDisk { File.Map: var lower })
                 lower.WriteHeader(lower.Header with { Generation = lower.Header.Generation + 1 });
+            else
+                (disk.Base as ImageFile)?.MarkChanged();
         }
 
         long committed = 0, sinceCheckpoint = 0;
@@ -173,7 +176,7 @@ public static class LayerWork
             }
 
             string below = Path.GetFullPath(basePath ?? header.Source.Path);
-            using Disk baseDisk = LayerStack.OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0);
+            using Disk baseDisk = LayerStack.OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, isStackWritten: true);
             if (baseDisk.Length != header.Source.Length)
                 throw new DiskException(DiskError.Permission, $"'{below}' has {baseDisk.Length} bytes; '{path}' is of a disk of {header.Source.Length} bytes");
             layer.Map.PrepareToWrite();
@@ -290,7 +293,7 @@ public static class LayerWork
         newBasePath = Path.GetFullPath(newBasePath);
         using CowDisk disk = LayerStack.OpenByHeader(path, basePath, readOnly: false);
         BlockMap map = disk.File.Map;
-        using Disk newBase = LayerStack.OpenBase(newBasePath, newBaseIsLayer);
+        using Disk newBase = LayerStack.OpenBase(newBasePath, newBaseIsLayer, isStackWritten: true);
         if (newBase.Length != disk.Length)
             throw new DiskException(DiskError.Permission, $"'{newBasePath}' has {newBase.Length} bytes; '{path}' is of a disk of {disk.Length} bytes");
         SourceIdentity source = LayerStack.Identify(newBasePath, newBase);

@@ -73,11 +73,13 @@ internal static class LockedFile
                 || !name.StartsWith(namePrefix, StringComparison.Ordinal)
                 || !name.EndsWith(suffix, StringComparison.Ordinal)
                 || !name[namePrefix.Length..^suffix.Length].All(char.IsAsciiDigit)
-                || LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+                || LinuxFile.Open(path, OpenMode.ReadOnly | OpenMode.NoFollow, out SafeFileHandle? file) != Errno.None)
                 continue;
             using (file)
             {
-                if (LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!) && LinuxFile.Unlink(path) == Errno.None)
+                // This program leaves regular files only. Anything else of such a name is somebody's.
+                if (LinuxFile.Status(file!, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
+                    && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!) && LinuxFile.Unlink(path) == Errno.None)
                     removed.Add(path);
             }
         }

@@ -37,10 +37,12 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         if (toSyslog)
             LinuxSyslog.Open(program);
         if (path is not null && LinuxFile.Open(path, OpenMode.Append, out _file) is var errno and not Errno.None)
-            throw new FailureException($"cannot open the log file '{path}': {errno.Describe()}");
+            throw new FailureException($"cannot open the log file '{path}': {Describe(errno)}");
         _writer = new Thread(WriteLines) { IsBackground = true, Name = "log" };
         _writer.Start();
     }
+
+    private static string Describe(Errno errno) => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
 
     /// <summary>Opens the log file anew, after it was moved away; keeps the old one when that fails.</summary>
     public void Reopen()
@@ -50,7 +52,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
         if (errno != Errno.None)
         {
-            this.LogError("cannot reopen the log file: {Cause}", errno.Describe());
+            this.LogError("cannot reopen the log file: {Cause}", Describe(errno));
             return;
         }
 

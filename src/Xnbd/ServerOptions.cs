@@ -18,6 +18,10 @@ internal sealed record ServerOptions
     public string? Address { get; init; }
     public string? UnixPath { get; init; }
     public bool ReadOnly { get; init; }
+    public bool ShareImage { get; init; }
+
+    /// <summary>The format of the image, as the user says; null if the user does not say.</summary>
+    public string? Format { get; init; }
     public bool Daemonize { get; init; }
     public bool Inetd { get; init; }
     public int? ConnectedDescriptor { get; init; }
@@ -30,6 +34,9 @@ internal sealed record ServerOptions
     public ProxyOptions? Proxy { get; init; }
     public string ExportName { get; init; } = "";
     public bool Oldstyle { get; init; }
+
+    /// <summary>This process serves one connection, and others may serve further connections of the same client.</summary>
+    public bool IsOneConnection => Inetd || ConnectedDescriptor is not null;
 
     /// <summary>Reads the command line.</summary>
     /// <returns>The options; null when help or version was asked for, and printed.</returns>
@@ -86,6 +93,15 @@ internal sealed record ServerOptions
             HelpName = "PATH",
         };
         var readOnly = new Option<bool>("--readonly") { Description = "Refuse writes; the image is opened for reading only" };
+        var shareImage = new Option<bool>("--share-image")
+        {
+            Description = "With --target: other servers may write DISK_IMAGE at the same time [default with --inetd and --connected-fd]",
+        };
+        var format = new Option<string?>("--format")
+        {
+            Description = "raw: DISK_IMAGE is meant to be served as it is, whatever it looks like",
+            HelpName = "FORMAT",
+        };
         var daemonize = new Option<bool>("--daemonize") { Description = "Go into the background once the server is listening" };
         var inetd = new Option<bool>("--inetd") { Description = "Serve the one connection that stdin is" };
         var connected = new Option<string?>("--connected-fd")
@@ -124,7 +140,7 @@ internal sealed record ServerOptions
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             target, cowTarget, proxy, cowDirectory, cowLayer, force, targetName, remoteConnections, waitRemote, clearBitmap, rebind,
-            importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, oldstyle, daemonize,
+            importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, shareImage, format, oldstyle, daemonize,
             inetd, connected, logPath, syslog, image,
         };
 
@@ -178,6 +194,8 @@ internal sealed record ServerOptions
             Address = result.GetValue(address),
             UnixPath = result.GetValue(unix),
             ReadOnly = result.GetValue(readOnly),
+            ShareImage = result.GetValue(shareImage),
+            Format = result.GetValue(format),
             Daemonize = result.GetValue(daemonize),
             Inetd = result.GetValue(inetd),
             ConnectedDescriptor = CommandLine.Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
@@ -208,14 +226,20 @@ internal sealed record ServerOptions
         if (CowLayers.Contains("") || CowDirectory is "")
             throw new UsageException("--cow-layer and --cow-dir: the name is empty");
 
-        bool isOneConnection = Inetd || ConnectedDescriptor is not null;
+        if (ShareImage && (CowTarget || Proxy is not null))
+            throw new UsageException("--share-image goes with --target only");
+        if (Format is not null && Proxy is not null)
+            throw new UsageException("--format goes with --target and --cow-target only");
+        if (Format is not (null or ImageFormat.Raw))
+            throw new UsageException($"--format {Format}: images are served as raw bytes only (qemu-img converts others, qemu-nbd serves them)");
+
         if (Inetd && Daemonize)
             throw new UsageException("--inetd and --daemonize exclude each other");
         if (Inetd && ConnectedDescriptor is not null)
             throw new UsageException("--inetd and --connected-fd exclude each other");
         if (ConnectedDescriptor is not null && Daemonize)
             throw new UsageException("--connected-fd and --daemonize exclude each other");
-        if (isOneConnection && (Port is not null || Address is not null || UnixPath is not null))
+        if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
             throw new UsageException("a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
         try
         {

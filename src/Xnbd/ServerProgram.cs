@@ -112,7 +112,7 @@ internal sealed class ServerProgram
         using ProxyMode? proxy = _options.Proxy is null ? null : new ProxyMode(_options.Proxy, _options.ReadOnly, _log);
         using Disk? own = proxy is null ? OpenDisk() : null;
         Disk disk = proxy?.Disk ?? own!;
-        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk));
+        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
@@ -161,8 +161,31 @@ internal sealed class ServerProgram
             signal.Dispose();
     }
 
-    /// <summary>Composes what is served: the modes of the server are here.</summary>
+    /// <summary>
+    /// Whether what is promised for several connections of one client holds. A server of one connection does not have the others:
+    /// other processes of this program do. They write one file in the target mode, whose page cache all processes share,
+    /// and which a sync by one of them makes durable for all. In the other modes each has a layer of its own, or is
+    /// refused.
+    /// </summary>
+    private bool CanMultiConn => !_options.IsOneConnection || (!_options.CowTarget && _options.Proxy is null);
+
+    /// <summary>Opens what is served, and warns of what the user may not have meant.</summary>
     private Disk OpenDisk()
+    {
+        Disk disk = ComposeDisk();
+        if (_options.Format is null && LayerStack.ImageOf(disk) is { } image)
+        {
+            if (image.Length == 0)
+                _log.LogWarning("'{Image}' is empty: clients see a disk of 0 bytes (if that is meant: --format raw)", _options.Image);
+            else if (ImageFormat.Find(image) is { } format)
+                _log.LogWarning("'{Image}' looks like {Article} {Format} image; it is served as raw bytes (if that is meant: --format raw)", _options.Image, format[0] is 'x' ? "an" : "a", format);
+        }
+
+        return disk;
+    }
+
+    /// <summary>Composes what is served: the modes of the server are here.</summary>
+    private Disk ComposeDisk()
     {
         if (_options.CowLayers.Count > 0)
         {
@@ -179,10 +202,23 @@ internal sealed class ServerProgram
                 path => _log.LogWarning("removed a layer that a killed server left: {Path}", path));
         }
 
-        ImageFile image = ImageFile.Open(_options.Image, _options.ReadOnly);
+        ImageFile image = OpenTarget();
         foreach (string abandoned in _options.ReadOnly ? [] : image.RemoveAbandonedSnapshots())
             _log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
         return image;
+    }
+
+    private ImageFile OpenTarget()
+    {
+        bool isShared = _options.ShareImage || _options.IsOneConnection;
+        try
+        {
+            return ImageFile.Open(_options.Image, _options.ReadOnly, isShared ? ImageUse.Shared : ImageUse.OnlyWriter);
+        }
+        catch (InUseException failure) when (failure.Conflict == UseConflict.AnotherWriter)
+        {
+            throw new FailureException($"{failure.Message}; servers that are meant to write one image together need --share-image, each of them");
+        }
     }
 
     private void End(NbdServer server, Disk disk, Func<Task> sync, SnapshotSignal snapshots)

@@ -76,7 +76,7 @@ public sealed class LayerProgramTests : IDisposable
         foreach (string command in (string[])["commit", "discard", "diff"])
         {
             ToolResult refused = await Run(command, LayerPath);
-            Assert.Equal((1, $"xnbd-layer: layer '{LayerPath}' is in use\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal((1, $"xnbd-layer: layer '{LayerPath}' is in use by xnbd-server (process {server.Id})\n"), (refused.ExitCode, refused.Errors));
         }
     }
 
@@ -88,7 +88,7 @@ public sealed class LayerProgramTests : IDisposable
         {
             using ServerProcess server = ServerProcess.StartMode(mode, _folder, _image);
             ToolResult refused = await Run("commit", LayerPath);
-            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use: another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use by xnbd-server (process {server.Id}): another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
         }
 
         Assert.Equal(_before, File.ReadAllBytes(_image));
@@ -168,6 +168,74 @@ public sealed class LayerProgramTests : IDisposable
         File.Delete(filler);
         await Tool.Succeed(Layers.Program, "commit", layer);
         Assert.Equal(data, File.ReadAllBytes(image));
+    }
+
+    [Theory]
+    [InlineData("ext4", true)]
+    [InlineData("ext4", false)]
+    [InlineData("xfs", true)]
+    [InlineData("xfs", false)]
+    public async Task After_a_crash_of_the_machine_a_base_that_has_changed_is_known_to_have_changed(string kind, bool isCommit)
+    {
+        // The crash is the file system's: what is in memory only is lost. The time of a file's last change is such a thing.
+        const int size = 32 << 20, place = 8193 * 1000; // none of the blocks that are sampled
+        const string shutDown = """
+            import fcntl, os, struct, sys
+            fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack("I", 2)) # FS_IOC_SHUTDOWN, without the log
+            """;
+        byte[] data = [.. Enumerable.Repeat((byte)7, 4096)];
+        string image, other, mountPoint;
+        using (LoopMount mount = await LoopMount.Create(_folder, kind, 512L << 20))
+        {
+            mountPoint = mount.Path;
+            image = Path.Combine(mount.Path, "golden.img");
+            other = Path.Combine(mount.Path, "other.layer");
+            byte[] content = new byte[size];
+            new Random(3).NextBytes(content);
+            File.WriteAllBytes(image, content);
+            await Tool.Succeed("sync", "-f", image);
+            foreach (string layer in (string[])[LayerPath, other])
+            {
+                using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer);
+                using NbdTestClient client = server.Open();
+                Assert.Equal(NbdError.None, layer == LayerPath ? client.Write(place, data) : client.Try(NbdCommand.Flush, 0, 0));
+                client.Dispose();
+                Assert.Equal(0, server.Stop());
+            }
+
+            if (isCommit)
+            {
+                await Tool.Succeed(Layers.Program, "commit", LayerPath);
+                await Crash(mountPoint);
+            }
+            else
+            {
+                using ServerProcess server = ServerProcess.Start(_folder, image);
+                using NbdTestClient client = server.Open();
+                Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush, 0, 0)); // before the first change
+                Assert.Equal(NbdError.None, client.Write(place, data));
+                Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush, 0, 0));
+                await Crash(mountPoint);
+                server.Kill();
+            }
+        }
+
+        await Tool.Succeed("mount", "-o", "loop", _folder.File($"{kind}.img"), mountPoint);
+        try
+        {
+            Assert.Equal(data, File.ReadAllBytes(image)[place..(place + 4096)]);
+            var refused = Assert.Throws<InvalidOperationException>(
+                () => ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", other).Dispose());
+            Assert.Contains("is not as it was", refused.Message, StringComparison.Ordinal);
+            if (isCommit)
+                ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", LayerPath).Dispose(); // which knows of it
+        }
+        finally
+        {
+            await Tool.Succeed("umount", "--lazy", mountPoint);
+        }
+
+        async Task Crash(string place) => await Tool.Succeed("python3", "-c", shutDown, place);
     }
 
     [Fact]

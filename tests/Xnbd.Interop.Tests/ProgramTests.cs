@@ -41,6 +41,9 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "--cow-layer", "--cow-target", "a", "--cow-layer")]
     [InlineData(1, "No such file", "--cow-target", "/nonexistent/image")]
     [InlineData(1, "neither", "--cow-target", "/dev/null")]
+    [InlineData(2, "--share-image goes with --target", "--cow-target", "--share-image", "a")]
+    [InlineData(2, "--format qcow2: images are served as raw bytes only", "--target", "--format", "qcow2", "a")]
+    [InlineData(2, "--format", "--target", "a", "--format")]
     [InlineData(2, "five arguments", "--proxy", "h", "1", "a", "b")]
     [InlineData(2, "remote port", "--proxy", "h", "x", "a", "b", "c")]
     [InlineData(2, "Unix socket", "--proxy", "unix:/x", "1", "a", "b", "c")]
@@ -495,8 +498,8 @@ public sealed class ProgramTests : IDisposable
     {
         string image = _folder.Sparse("disk.img", 1 << 20);
         string log = _folder.File("log");
-        using ServerProcess first = ServerProcess.Start(_folder, image, "--logpath", log);
-        using ServerProcess second = ServerProcess.Start(_folder, image, "--logpath", log);
+        using ServerProcess first = ServerProcess.Start(_folder, image, "--readonly", "--logpath", log);
+        using ServerProcess second = ServerProcess.Start(_folder, image, "--readonly", "--logpath", log);
         for (int i = 0; i < 50; i++)
         {
             first.Open().Dispose();

@@ -79,13 +79,13 @@ public sealed class LayerTests : IDisposable
         Open().Dispose();
         string top1 = _folder.File("top1"), top2 = _folder.File("top2");
         using (Open())
-            Assert.Contains("in use", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+            Assert.Contains("in use", Assert.Throws<InUseException>(() => Open()).Message, StringComparison.Ordinal);
         using Disk first = Open(layers: [Layer, top1]);
         using Disk second = Open(layers: [Layer, top2]);
-        Assert.Throws<DiskException>(() => Open());
-        Assert.Throws<DiskException>(() => Open(layers: [Layer, top2]));
-        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false, ImageUse.Alone));
-        Assert.Throws<DiskException>(() => ImageFile.Open(_base, readOnly: false)); // somebody relies on its staying as it is
+        Assert.Throws<InUseException>(() => Open());
+        Assert.Throws<InUseException>(() => Open(layers: [Layer, top2]));
+        Assert.Throws<InUseException>(() => ImageFile.Open(_base, readOnly: false, ImageUse.Alone));
+        Assert.Throws<InUseException>(() => ImageFile.Open(_base, readOnly: false)); // somebody relies on its staying as it is
         using ImageFile reader = ImageFile.Open(_base, readOnly: true);
     }
 
