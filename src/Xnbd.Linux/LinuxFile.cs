@@ -63,6 +63,16 @@ public readonly record struct FileStatus(
     uint Group,
     long ModifiedNanoseconds)
 {
+    /// <summary>The device as one number, as the C library's <c>stat</c> has it (<c>makedev</c>).</summary>
+    public ulong DeviceNumber
+    {
+        get
+        {
+            ulong major = Device >> 32, minor = Device & 0xffff_ffff;
+            return ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8) | ((minor & 0xffff_ff00) << 12) | (minor & 0xff);
+        }
+    }
+
     /// <summary>Whether both are one and the same file.</summary>
     public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
 }

@@ -59,10 +59,13 @@ public sealed class ServerProcess : IDisposable
     }
 
     /// <summary>Starts the server and waits until it listens on a Unix socket.</summary>
-    public static ServerProcess Start(string socketPath, string[] args)
+    public static ServerProcess Start(string socketPath, string[] args) => StartCommand(socketPath, [Executable, .. args]);
+
+    /// <summary>The same with a command that becomes the server, such as <c>prlimit</c>.</summary>
+    public static ServerProcess StartCommand(string socketPath, string[] command)
     {
         var server = new ServerProcess(
-            Process.Start(new ProcessStartInfo(Executable, args) { RedirectStandardError = true })!, socketPath);
+            Process.Start(new ProcessStartInfo(Tool.Find(command[0]) ?? command[0], command[1..]) { RedirectStandardError = true })!, socketPath);
         try
         {
             Wait.Until(() => Listens(socketPath) || server.HasExited, "the server listens");
