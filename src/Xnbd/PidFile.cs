@@ -6,8 +6,9 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// A file that names the server's process. It is locked (<c>flock</c>) as long as the process lives, so one that a killed server has
-/// left is told from one that is in use. It is empty until the server listens.
+/// A file that names the server's process. Its first byte is locked as long as the process lives, so a file that a killed server
+/// has left is told from one that is in use. (Not with <c>flock</c>: some runtimes refuse to read a file that is locked so.) The
+/// file is empty until the server listens.
 /// </summary>
 internal sealed class PidFile : IDisposable
 {
@@ -31,7 +32,7 @@ internal sealed class PidFile : IDisposable
                 throw new FailureException($"the pid file '{path}' is no regular file");
             Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
             if (errno == Errno.None)
-                errno = LinuxFile.TryLock(file!);
+                errno = LinuxFile.TryLockByte(file!, 0, shared: false);
             if (errno == Errno.EAGAIN)
             {
                 file!.Dispose();

@@ -111,6 +111,24 @@ public sealed class ServerProcess : IDisposable
     public static bool IsInterruptIgnored { get; } = (Convert.ToInt64(
         File.ReadLines("/proc/self/status").First(l => l.StartsWith("SigIgn:", StringComparison.Ordinal)).Split('\t')[1], 16) & 2) != 0;
 
+    /// <summary>Whether all threads of a server block a signal, but for the one that takes it.</summary>
+    public static bool BlocksInAllThreads(int process, int signal)
+    {
+        try
+        {
+            // Before it runs its program, a child of .NET blocks all.
+            return File.ReadAllText($"/proc/{process}/comm") == "xnbd-server\n" && Directory.GetDirectories($"/proc/{process}/task").All(task =>
+                File.ReadAllText(task + "/comm") == "signals\n"
+                || (Convert.ToUInt64(
+                    File.ReadLines(task + "/status").First(l => l.StartsWith("SigBlk:", StringComparison.Ordinal)).Split('\t')[1], 16)
+                    & (1UL << (signal - 1))) != 0);
+        }
+        catch (Exception failure) when (failure is IOException or InvalidOperationException)
+        {
+            return false; // a thread has just ended
+        }
+    }
+
     /// <summary>Ends it with SIGKILL, and waits until it is gone.</summary>
     public void Kill()
     {
