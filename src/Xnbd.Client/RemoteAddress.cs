@@ -77,16 +77,19 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         var socket = new Socket(endPoint.AddressFamily, SocketType.Stream, endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
         try
         {
-            using var deadline = new CancellationTokenSource(timeout);
+            // The kernel keeps to the send timeout when it connects, too (socket(7)). An asynchronous connect would need threads
+            // of the runtime, and fail for ever once those could not be started.
+            socket.SendTimeout = (int)timeout.TotalMilliseconds;
             try
             {
-                socket.ConnectAsync(endPoint, deadline.Token).AsTask().GetAwaiter().GetResult();
+                socket.Connect(endPoint);
             }
-            catch (OperationCanceledException)
+            catch (SocketException failure) when (failure.SocketErrorCode == SocketError.WouldBlock)
             {
-                throw new SocketException((int)SocketError.TimedOut);
+                throw new SocketException((int)SocketError.TimedOut); // a Unix socket on which too many wait already
             }
 
+            socket.SendTimeout = 0;
             if (endPoint is IPEndPoint)
             {
                 socket.NoDelay = true;
@@ -97,7 +100,6 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
                 socket.SetRawSocketOption(ProtocolTcp, TcpUserTimeout, BitConverter.GetBytes((int)UnacknowledgedTime.TotalMilliseconds));
             }
 
-            _ = Linux.LinuxSocket.SetBlocking(socket.SafeHandle); // an asynchronous connect has made it non-blocking
             return socket;
         }
         catch

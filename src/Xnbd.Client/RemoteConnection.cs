@@ -150,8 +150,22 @@ internal sealed class RemoteConnection : IDisposable
         try
         {
             RemoteAgreement agreement = RemoteHandshake.Run(socket, address, timeout);
-            var connection = new RemoteConnection(socket, address, agreement, freed, broken);
-            new Thread(connection.ReceiveAll, 256 * 1024) { IsBackground = true, Name = "remote" }.Start();
+            RemoteConnection connection;
+            try
+            {
+                connection = new RemoteConnection(socket, address, agreement, freed, broken);
+            }
+            catch (OutOfMemoryException failure)
+            {
+                throw new RemoteException($"{address}: cannot connect: {failure.Message}");
+            }
+
+            if (LinuxThread.TryStart("remote", connection.ReceiveAll) is null)
+            {
+                connection._input.Free();
+                throw new RemoteException($"{address}: cannot connect: the system has no thread to spare");
+            }
+
             return connection;
         }
         catch

@@ -1,4 +1,5 @@
 using Microsoft.Extensions.Logging;
+using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
 
@@ -121,9 +122,11 @@ public sealed partial class RemoteDisk : Disk
         disk = new RemoteDisk(address, first, connections, log, patience ?? PatienceTime);
         disk._connections.Add(first);
         ready.Set();
-        new Thread(disk.KeepConnected, 256 * 1024) { IsBackground = true, Name = "remote keeper" }.Start();
-        new Thread(disk.Watch, 256 * 1024) { IsBackground = true, Name = "remote watch" }.Start();
-        return disk;
+        if (LinuxThread.TryStart("remote keeper", disk.KeepConnected) is not null
+            && LinuxThread.TryStart("remote watch", disk.Watch) is not null)
+            return disk;
+        disk.Dispose();
+        throw new RemoteException($"{address}: cannot connect: the system has no thread to spare");
     }
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>

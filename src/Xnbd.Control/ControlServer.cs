@@ -42,71 +42,54 @@ public sealed class ControlServer : IDisposable
     /// <summary>Clients at once; a further one pushes out the one that has been silent for longest.</summary>
     private const int MaxClients = 16;
 
-    /// <summary>Of the socket, in bytes: while it is made, a dot and a process id of up to 7 digits stand behind it.</summary>
-    private const int LongestPath = UnixSocket.LongestPath - 8;
-
     private static readonly TimeSpan s_sendTime = TimeSpan.FromSeconds(5);
 
-    private readonly string _path;
-    private readonly FileStatus _file;
+    /// <summary>How long a client without a thread of its own may be silent; <c>xnbd-bgctl</c> asks at once.</summary>
+    private static readonly TimeSpan s_guestTime = TimeSpan.FromSeconds(1);
+
+    /// <summary>How long the end waits for calls that are under way.</summary>
+    private static readonly TimeSpan s_endTime = TimeSpan.FromSeconds(2);
+
+    private readonly UnixSocket _socket;
     private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
     private readonly List<Socket> _clients = []; // who spoke last stands last
     private readonly HashSet<Socket> _calling = []; // whose request is being carried out
     private volatile bool _isClosed;
 
-    private ControlServer(string path, Socket listener, Func<string, JsonObject, JsonNode?> call)
+    private ControlServer(UnixSocket socket, Func<string, JsonObject, JsonNode?> call)
     {
-        _path = path;
-        _ = LinuxFile.Status(path, out _file);
-        _listener = listener;
+        _socket = socket;
+        _listener = socket.Socket;
         _call = call;
     }
 
     /// <summary>Opens the channel. A socket that a killed process has left is replaced.</summary>
     /// <param name="path">The socket.</param>
     /// <param name="call">Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.</param>
-    /// <exception cref="SocketException">Somebody listens there, or the socket cannot be made.</exception>
-    /// <exception cref="IOException">There is another file of that name; it stays.</exception>
+    /// <exception cref="IOException">It cannot be opened; the message says why.</exception>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static ControlServer Start(string path, Func<string, JsonObject, JsonNode?> call)
     {
-        if (Encoding.UTF8.GetByteCount(path) is 0 or > LongestPath)
-            throw new ArgumentException($"the path of a control socket has 1 to {LongestPath} bytes");
-        UnixSocket.RemoveStale(path);
-        if (LinuxFile.Status(path, out FileStatus there) == Errno.None)
-            throw there.Kind == FileKind.Socket ? new SocketException((int)SocketError.AddressAlreadyInUse) : new IOException("there is another file of that name");
-        var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            // Made under another name, and put in place when its mode is right: nobody else can connect in between.
-            string partial = $"{path}.{Environment.ProcessId}";
-            listener.Bind(UnixSocket.Address(partial));
-#pragma warning disable CA1416 // Linux only
-            File.SetUnixFileMode(partial, UnixFileMode.UserRead | UnixFileMode.UserWrite);
-#pragma warning restore CA1416
-            listener.Listen(MaxClients);
-            File.Move(partial, path);
-        }
-        catch
-        {
-            listener.Dispose();
-            throw;
-        }
-
-        var server = new ControlServer(path, listener, call);
-        new Thread(server.Accept) { IsBackground = true, Name = "control" }.Start();
-        return server;
+        var server = new ControlServer(UnixSocket.Listen(path, isPrivate: true), call);
+        if (LinuxThread.TryStart("control", server.Accept) is not null)
+            return server;
+        server.Dispose();
+        throw new IOException("the system has no thread to spare");
     }
 
-    /// <summary>Closes the channel, and removes its socket.</summary>
+    /// <summary>Closes the channel, removes its socket, and waits a moment for the calls that are under way.</summary>
     public void Dispose()
     {
         _isClosed = true;
-        _listener.Dispose();
-        UnixSocket.Remove(_path, _file);
+        _socket.Dispose();
         lock (_clients)
+        {
             _clients.ForEach(client => client.Dispose());
+            long start = Environment.TickCount64;
+            while (_calling.Count > 0 && s_endTime.TotalMilliseconds - (Environment.TickCount64 - start) is > 0 and var left)
+                Monitor.Wait(_clients, (int)left);
+        }
     }
 
     private void Accept()
@@ -144,14 +127,23 @@ public sealed class ControlServer : IDisposable
                 _clients.Add(client);
             }
 
-            new Thread(() => Serve(client)) { IsBackground = true, Name = "control client" }.Start();
+            // Without a thread of its own a client is served here, as long as no other one comes.
+            if (LinuxThread.TryStart("control client", () => Serve(client, isGuest: false)) is null)
+                Serve(client, isGuest: true);
         }
     }
 
-    private void Serve(Socket client)
+    /// <summary>Answers a client's requests until it leaves.</summary>
+    /// <param name="client">The client.</param>
+    /// <param name="isGuest">
+    /// It is served on the thread that accepts: when it is silent for a moment, or another one comes, it has to leave.
+    /// </param>
+    private void Serve(Socket client, bool isGuest)
     {
         try
         {
+            if (isGuest)
+                client.ReceiveTimeout = (int)s_guestTime.TotalMilliseconds;
             client.SendTimeout = (int)s_sendTime.TotalMilliseconds;
             byte[] buffer = new byte[MaxLine];
             int length = 0;
@@ -172,6 +164,8 @@ public sealed class ControlServer : IDisposable
                 NoteCall(client, isUnderWay: false);
                 buffer.AsSpan(start, length - start).CopyTo(buffer);
                 length -= start;
+                if (isGuest && start > 0 && _listener.Poll(0, SelectMode.SelectRead))
+                    return;
                 if (length < buffer.Length)
                     continue;
                 client.Send(Encoding.UTF8.GetBytes(Error(null, ControlException.InvalidRequest, $"a line is longer than {MaxLine} bytes").ToJsonString() + "\n"));
@@ -188,6 +182,7 @@ public sealed class ControlServer : IDisposable
             {
                 _clients.Remove(client);
                 _calling.Remove(client);
+                Monitor.PulseAll(_clients);
             }
 
             client.Dispose();
@@ -204,8 +199,8 @@ public sealed class ControlServer : IDisposable
             _clients.Add(client);
             if (isUnderWay)
                 _calling.Add(client);
-            else
-                _calling.Remove(client);
+            else if (_calling.Remove(client))
+                Monitor.PulseAll(_clients);
         }
     }
 

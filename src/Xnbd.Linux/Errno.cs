@@ -74,6 +74,12 @@ public enum Errno
     /// <summary>No such device or address; for SEEK_DATA: no data beyond.</summary>
     ENXIO = 6,
 
+    /// <summary>Too many open files in this process.</summary>
+    EMFILE = 24,
+
+    /// <summary>Address already in use.</summary>
+    EADDRINUSE = 98,
+
     /// <summary>Operation not supported.</summary>
     EOPNOTSUPP = 95,
 

@@ -73,6 +73,18 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "unlink", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int Unlink(string path);
 
+    [LibraryImport(Name, EntryPoint = "chmod", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int ChMod(string path, uint mode);
+
+    [LibraryImport(Name, EntryPoint = "socket", SetLastError = true)]
+    internal static partial int Socket(int family, int type, int protocol);
+
+    [LibraryImport(Name, EntryPoint = "bind", SetLastError = true)]
+    internal static partial int Bind(SafeHandle socket, byte* address, uint length);
+
+    [LibraryImport(Name, EntryPoint = "listen", SetLastError = true)]
+    internal static partial int Listen(SafeHandle socket, int backlog);
+
     [LibraryImport(Name, EntryPoint = "recv", SetLastError = true)]
     internal static partial nint Recv(SafeHandle socket, byte* buffer, nuint length, int flags);
 
@@ -100,6 +112,21 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
     internal static partial int FCntl(SafeHandle file, int command, RecordLock* argument);
 
+    [LibraryImport(Name, EntryPoint = "getrlimit64", SetLastError = true)]
+    internal static partial int GetRLimit(int resource, ResourceLimit* limit);
+
+    [LibraryImport(Name, EntryPoint = "setrlimit64", SetLastError = true)]
+    internal static partial int SetRLimit(int resource, ResourceLimit* limit);
+
+    [LibraryImport(Name, EntryPoint = "sigprocmask", SetLastError = true)]
+    internal static partial int SigProcMask(int how, SignalSet* set, SignalSet* old);
+
+    [LibraryImport(Name, EntryPoint = "sigwaitinfo", SetLastError = true)]
+    internal static partial int SigWaitInfo(SignalSet* set, byte* info);
+
+    [LibraryImport(Name, EntryPoint = "prctl", SetLastError = true)]
+    internal static partial int PrCtl(int option, byte* argument, nuint third, nuint fourth, nuint fifth);
+
     [LibraryImport(Name, EntryPoint = "setsid", SetLastError = true)]
     internal static partial int SetSid();
 
@@ -117,6 +144,13 @@ internal static unsafe partial class LibC
 
     [LibraryImport(Name, EntryPoint = "syslog", StringMarshalling = StringMarshalling.Utf8)]
     internal static partial void SysLog(int priority, string format, string message);
+
+    internal const int AddressFamilyUnix = 1;
+    internal const int SocketStream = 1;
+    internal const int SocketCloseOnExec = 0x80000;
+
+    /// <summary>The kernel takes it down to what the system allows.</summary>
+    internal const int MaxBacklog = int.MaxValue;
 
     /// <summary>What a call that answers with a count said: the count, or the negated error number.</summary>
     internal static long Result(nint answer) => answer >= 0 ? answer : -Marshal.GetLastPInvokeError();
@@ -141,6 +175,21 @@ internal static unsafe partial class LibC
         internal long Start;
         internal long Length;
         internal int Process;
+    }
+
+    /// <summary><c>struct rlimit64</c>.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct ResourceLimit
+    {
+        internal ulong Soft;
+        internal ulong Hard;
+    }
+
+    /// <summary><c>sigset_t</c>: bit N-1 is signal N.</summary>
+    [StructLayout(LayoutKind.Sequential, Size = 128)]
+    internal struct SignalSet
+    {
+        internal ulong First;
     }
 
     /// <summary><c>struct pollfd</c>.</summary>

@@ -73,6 +73,16 @@ public readonly record struct FileStatus(
     uint BlockBytes,
     (uint Major, uint Minor) Number)
 {
+    /// <summary>The device as one number, as the C library's <c>stat</c> has it (<c>makedev</c>).</summary>
+    public ulong DeviceNumber
+    {
+        get
+        {
+            ulong major = Device >> 32, minor = Device & 0xffff_ffff;
+            return ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8) | ((minor & 0xffff_ff00) << 12) | (minor & 0xff);
+        }
+    }
+
     /// <summary>Whether both are one and the same file.</summary>
     public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
 }
@@ -317,12 +327,15 @@ public static unsafe class LinuxFile
     public static Errno TryLock(SafeFileHandle file, bool shared = false)
         => LibC.Outcome(LibC.FLock(file, (shared ? LockShared : LockExclusive) | LockNonBlocking));
 
-    /// <summary>Takes a shared lock on one byte of the file (an open-file-description lock), without waiting.</summary>
-    /// <returns><see cref="Errno.EAGAIN"/> when somebody holds it alone; another error where there are no such locks.</returns>
-    public static Errno TryLockByte(SafeFileHandle file, long offset)
+    /// <summary>Takes a lock on one byte of the file (an open-file-description lock), without waiting.</summary>
+    /// <param name="file">The file; open for writing, if nobody else is to hold the lock.</param>
+    /// <param name="offset">The byte.</param>
+    /// <param name="shared">Others may hold it as well, if they share it too.</param>
+    /// <returns><see cref="Errno.EAGAIN"/> when somebody else's lock forbids it; another error where there are no such locks.</returns>
+    public static Errno TryLockByte(SafeFileHandle file, long offset, bool shared = true)
     {
         const int setLock = 37; // F_OFD_SETLK
-        var range = new LibC.RecordLock { Type = ReadLock, Start = offset, Length = 1 };
+        var range = new LibC.RecordLock { Type = shared ? ReadLock : WriteLock, Start = offset, Length = 1 };
         return LibC.Outcome(LibC.FCntl(file, setLock, &range));
     }
 

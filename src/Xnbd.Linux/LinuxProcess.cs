@@ -12,6 +12,15 @@ public static class LinuxProcess
     /// <summary>Leaves the session of the terminal that started this process.</summary>
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
 
+    /// <summary>Sets the process's name, by which <c>pidof</c> and <c>ps</c> find it; the kernel keeps 15 bytes. For the first thread.</summary>
+    public static unsafe void SetName(string name)
+    {
+        const int setName = 15; // PR_SET_NAME
+        byte[] text = [.. System.Text.Encoding.UTF8.GetBytes(name), 0];
+        fixed (byte* start = text)
+            _ = LibC.PrCtl(setName, start, 0, 0, 0);
+    }
+
     /// <summary>Makes descriptor <paramref name="to"/> another name for what <paramref name="from"/> stands for.</summary>
     public static Errno Duplicate(SafeHandle from, int to)
         => LibC.Outcome(LibC.Dup2((int)from.DangerousGetHandle(), to));

@@ -1,50 +1,187 @@
 using System.Net.Sockets;
+using System.Text;
+using Microsoft.Win32.SafeHandles;
 
 namespace Xnbd.Linux;
 
-/// <summary>Unix sockets as files.</summary>
-public static class UnixSocket
+/// <summary>
+/// A listening Unix socket, and its file. The file is made and removed under a lock on its directory (<c>flock</c>), so programs
+/// that use this class never replace, or remove, each other's socket: a socket without a listener is a killed process's, and at
+/// the end the file is removed only if it is still this one's. The lock is held for a moment each time.
+/// </summary>
+public sealed unsafe class UnixSocket : IDisposable
 {
     /// <summary>The longest path of a Unix socket, in bytes: <c>sockaddr_un</c>, unix(7).</summary>
     public const int LongestPath = 107;
 
+    /// <summary>
+    /// How long to wait for a directory that somebody else has locked. Programs that start together need milliseconds; another
+    /// program's lock, which is not meant for us, may last.
+    /// </summary>
+    private static readonly TimeSpan s_lockTime = TimeSpan.FromSeconds(5);
+
+    /// <summary>How long a socket that is there may take to accept a connection; one that takes longer has a listener.</summary>
+    private static readonly TimeSpan s_probeTime = TimeSpan.FromSeconds(1);
+
+    private readonly string _path;
+    private readonly FileStatus _file;
+
+    private UnixSocket(string path, Socket socket, in FileStatus file)
+    {
+        _path = path;
+        Socket = socket;
+        _file = file;
+    }
+
+    /// <summary>The listening socket. Disposing of it alone leaves its file.</summary>
+    public Socket Socket { get; }
+
     /// <summary>The address of a path.</summary>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static UnixDomainSocketEndPoint Address(string path)
-        => System.Text.Encoding.UTF8.GetByteCount(path) is > 0 and <= LongestPath
-            ? new UnixDomainSocketEndPoint(path)
-            : throw new ArgumentException($"the path of a Unix socket has 1 to {LongestPath} bytes");
-
-    /// <summary>Removes a socket that nobody listens on any more, as a killed server leaves it. Anything else stays: binding will say so.</summary>
-    /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
-    public static void RemoveStale(string path)
     {
-        UnixDomainSocketEndPoint address = Address(path);
-        if (LinuxFile.Status(path, out FileStatus status) != Errno.None || status.Kind != FileKind.Socket)
-            return;
-        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        CheckLength(path);
+        return new UnixDomainSocketEndPoint(path);
+    }
+
+    /// <summary>Listens on a path. A socket on which nobody listens any more is replaced.</summary>
+    /// <param name="path">The path.</param>
+    /// <param name="isPrivate">For the process's own user alone; else the umask says who may connect.</param>
+    /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
+    /// <exception cref="IOException">It cannot be done; the message says why.</exception>
+    public static UnixSocket Listen(string path, bool isPrivate)
+    {
+        CheckLength(path);
+        path = Path.GetFullPath(path);
+        CheckLength(path);
+        string folder = Path.GetDirectoryName(path) ?? "/";
+        using SafeFileHandle directory = Lock(folder);
+        RemoveStale(path);
+        int descriptor = LibC.Socket(LibC.AddressFamilyUnix, LibC.SocketStream | LibC.SocketCloseOnExec, 0);
+        if (LibC.Outcome(descriptor) is var failed and not Errno.None)
+            throw new IOException(failed.Describe());
+        var handle = new SafeSocketHandle(descriptor, ownsHandle: true);
+        bool isBound = false;
         try
         {
-            probe.Connect(address);
+            Errno errno = Bind(handle, path);
+            if (errno != Errno.None)
+                throw new IOException(errno == Errno.EADDRINUSE ? "there is another file of that name" : errno.Describe());
+            isBound = true;
+            if (isPrivate)
+                errno = LibC.Outcome(LibC.ChMod(path, 0b110_000_000)); // until it listens, nobody can connect
+            if (errno == Errno.None)
+                errno = LibC.Outcome(LibC.Listen(handle, LibC.MaxBacklog));
+            FileStatus file = default;
+            if (errno == Errno.None)
+                errno = LinuxFile.Status(path, out file);
+            if (errno != Errno.None)
+                throw new IOException(errno.Describe());
+
+            // Not the BCL's Bind: a Socket that knows its path removes whatever stands there when it is disposed of.
+            return new UnixSocket(path, new Socket(handle), file);
         }
-        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
+        catch
         {
-            Remove(path, status);
-        }
-        catch (SocketException)
-        {
-            // It cannot be asked, for want of permission for example.
+            if (isBound)
+                _ = LinuxFile.Unlink(path);
+            handle.Dispose();
+            throw;
         }
     }
 
     /// <summary>
-    /// Removes a socket, unless another one has taken its place; if that is not allowed, it stays, as that of a killed server does.
+    /// Stops listening, and removes the file, unless another one has taken its place. If that is not allowed, it stays, as that of
+    /// a killed process does.
     /// </summary>
-    /// <param name="path">Where it is.</param>
-    /// <param name="own">Which it is.</param>
-    public static void Remove(string path, in FileStatus own)
+    public void Dispose()
     {
-        if (LinuxFile.Status(path, out FileStatus present) == Errno.None && present.IsSameFile(own))
-            _ = LinuxFile.Unlink(path);
+        try
+        {
+            using SafeFileHandle directory = Lock(Path.GetDirectoryName(_path) ?? "/");
+
+            // While this socket is open, no other file can get its number.
+            if (LinuxFile.Status(_path, out FileStatus present) == Errno.None && present.IsSameFile(_file))
+                _ = LinuxFile.Unlink(_path);
+        }
+        catch (IOException)
+        {
+            // The directory has gone, or somebody keeps it locked: the next one that listens there replaces the file.
+        }
+
+        Socket.Dispose();
+    }
+
+    private static void CheckLength(string path)
+    {
+        if (Encoding.UTF8.GetByteCount(path) is 0 or > LongestPath)
+            throw new ArgumentException($"the path of a Unix socket has 1 to {LongestPath} bytes");
+    }
+
+    /// <summary>Opens a directory and locks it.</summary>
+    private static SafeFileHandle Lock(string folder)
+    {
+        if (!Directory.Exists(folder))
+            throw new IOException(File.Exists(folder) ? $"'{folder}' is no directory" : $"there is no directory '{folder}'");
+        Errno errno = LinuxFile.Open(folder, OpenMode.ReadOnly, out SafeFileHandle? directory);
+        if (errno != Errno.None)
+            throw new IOException($"the directory '{folder}' cannot be opened: {errno.Describe()}");
+        long start = Environment.TickCount64;
+        while ((errno = LinuxFile.TryLock(directory!)) == Errno.EAGAIN)
+        {
+            if (Environment.TickCount64 - start > s_lockTime.TotalMilliseconds)
+            {
+                directory!.Dispose();
+                throw new IOException($"the directory '{folder}' is locked by another process, and has been for {s_lockTime.TotalSeconds:0} seconds");
+            }
+
+            Thread.Sleep(10);
+        }
+
+        return directory!; // where a file system has no such locks, go on without
+    }
+
+    /// <summary>Removes a socket that nobody listens on any more, as a killed process leaves it. The directory is locked.</summary>
+    /// <exception cref="IOException">Something else is there.</exception>
+    private static void RemoveStale(string path)
+    {
+        if (LinuxFile.Status(path, out FileStatus status) != Errno.None)
+            return;
+        if (status.Kind != FileKind.Socket)
+            throw new IOException("there is another file of that name");
+        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        probe.SendTimeout = (int)s_probeTime.TotalMilliseconds;
+        try
+        {
+            probe.Connect(new UnixDomainSocketEndPoint(path));
+        }
+        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused)
+        {
+            Errno errno = LinuxFile.Unlink(path);
+            if (errno != Errno.None)
+                throw new IOException($"a socket that a killed server has left cannot be removed: {errno.Describe()}");
+            return;
+        }
+        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.AccessDenied)
+        {
+            throw new IOException("there is a socket of another user");
+        }
+        catch (SocketException)
+        {
+            // It is there, and has too many clients waiting, or is of another kind.
+        }
+
+        throw new IOException("another process listens there");
+    }
+
+    private static Errno Bind(SafeSocketHandle socket, string path)
+    {
+        const int familyBytes = sizeof(ushort);
+        Span<byte> address = stackalloc byte[familyBytes + LongestPath + 1];
+        address.Clear();
+        BitConverter.TryWriteBytes(address, (ushort)LibC.AddressFamilyUnix);
+        int length = familyBytes + Encoding.UTF8.GetBytes(path, address[familyBytes..]) + 1; // and a zero byte
+        fixed (byte* start = address)
+            return LibC.Outcome(LibC.Bind(socket, start, (uint)length));
     }
 }

@@ -54,6 +54,10 @@ internal sealed class Connection : IDisposable
         return false;
     }
 
+    /// <summary>Puts what explains the end before its reason, for the log. For the connection's own thread, after it has ended.</summary>
+    public void AddToEndReason(string explanation)
+        => Volatile.Write(ref _endReason, EndReason is { } reason ? $"{explanation} ({reason})" : explanation);
+
     /// <summary>Breaks the connection off, from any thread: whoever waits for it is woken.</summary>
     public void Abort(string reason)
     {

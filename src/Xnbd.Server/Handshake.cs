@@ -60,6 +60,7 @@ internal sealed class Handshake
     private MetaContexts _contexts; // that are selected,
     private string? _contextsExport; // for the export of this name; null for none
     private Agreement? _agreement;
+    private string? _refusedName; // of the export that the client last wanted to enter and that does not exist
 
     private Handshake(Connection connection, ExportTable exports)
     {
@@ -84,7 +85,10 @@ internal sealed class Handshake
                     ? handshake.Agree(export) with { InOrder = true }
                     : null;
             default:
-                return handshake.Greet() && handshake.Haggle() ? handshake._agreement : null;
+                Agreement? agreement = handshake.Greet() && handshake.Haggle() ? handshake._agreement : null;
+                if (agreement is null && handshake._refusedName is { } name)
+                    connection.AddToEndReason($"it asked for the export '{name}', which does not exist");
+                return agreement;
         }
     }
 
@@ -202,7 +206,11 @@ internal sealed class Handshake
         if (!NbdInfoRequest.TryRead(data, out NbdInfoRequest? request))
             return Reply(option, NbdOptionReplyType.ErrInvalid, "malformed request for information");
         if (_exports.Find(request.ExportName) is not { } export)
+        {
+            if (option == NbdOption.Go)
+                _refusedName = Printable(request.ExportName);
             return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
+        }
 
         bool sent = Reply(
             option,

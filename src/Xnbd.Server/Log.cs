@@ -6,8 +6,8 @@ namespace Xnbd.Server;
 /// <summary>The server's log messages.</summary>
 internal static partial class Log
 {
-    [LoggerMessage(Level = LogLevel.Information, Message = "listening on {Place}")]
-    public static partial void Listening(this ILogger logger, string place);
+    [LoggerMessage(Level = LogLevel.Information, Message = "listening on {Place}: {Uri}")]
+    public static partial void Listening(this ILogger logger, string place, string uri);
 
     [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: serving export '{Export}'")]
     public static partial void SessionStarted(this ILogger logger, string peer, string export);
@@ -25,8 +25,11 @@ internal static partial class Log
     [LoggerMessage(Level = LogLevel.Error, Message = "{Count} more requests failed within a second")]
     public static partial void MoreRequestsFailed(this ILogger logger, long count);
 
-    [LoggerMessage(Level = LogLevel.Error, Message = "cannot accept a connection: {Cause}")]
-    public static partial void AcceptFailed(this ILogger logger, string cause);
+    [LoggerMessage(Level = LogLevel.Error, Message = "a connection was refused: {Cause}")]
+    public static partial void Refused(this ILogger logger, string cause);
+
+    [LoggerMessage(Level = LogLevel.Error, Message = "{Count} more connections were refused")]
+    public static partial void MoreRefused(this ILogger logger, long count);
 
     [LoggerMessage(Level = LogLevel.Error, Message = "{Peer}: internal error, the connection is closed: {Cause}")]
     public static partial void SessionCrashed(this ILogger logger, string peer, string cause);
@@ -65,5 +68,36 @@ internal sealed class FailureLog(ILogger logger)
             logger.MoreRequestsFailed(left);
         if (isLogged)
             logger.RequestFailed(peer, command, cause);
+    }
+}
+
+/// <summary>Logs connections that were refused, once in <see cref="s_pause"/>: who is refused tries again soon.</summary>
+internal sealed class RefusalLog(ILogger logger)
+{
+    private static readonly TimeSpan s_pause = TimeSpan.FromSeconds(5);
+
+    private readonly Lock _lock = new();
+    private long _lastLine = long.MinValue / 2; // in milliseconds of the system's clock
+    private long _unsaid;
+
+    /// <summary>Logs a refusal, or counts it.</summary>
+    public void Log(string cause)
+    {
+        long unsaid;
+        lock (_lock)
+        {
+            if (Environment.TickCount64 - _lastLine < s_pause.TotalMilliseconds)
+            {
+                _unsaid++;
+                return;
+            }
+
+            (unsaid, _unsaid) = (_unsaid, 0);
+            _lastLine = Environment.TickCount64;
+        }
+
+        if (unsaid > 0)
+            logger.MoreRefused(unsaid);
+        logger.Refused(cause);
     }
 }

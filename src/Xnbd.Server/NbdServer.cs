@@ -2,6 +2,7 @@ using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using Microsoft.Extensions.Logging;
+using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Storage;
 
@@ -23,7 +24,10 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     private readonly SessionServices _services = new(
         new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger), new LinuxEvent());
 
+    private readonly RefusalLog _refusals = new(logger);
     private readonly List<Socket> _listeners = [];
+    private readonly int _descriptorLimit = LinuxDescriptors.Limit;
+    private UnixSocket? _unixSocket;
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Connection, Session> _sessions = [];
@@ -60,38 +64,29 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
 
         _listeners.Add(listener);
         var actual = (IPEndPoint)listener.LocalEndPoint!;
-        logger.Listening(isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString());
+        logger.Listening(isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString(), UriOf(actual));
         return actual;
     }
 
     /// <summary>Opens a listening Unix socket. One that nobody listens on any more is replaced.</summary>
-    /// <exception cref="SocketException">The path is in use, or cannot be created.</exception>
+    /// <exception cref="IOException">The path is in use, or cannot be created; the message says why.</exception>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public void Listen(string path)
     {
-        UnixDomainSocketEndPoint address = UnixSocket.Address(path);
-        var listener = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            UnixSocket.RemoveStale(path);
-            listener.Bind(address);
-            listener.Listen();
-        }
-        catch
-        {
-            listener.Dispose();
-            throw;
-        }
-
-        _listeners.Add(listener);
-        logger.Listening(path);
+        _unixSocket = UnixSocket.Listen(path, isPrivate: false);
+        _listeners.Add(_unixSocket.Socket);
+        logger.Listening(path, UriOf(path));
     }
 
     /// <summary>Starts to accept connections, on a thread for each listening socket.</summary>
+    /// <exception cref="IOException">The system has no thread to spare.</exception>
     public void Start()
     {
         foreach (Socket listener in _listeners)
-            new Thread(() => Accept(listener), ServerLimits.SessionStack) { IsBackground = true, Name = "listener" }.Start();
+        {
+            if (LinuxThread.TryStart("listener", () => Accept(listener)) is null)
+                throw new IOException("the system has no thread to spare");
+        }
     }
 
     /// <summary>Serves one connection on the calling thread until it ends.</summary>
@@ -135,8 +130,9 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     public void Stop()
     {
         _isStopping = true;
+        _unixSocket?.Dispose();
         foreach (Socket listener in _listeners)
-            listener.Dispose(); // which removes a Unix socket's file
+            listener.Dispose();
 
         lock (_connections)
         {
@@ -159,37 +155,79 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
 
     private void Accept(Socket listener)
     {
+        SafeFileHandle? spare = OpenSpare();
         while (!_isStopping)
         {
             try
             {
-                Socket socket = listener.Accept();
-                if (Volatile.Read(ref _connectionCount) >= ServerLimits.MaxConnections)
-                {
-                    socket.Dispose();
-                    logger.AcceptFailed($"there are {ServerLimits.MaxConnections} already");
-                    continue;
-                }
-
-                try
-                {
-                    new Thread(() => Serve(socket), ServerLimits.SessionStack) { IsBackground = true, Name = "session" }.Start();
-                }
-                catch (OutOfMemoryException failure)
-                {
-                    socket.Dispose();
-                    logger.AcceptFailed(failure.Message);
-                }
+                Take(listener.Accept());
             }
             catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
             {
                 if (_isStopping)
-                    return;
-                logger.AcceptFailed(failure.Message);
-                Thread.Sleep(100); // out of descriptors, most likely: until somebody leaves
+                    break;
+                if (failure is SocketException { SocketErrorCode: SocketError.TooManyOpenSockets } && spare is not null)
+                {
+                    // Not even the reserve has a descriptor. Who waits is told so by a close, rather than left to wait.
+                    spare.Dispose();
+                    Refuse(listener);
+                    spare = OpenSpare();
+                    continue;
+                }
+
+                _refusals.Log(failure.Message);
+                Thread.Sleep(100); // that passes
             }
         }
+
+        spare?.Dispose();
     }
+
+    /// <summary>Gives a new connection a thread, or closes it: nothing was received from it, so the client sees a clean end.</summary>
+    private void Take(Socket socket)
+    {
+        string? refusal = LinuxDescriptors.IsOfReserve(socket.SafeHandle, _descriptorLimit)
+            ? $"the limit of {_descriptorLimit} descriptors is reached"
+            : Volatile.Read(ref _connectionCount) >= ServerLimits.MaxConnections
+                ? $"there are {ServerLimits.MaxConnections} already"
+                : LinuxThread.TryStart("session", () => Serve(socket)) is null ? "the system has no thread to spare" : null;
+        if (refusal is null)
+            return;
+        socket.Dispose();
+        _refusals.Log(refusal);
+    }
+
+    private void Refuse(Socket listener)
+    {
+        try
+        {
+            listener.Accept().Dispose();
+        }
+        catch (SocketException)
+        {
+            Thread.Sleep(100); // another thread was faster
+        }
+
+        _refusals.Log("no descriptor is left");
+    }
+
+    private static SafeFileHandle? OpenSpare()
+    {
+        _ = LinuxFile.Open("/dev/null", OpenMode.ReadOnly, out SafeFileHandle? spare);
+        return spare;
+    }
+
+    /// <summary>What clients are told to connect to.</summary>
+    private string UriOf(IPEndPoint address)
+    {
+        string host = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any) ? Environment.MachineName
+            : address.AddressFamily == AddressFamily.InterNetworkV6 ? $"[{address.Address}]" : address.Address.ToString();
+        string name = exports.Default.Name;
+        return $"nbd://{host}:{address.Port}{(name.Length > 0 ? "/" : "")}{Uri.EscapeDataString(name)}";
+    }
+
+    private string UriOf(string path)
+        => $"nbd+unix:///{Uri.EscapeDataString(exports.Default.Name)}?socket={Uri.EscapeDataString(path).Replace("%2F", "/", StringComparison.Ordinal)}";
 
     private Agreement? Negotiate(Connection connection)
     {

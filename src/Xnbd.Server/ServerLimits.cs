@@ -87,7 +87,4 @@ public static class ServerLimits
 
     /// <summary>How long the end of the server waits for requests in flight; the sync of the image comes after.</summary>
     public static readonly TimeSpan StopTime = TimeSpan.FromSeconds(5);
-
-    /// <summary>The stack of a connection's thread: its deepest call needs a tenth of it.</summary>
-    public const int SessionStack = 256 * 1024;
 }

@@ -1,3 +1,5 @@
+using Xnbd.Linux;
+
 namespace Xnbd.Storage;
 
 /// <summary>Work that waits for a disk.</summary>
@@ -18,8 +20,6 @@ internal sealed class DiskThreads
     /// 16 threads beat both 8 and 32.
     /// </summary>
     private const int MaxThreads = 16;
-
-    private const int StackBytes = 256 * 1024;
 
     private readonly object _gate = new();
     private readonly Queue<IDiskWork> _waiting = new();
@@ -57,22 +57,18 @@ internal sealed class DiskThreads
             _threads++;
         }
 
-        try
-        {
-            new Thread(Work, StackBytes) { IsBackground = true, Name = _name }.Start();
-        }
-        catch (OutOfMemoryException)
-        {
-            // The system has no thread to give. Those that there are will come to it; without any, it is done here.
-            lock (_gate)
-            {
-                _threads--;
-                if (_threads > 0 || !_waiting.TryDequeue(out work!))
-                    return;
-            }
+        if (LinuxThread.TryStart(_name, Work) is not null)
+            return;
 
-            work.Run();
+        // The system has no thread to give. Those that there are will come to it; without any, it is done here.
+        lock (_gate)
+        {
+            _threads--;
+            if (_threads > 0 || !_waiting.TryDequeue(out work!))
+                return;
         }
+
+        work.Run();
     }
 
     /// <summary>Whether others wait: then long work gives its place up from time to time.</summary>

@@ -20,6 +20,7 @@ internal static class Daemon
         {
             Environment.SetEnvironmentVariable(ChildVariable, null);
             _ = LinuxProcess.StartSession();
+            LinuxProcess.SetName(ServerProgram.Name); // where there was no link of that name
         }
 
         return isChild;
@@ -29,7 +30,8 @@ internal static class Daemon
     /// <returns>Its exit code: success once it serves.</returns>
     public static int Start(string program, IEnumerable<string> args)
     {
-        var start = new ProcessStartInfo(Environment.ProcessPath!, [program, .. args])
+        string? link = FindLink(program);
+        var start = new ProcessStartInfo(link ?? Environment.ProcessPath!, link is null ? [program, .. args] : args)
         {
             RedirectStandardOutput = true,
             UseShellExecute = false,
@@ -40,6 +42,21 @@ internal static class Daemon
             return ExitCode.Success;
         child.WaitForExit();
         return child.ExitCode == ExitCode.Success ? ExitCode.Failure : child.ExitCode;
+    }
+
+    /// <summary>The link named for a program by which this executable was called, or which stands beside it; null for none.</summary>
+    /// <remarks>A process that is started through it has its name, so <c>pidof</c> finds it.</remarks>
+    private static string? FindLink(string program)
+    {
+        string called = Environment.GetCommandLineArgs()[0];
+        if (LinuxFile.Status(Environment.ProcessPath!, out FileStatus own) != Errno.None)
+            return null;
+        IEnumerable<string> folders = called.Contains('/', StringComparison.Ordinal)
+            ? [Path.GetDirectoryName(Path.GetFullPath(called))!]
+            : Environment.GetEnvironmentVariable("PATH")?.Split(':', StringSplitOptions.RemoveEmptyEntries) ?? [];
+        return folders.Append(Path.GetDirectoryName(Environment.ProcessPath)!)
+            .Select(folder => Path.GetFullPath(Path.Combine(folder, program)))
+            .FirstOrDefault(path => LinuxFile.Status(path, out FileStatus there) == Errno.None && there.IsSameFile(own));
     }
 
     /// <summary>In the child: tells the parent that this process serves, and lets go of terminal and directory.</summary>

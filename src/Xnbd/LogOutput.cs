@@ -27,6 +27,9 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     private SafeFileHandle? _file;
     private long _dropped;
 
+    /// <summary>Who reads stderr sees neither the time nor the level otherwise: it is no terminal, and not the journal, which notes them itself.</summary>
+    private readonly bool _isStderrStamped = toStderr && Console.IsErrorRedirected && !IsJournal();
+
     /// <summary>Lines go somewhere else than stderr.</summary>
     public bool IsElsewhere => path is not null || toSyslog;
 
@@ -38,8 +41,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             LinuxSyslog.Open(program);
         if (path is not null && LinuxFile.Open(path, OpenMode.Append, out _file) is var errno and not Errno.None)
             throw new FailureException($"cannot open the log file '{path}': {Describe(errno)}");
-        _writer = new Thread(WriteLines) { IsBackground = true, Name = "log" };
-        _writer.Start();
+        _writer = LinuxThread.TryStart("log", WriteLines) ?? throw new FailureException("the system has no thread to spare");
     }
 
     private static string Describe(Errno errno) => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
@@ -115,27 +117,29 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         };
         message = message.ReplaceLineEndings(" | "); // one event, one line
         if (toStderr)
-        {
-            try
-            {
-                Console.Error.WriteLine($"{program}: {message}");
-            }
-            catch (IOException)
-            {
-                // Nobody can be told.
-            }
-        }
+            StandardError.WriteLine(_isStderrStamped ? $"{Stamp(time)} {program}: {word}: {message}" : $"{program}: {message}");
 
         lock (_fileLock)
         {
             if (_file is not null)
             {
-                string stamp = time.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture);
-                _ = LinuxFile.Append(_file, Encoding.UTF8.GetBytes($"{stamp} {word}: {message}\n"));
+                _ = LinuxFile.Append(_file, Encoding.UTF8.GetBytes($"{Stamp(time)} {word}: {message}\n"));
             }
         }
 
         if (toSyslog)
             LinuxSyslog.Write(severity, message);
+    }
+
+    private static string Stamp(DateTime time) => time.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture);
+
+    /// <summary>Whether stderr is the journal's stream: <c>JOURNAL_STREAM</c> names device and inode, systemd.exec(5).</summary>
+    private static bool IsJournal()
+    {
+        if (Environment.GetEnvironmentVariable("JOURNAL_STREAM")?.Split(':') is not [string device, string inode]
+            || LinuxFile.Status(StandardError.Handle, out FileStatus status) != Errno.None)
+            return false;
+        return inode == status.Inode.ToString(CultureInfo.InvariantCulture)
+            && device == status.DeviceNumber.ToString(CultureInfo.InvariantCulture);
     }
 }

@@ -15,5 +15,12 @@ if (programs.TryGetValue(calledAs, out Func<string[], int>? program))
 if (args.Length > 0 && programs.TryGetValue(args[0], out program))
     return program(args[1..]);
 
-Console.Error.WriteLine($"usage: {calledAs} PROGRAM [ARGUMENT ...], where PROGRAM is one of: {string.Join(", ", programs.Keys)}");
+string usage = $"usage: {calledAs} PROGRAM [ARGUMENT ...], where PROGRAM is one of: {string.Join(", ", programs.Keys)}";
+if (args is ["--help" or "-h" or "-?"])
+{
+    Console.WriteLine(usage);
+    return ExitCode.Success;
+}
+
+Console.Error.WriteLine(args.Length == 0 ? usage : $"{calledAs}: there is no program '{args[0]}'\n{usage}");
 return ExitCode.Usage;

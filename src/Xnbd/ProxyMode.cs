@@ -1,5 +1,4 @@
 using System.Diagnostics;
-using System.Net.Sockets;
 using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
 using Xnbd.Client;
@@ -28,11 +27,12 @@ internal sealed class ProxyMode : IDisposable
     /// <summary>Connects to the remote and opens the cache.</summary>
     /// <exception cref="FailureException">The remote cannot be used.</exception>
     /// <exception cref="DiskException">The cache cannot be used.</exception>
-    public ProxyMode(ProxyOptions options, bool readOnly, ILogger log)
+    /// <exception cref="OperationCanceledException">It was told to stop while it waited for the remote.</exception>
+    public ProxyMode(ProxyOptions options, bool readOnly, ILogger log, CancellationToken stop)
     {
         _options = options;
         _log = log;
-        _remote = Connect();
+        _remote = Connect(stop);
         _cache = CacheDisk.Open(
             _remote, options.Remote.ToString(), options.CacheImage, options.Map, options.Opening, readOnly, options.FetchLimits, CannotStore);
     }
@@ -53,7 +53,7 @@ internal sealed class ProxyMode : IDisposable
         {
             _control = ControlServer.Start(_options.ControlSocket, Call);
         }
-        catch (Exception failure) when (failure is SocketException or IOException or UnauthorizedAccessException or ArgumentException)
+        catch (Exception failure) when (failure is IOException or ArgumentException)
         {
             throw new FailureException($"cannot listen on the control socket '{_options.ControlSocket}': {failure.Message}");
         }
@@ -82,7 +82,7 @@ internal sealed class ProxyMode : IDisposable
         _cache.Dispose();
     }
 
-    private RemoteDisk Connect()
+    private RemoteDisk Connect(CancellationToken stop)
     {
         long start = Stopwatch.GetTimestamp();
         for (bool isFirst = true; ; isFirst = false)
@@ -95,7 +95,8 @@ internal sealed class ProxyMode : IDisposable
             {
                 if (isFirst)
                     _log.LogWarning("waiting for the remote: {Cause}", failure.Message);
-                Thread.Sleep(500);
+                if (stop.WaitHandle.WaitOne(500))
+                    throw new OperationCanceledException(stop);
             }
             catch (RemoteException failure)
             {

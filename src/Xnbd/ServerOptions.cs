@@ -27,6 +27,7 @@ internal sealed record ServerOptions
     public int? ConnectedDescriptor { get; init; }
     public string? LogPath { get; init; }
     public bool Syslog { get; init; }
+    public string? PidFile { get; init; }
     public bool CowTarget { get; init; }
     public string? CowDirectory { get; init; }
     public IReadOnlyList<string> CowLayers { get; init; } = [];
@@ -111,6 +112,11 @@ internal sealed record ServerOptions
         };
         var logPath = new Option<string?>("--logpath") { Description = "Log to this file; SIGHUP opens it anew", HelpName = "FILE" };
         var syslog = new Option<bool>("--syslog") { Description = "Log to the system log [default with --daemonize and --inetd]" };
+        var pidFile = new Option<string?>("--pidfile")
+        {
+            Description = "Write the process's number to this file; refused while another server holds it",
+            HelpName = "FILE",
+        };
         var exportName = new Option<string>("--export-name")
         {
             Description = "The export's name; clients that give none get it as well [default: none]",
@@ -141,11 +147,15 @@ internal sealed record ServerOptions
         {
             target, cowTarget, proxy, cowDirectory, cowLayer, force, targetName, remoteConnections, waitRemote, clearBitmap, rebind,
             importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, shareImage, format, oldstyle, daemonize,
-            inetd, connected, logPath, syslog, image,
+            inetd, connected, logPath, syslog, pidFile, image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
             return null;
+
+        string[] images = result.GetValue(image) ?? [];
+        if (Array.Find(images, word => word.StartsWith('-') && word.Length > 1 && !args.Contains("--")) is { } unknown)
+            throw new UsageException($"unknown option '{unknown}'");
 
         int modes = Convert.ToInt32(result.GetValue(target)) + Convert.ToInt32(result.GetValue(cowTarget))
             + Convert.ToInt32(result.GetValue(proxy));
@@ -153,13 +163,6 @@ internal sealed record ServerOptions
             throw new UsageException("no mode was given: use --target, --cow-target or --proxy");
         if (modes > 1)
             throw new UsageException("only one mode can be given");
-
-        string[] images = result.GetValue(image) ?? [];
-        foreach (string word in images)
-        {
-            if (word.StartsWith('-') && word.Length > 1 && !args.Contains("--"))
-                throw new UsageException($"unknown option '{word}'");
-        }
 
         ProxyOptions? proxyOptions = null;
         if (result.GetValue(proxy))
@@ -201,6 +204,7 @@ internal sealed record ServerOptions
             ConnectedDescriptor = CommandLine.Number("--connected-fd", result.GetValue(connected), 0, int.MaxValue),
             LogPath = result.GetValue(logPath),
             Syslog = result.GetValue(syslog),
+            PidFile = result.GetValue(pidFile),
             CowTarget = result.GetValue(cowTarget),
             CowDirectory = result.GetValue(cowDirectory),
             CowLayers = result.GetValue(cowLayer) ?? [],
@@ -239,6 +243,10 @@ internal sealed record ServerOptions
             throw new UsageException("--inetd and --connected-fd exclude each other");
         if (ConnectedDescriptor is not null && Daemonize)
             throw new UsageException("--connected-fd and --daemonize exclude each other");
+        if (IsOneConnection && PidFile is not null)
+            throw new UsageException("--pidfile is for servers that listen: --inetd and --connected-fd make no sense with it");
+        if (PidFile is "")
+            throw new UsageException("--pidfile: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
             throw new UsageException("a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
         try

@@ -1,6 +1,5 @@
 using System.Net;
 using System.Net.Sockets;
-using System.Runtime.InteropServices;
 using Microsoft.Extensions.Logging;
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
@@ -18,15 +17,28 @@ internal sealed class ServerProgram
     /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
     private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(8.5); // and a second for the log
 
+    /// <summary>The same while it is starting, and may be waiting for a remote: nobody is served yet, and nothing is lost.</summary>
+    private static readonly TimeSpan s_longestBreak = TimeSpan.FromSeconds(1);
+
     private readonly ServerOptions _options;
     private readonly LogOutput _log;
     private readonly CancellationTokenSource _stop = new();
+    private volatile PidFile? _pidFile;
+    private volatile ProxyMode? _proxy; // null until it is open, and in the other modes
+    private volatile SnapshotSignal? _snapshots; // null until the disk is open
+    private volatile Thread? _switching; // the last switch by SIGUSR2
+    private volatile Disk? _disk; // null until it is open
+    private volatile bool _isServing;
+    private volatile bool _isSynced;
 
     private ServerProgram(ServerOptions options, LogOutput log)
     {
         _options = options;
         _log = log;
     }
+
+    private static readonly int[] s_signals =
+        [LinuxSignals.Terminate, LinuxSignals.Interrupt, LinuxSignals.Hangup, LinuxSignals.User1, LinuxSignals.User2];
 
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
@@ -43,11 +55,14 @@ internal sealed class ServerProgram
                 return ExitCode.Success;
             if (options.Daemonize && !isDaemon)
                 return Daemon.Start(Name, args);
+            int[] signals = [.. s_signals.Where(signal => signal != LinuxSignals.Interrupt || !LinuxSignals.IsIgnored(signal))];
+            LinuxSignals.BlockInAllThreads(signals); // before anything waits
             options = options with
             {
                 Image = Path.GetFullPath(options.Image),
                 LogPath = options.LogPath is null ? null : Path.GetFullPath(options.LogPath),
                 UnixPath = options.UnixPath is null ? null : Path.GetFullPath(options.UnixPath),
+                PidFile = options.PidFile is null ? null : Path.GetFullPath(options.PidFile),
                 CowDirectory = options.CowDirectory is null ? null : Path.GetFullPath(options.CowDirectory),
                 CowLayers = [.. options.CowLayers.Select(Path.GetFullPath)],
             };
@@ -57,19 +72,24 @@ internal sealed class ServerProgram
                 Name, toStderr: !isDetached && !isElsewhere, options.LogPath, toSyslog: options.Syslog || (isDetached && !isElsewhere));
             output.Open();
             log = output;
-            new ServerProgram(options, log).Serve();
+            new ServerProgram(options, log).Serve(signals);
             return ExitCode.Success;
         }
         catch (UsageException failure)
         {
             Report(failure.Message, log, isInetd);
-            Console.Error.WriteLine($"Try '{Name} --help' for more information.");
+            StandardError.WriteLine($"Try '{Name} --help' for more information.");
             return ExitCode.Usage;
         }
         catch (Exception failure) when (failure is FailureException or DiskException)
         {
             Report(failure.Message, log, isInetd);
             return ExitCode.Failure;
+        }
+        catch (OperationCanceledException)
+        {
+            log!.LogInformation("ended before anybody was served");
+            return ExitCode.Success;
         }
         finally
         {
@@ -80,7 +100,7 @@ internal sealed class ServerProgram
     /// <summary>Says why the program ends: to stderr, and to where the log goes if that is elsewhere.</summary>
     private static void Report(string message, LogOutput? log, bool isInetd)
     {
-        Console.Error.WriteLine($"{Name}: {message}");
+        StandardError.WriteLine($"{Name}: {message}");
         if (log is { IsElsewhere: true })
         {
             log.LogError("{Cause}", message);
@@ -107,34 +127,52 @@ internal sealed class ServerProgram
         }
     }
 
-    private void Serve()
+    private void Serve(int[] signals)
     {
-        using ProxyMode? proxy = _options.Proxy is null ? null : new ProxyMode(_options.Proxy, _options.ReadOnly, _log);
+        LinuxDescriptors.RaiseLimit();
+        RuntimeThreads.Start();
+        StartThread("signals", () => MindSignals(signals));
+        StartThread("end", WatchEnd);
+        using PidFile? pidFile = _options.PidFile is null ? null : PidFile.Open(_options.PidFile);
+        _pidFile = pidFile;
+        using ProxyMode? proxy = _options.Proxy is null ? null : new ProxyMode(_options.Proxy, _options.ReadOnly, _log, _stop.Token);
         using Disk? own = proxy is null ? OpenDisk() : null;
         Disk disk = proxy?.Disk ?? own!;
+        _disk = disk;
         var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
         var snapshots = new SnapshotSignal(() => proxy is null ? disk as ImageFile : proxy.Image, _log, _stop.Token);
-        List<PosixSignalRegistration> signals =
-        [
-            On(PosixSignal.SIGTERM, _stop.Cancel),
-            On(PosixSignal.SIGINT, _stop.Cancel),
-            On(PosixSignal.SIGHUP, _log.Reopen),
-            On((PosixSignal)10, snapshots.Take), // SIGUSR1
-            On((PosixSignal)12, () => SwitchBySignal(proxy)), // SIGUSR2
-        ];
-
+        _snapshots = snapshots;
         if (proxy is not null)
         {
             proxy.CountClients = () => server.ConnectionCount;
             proxy.StartControl();
         }
 
+        _proxy = proxy;
+        _isServing = true;
+        try
+        {
+            Start(server, disk);
+        }
+        catch (FailureException)
+        {
+            server.Stop(); // the first of two sockets may be open already
+            throw;
+        }
+
+        _stop.Token.WaitHandle.WaitOne();
+        End(server, proxy is null ? () => disk.FlushAsync().AsTask() : proxy.FlushAll, snapshots);
+    }
+
+    /// <summary>Opens the server to clients, or to the one that was handed over.</summary>
+    private void Start(NbdServer server, Disk disk)
+    {
         Socket? connection = OpenConnection();
         if (connection is null)
-            Listen(server);
+            OpenListeners(server);
         _log.LogInformation(
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
@@ -143,22 +181,31 @@ internal sealed class ServerProgram
             _options.ReadOnly ? "read-only" : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes go when the server ends" : "read-write");
         if (connection is not null)
         {
-            new Thread(() =>
+            StartThread("session", () =>
             {
                 server.Serve(connection);
                 _stop.Cancel();
-            })
-            { IsBackground = true, Name = "session" }.Start();
+            });
         }
 
-        server.Start();
+        try
+        {
+            server.Start();
+        }
+        catch (IOException failure)
+        {
+            throw new FailureException(failure.Message);
+        }
+
+        _pidFile?.Write();
         if (_options.Daemonize)
             Daemon.SayReady();
-        _stop.Token.WaitHandle.WaitOne();
+    }
 
-        End(server, disk, proxy is null ? () => disk.FlushAsync().AsTask() : proxy.FlushAll, snapshots);
-        foreach (PosixSignalRegistration signal in signals)
-            signal.Dispose();
+    private static void StartThread(string name, Action work)
+    {
+        if (LinuxThread.TryStart(name, work) is null)
+            throw new FailureException("the system has no thread to spare");
     }
 
     /// <summary>
@@ -221,20 +268,8 @@ internal sealed class ServerProgram
         }
     }
 
-    private void End(NbdServer server, Disk disk, Func<Task> sync, SnapshotSignal snapshots)
+    private void End(NbdServer server, Func<Task> sync, SnapshotSignal snapshots)
     {
-        bool isSynced = false;
-        using var watchdog = new Timer(_ =>
-        {
-            _log.LogWarning(Volatile.Read(ref isSynced)
-                ? "not everything ended in time"
-                : "the image was not synced in time; the kernel goes on writing what it holds of it");
-            _log.Close();
-            LayerStack.Abandon(disk);
-            Environment.Exit(Volatile.Read(ref isSynced) ? ExitCode.Success : ExitCode.Failure);
-        });
-        watchdog.Change(s_longestStop, Timeout.InfiniteTimeSpan);
-
         server.Stop();
         try
         {
@@ -245,25 +280,89 @@ internal sealed class ServerProgram
             throw new FailureException($"the image could not be synced: {failure.Message}");
         }
 
-        Volatile.Write(ref isSynced, true);
+        _isSynced = true;
         snapshots.WaitUntilEnded();
+        _switching?.Join(); // it uses the disk; WatchEnd bounds all of this
         _log.LogInformation("ended");
     }
 
-    private void SwitchBySignal(ProxyMode? proxy)
+    /// <summary>
+    /// Ends the process when that takes too long, or when it is told to end amid its start. A thread of its own from the start on:
+    /// at the end the system might have none to give.
+    /// </summary>
+    private void WatchEnd()
     {
-        if (proxy is null)
-            _log.LogInformation("SIGUSR2 has no meaning in this mode");
-        else
-            new Thread(proxy.SwitchBySignal) { IsBackground = true, Name = "switch" }.Start(); // it may take a while
+        _stop.Token.WaitHandle.WaitOne();
+        long start = Environment.TickCount64;
+        Thread.Sleep(s_longestBreak);
+        bool wasServing = _isServing;
+        if (wasServing)
+            Thread.Sleep(s_longestStop - TimeSpan.FromMilliseconds(Environment.TickCount64 - start));
+        _log.LogWarning(!wasServing ? "ended amid the start"
+            : _isSynced ? "not everything ended in time"
+            : "the image was not synced in time; the kernel goes on writing what it holds of it");
+        _log.Close();
+        if (_disk is { } disk)
+            LayerStack.Abandon(disk);
+        _pidFile?.Dispose();
+        Environment.Exit(_isSynced || !wasServing ? ExitCode.Success : ExitCode.Failure);
     }
 
-    private static PosixSignalRegistration On(PosixSignal signal, Action action)
-        => PosixSignalRegistration.Create(signal, context =>
+    /// <summary>Takes signals, one after the other, from before the disk is opened until the process ends.</summary>
+    private void MindSignals(int[] signals)
+    {
+        while (true)
         {
-            context.Cancel = true;
-            action();
-        });
+            int signal = LinuxSignals.Wait(signals);
+            try
+            {
+                Mind(signal);
+            }
+            catch (Exception failure)
+            {
+                _log.LogError("a signal could not be carried out: {Cause}", failure.ToString()); // service goes on
+            }
+        }
+    }
+
+    private void Mind(int signal)
+    {
+        if (signal == LinuxSignals.Hangup)
+            _log.Reopen(); // SIGHUP
+        else if (signal is LinuxSignals.Terminate or LinuxSignals.Interrupt)
+            _stop.Cancel(); // SIGTERM, SIGINT
+        else if (_stop.IsCancellationRequested)
+            _log.LogInformation("the server ends: the signal is ignored");
+        else if (!_isServing)
+            _log.LogInformation("the server is starting: the signal is ignored");
+        else if (signal == LinuxSignals.User1)
+            _snapshots!.Take(); // SIGUSR1
+        else
+            SwitchBySignal(); // SIGUSR2
+    }
+
+    /// <summary>Starts a switch, since it may take a while.</summary>
+    private void SwitchBySignal()
+    {
+        if (_proxy is not { } proxy)
+            _log.LogInformation("SIGUSR2 has no meaning in this mode");
+        else if (_switching is { IsAlive: true })
+            _log.LogWarning("it is being switched already; the signal is ignored");
+        else if ((_switching = LinuxThread.TryStart("switch", () => Switch(proxy))) is null)
+            _log.LogError("not switched: the system has no thread to spare");
+    }
+
+    private void Switch(ProxyMode proxy)
+    {
+        try
+        {
+            proxy.SwitchBySignal();
+        }
+        catch (Exception failure)
+        {
+            _log.LogError("not switched: {Cause}", failure.ToString()); // service goes on
+        }
+    }
 
     /// <summary>The connection that was handed over; null when the server is to listen.</summary>
     private Socket? OpenConnection()
@@ -288,19 +387,6 @@ internal sealed class ServerProgram
         }
     }
 
-    private void Listen(NbdServer server)
-    {
-        try
-        {
-            OpenListeners(server);
-        }
-        catch (FailureException)
-        {
-            server.Stop(); // the first of two sockets may be open already
-            throw;
-        }
-    }
-
     private void OpenListeners(NbdServer server)
     {
         if (_options.UnixPath is { } path)
@@ -309,7 +395,7 @@ internal sealed class ServerProgram
             {
                 server.Listen(path);
             }
-            catch (Exception failure) when (failure is SocketException or ArgumentException or UnauthorizedAccessException)
+            catch (Exception failure) when (failure is IOException or ArgumentException)
             {
                 throw new FailureException($"cannot listen on '{path}': {failure.Message}");
             }

@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using Microsoft.Extensions.Logging;
+using Xnbd.Linux;
 using Xnbd.Storage;
 
 namespace Xnbd.Programs;
@@ -26,22 +27,15 @@ internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, Can
                 return;
             }
 
-            try
+            if (getImage() is not { } image)
             {
-                if (getImage() is not { } image)
-                {
-                    log.LogInformation("SIGUSR1 has no meaning in this mode: snapshots are made of the target mode's images");
-                    return;
-                }
+                log.LogInformation("SIGUSR1 has no meaning in this mode: snapshots are made of the target mode's images");
+                return;
+            }
 
-                _thread = new Thread(() => Make(image)) { IsBackground = true, Name = "snapshot" };
-                _thread.Start();
-            }
-            catch (OutOfMemoryException failure)
-            {
-                _thread = null;
-                log.LogError("no snapshot was made: {Cause}", failure.Message);
-            }
+            _thread = LinuxThread.TryStart("snapshot", () => Make(image));
+            if (_thread is null)
+                log.LogError("no snapshot was made: the system has no thread to spare");
         }
     }
 

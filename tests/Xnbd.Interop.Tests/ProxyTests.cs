@@ -239,7 +239,7 @@ public sealed class ProxyTests : IDisposable
         Refused("cannot be the cache image and its map", one, one, three);
         Assert.False(File.Exists(one));
         Refused("cannot be the cache image and its map", one, Path.Combine(folder, "one"), three);
-        Refused("the path of a control socket has 1 to 99 bytes", one, two, "/tmp/" + new string('x', 95));
+        Refused("the path of a Unix socket has 1 to 107 bytes", one, two, "/tmp/" + new string('x', 103));
         Refused("there is another file of that name", one, two, one);
         Refused("there is another file of that name", one, two, two);
         Assert.Equal(Size, new FileInfo(one).Length);

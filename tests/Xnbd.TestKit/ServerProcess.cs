@@ -59,10 +59,13 @@ public sealed class ServerProcess : IDisposable
     }
 
     /// <summary>Starts the server and waits until it listens on a Unix socket.</summary>
-    public static ServerProcess Start(string socketPath, string[] args)
+    public static ServerProcess Start(string socketPath, string[] args) => StartCommand(socketPath, [Executable, .. args]);
+
+    /// <summary>The same with a command that becomes the server, such as <c>prlimit</c>.</summary>
+    public static ServerProcess StartCommand(string socketPath, string[] command)
     {
         var server = new ServerProcess(
-            Process.Start(new ProcessStartInfo(Executable, args) { RedirectStandardError = true })!, socketPath);
+            Process.Start(new ProcessStartInfo(Tool.Find(command[0]) ?? command[0], command[1..]) { RedirectStandardError = true })!, socketPath);
         try
         {
             Wait.Until(() => Listens(socketPath) || server.HasExited, "the server listens");
@@ -107,6 +110,24 @@ public sealed class ServerProcess : IDisposable
     /// </summary>
     public static bool IsInterruptIgnored { get; } = (Convert.ToInt64(
         File.ReadLines("/proc/self/status").First(l => l.StartsWith("SigIgn:", StringComparison.Ordinal)).Split('\t')[1], 16) & 2) != 0;
+
+    /// <summary>Whether all threads of a server block a signal, but for the one that takes it.</summary>
+    public static bool BlocksInAllThreads(int process, int signal)
+    {
+        try
+        {
+            // Before it runs its program, a child of .NET blocks all.
+            return File.ReadAllText($"/proc/{process}/comm") == "xnbd-server\n" && Directory.GetDirectories($"/proc/{process}/task").All(task =>
+                File.ReadAllText(task + "/comm") == "signals\n"
+                || (Convert.ToUInt64(
+                    File.ReadLines(task + "/status").First(l => l.StartsWith("SigBlk:", StringComparison.Ordinal)).Split('\t')[1], 16)
+                    & (1UL << (signal - 1))) != 0);
+        }
+        catch (Exception failure) when (failure is IOException or InvalidOperationException)
+        {
+            return false; // a thread has just ended
+        }
+    }
 
     /// <summary>Ends it with SIGKILL, and waits until it is gone.</summary>
     public void Kill()

@@ -45,6 +45,13 @@ public class DependencyTests
         }
     }
 
+    [Fact]
+    public void Threads_are_started_in_one_place()
+    {
+        string[] places = [.. Sources().Where(f => File.ReadAllText(f).Contains("new Thread(", StringComparison.Ordinal)).Select(f => Path.GetFileName(f))];
+        Assert.Equal(["LinuxThread.cs"], places);
+    }
+
     private static IEnumerable<string> Sources() => Directory
         .EnumerateFiles(Path.Combine(Repository.Root, "src"), "*.cs", SearchOption.AllDirectories)
         .Where(f => !f.Contains("/obj/", StringComparison.Ordinal) && !f.Contains("/bin/", StringComparison.Ordinal));

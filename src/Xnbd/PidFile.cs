@@ -1,0 +1,91 @@
+using System.Globalization;
+using System.Text;
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// A file that names the server's process. Its first byte is locked as long as the process lives, so a file that a killed server
+/// has left is told from one that is in use. (Not with <c>flock</c>: some runtimes refuse to read a file that is locked so.) The
+/// file is empty until the server listens.
+/// </summary>
+internal sealed class PidFile : IDisposable
+{
+    private readonly string _path;
+    private readonly SafeFileHandle _file;
+
+    private PidFile(string path, SafeFileHandle file)
+    {
+        _path = path;
+        _file = file;
+    }
+
+    /// <summary>Makes the file, or takes over one that a dead process has left.</summary>
+    /// <exception cref="FailureException">A living server holds it, or it cannot be made.</exception>
+    public static PidFile Open(string path)
+    {
+        while (true)
+        {
+            // Opening a FIFO would wait for its reader.
+            if (LinuxFile.Status(path, out FileStatus there) == Errno.None && there.Kind != FileKind.Regular)
+                throw new FailureException($"the pid file '{path}' is no regular file");
+            Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
+            if (errno == Errno.None)
+                errno = LinuxFile.TryLockByte(file!, 0, shared: false);
+            if (errno == Errno.EAGAIN)
+            {
+                file!.Dispose();
+                throw new FailureException($"the pid file '{path}' is that of another server{Read(path)}");
+            }
+
+            if (errno != Errno.None)
+            {
+                file?.Dispose();
+                throw new FailureException($"cannot make the pid file '{path}': {errno.Describe()}");
+            }
+
+            var opened = new PidFile(path, file!);
+            if (opened.IsInPlace)
+            {
+                _ = LinuxFile.Truncate(file!, 0); // what is in it is a dead process's
+                return opened;
+            }
+
+            file!.Dispose(); // its server has just ended, and removed it
+        }
+    }
+
+    /// <summary>Writes the process's number.</summary>
+    /// <exception cref="FailureException">It cannot be written.</exception>
+    public void Write()
+    {
+        byte[] line = Encoding.ASCII.GetBytes(Environment.ProcessId.ToString(CultureInfo.InvariantCulture) + "\n");
+        long count = LinuxFile.Append(_file, line);
+        if (count != line.Length)
+            throw new FailureException($"cannot write the pid file '{_path}': {(count < 0 ? ((Errno)(-count)).Describe() : "no space")}");
+    }
+
+    /// <summary>Removes the file, if it is still this process's.</summary>
+    public void Dispose()
+    {
+        if (IsInPlace)
+            _ = LinuxFile.Unlink(_path);
+        _file.Dispose();
+    }
+
+    private bool IsInPlace => LinuxFile.Status(_path, out FileStatus there) == Errno.None
+        && LinuxFile.Status(_file, out FileStatus here) == Errno.None && there.IsSameFile(here);
+
+    private static string Read(string path)
+    {
+        if (LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+            return "";
+        using (file)
+        {
+            Span<byte> text = stackalloc byte[16];
+            long count = LinuxFile.Read(file!, text, 0);
+            return count > 0 ? $", process {Encoding.ASCII.GetString(text[..(int)count]).Trim()}" : ", which is starting";
+        }
+    }
+}

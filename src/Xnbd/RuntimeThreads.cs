@@ -1,0 +1,66 @@
+using System.Net.Sockets;
+using Xnbd.Linux;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch over the pool and over
+/// sockets, and the one for timers. The runtime starts them when they are first needed. Where the system has none to give
+/// then, queued work never runs, or the process ends. So all of them are started at the start, and stay.
+/// </summary>
+internal static class RuntimeThreads
+{
+    /// <summary>Threads of the pool: the project file has the same number for its least, its most, and those that stay.</summary>
+    private const int PoolThreads = 4;
+
+    private static readonly TimeSpan s_longestStart = TimeSpan.FromSeconds(10);
+
+    private static Timer? s_timer; // kept, or it would never fire
+
+    /// <summary>Starts them.</summary>
+    /// <exception cref="FailureException">The system has no threads to spare.</exception>
+    public static void Start()
+    {
+        if (!CanStart(PoolThreads + 3)) // a thread of the pool that cannot start another one ends the process
+            throw NoThreads();
+        var running = new CountdownEvent(PoolThreads);
+        var fired = new ManualResetEventSlim();
+        try
+        {
+            for (int i = 0; i < PoolThreads; i++)
+            {
+                ThreadPool.UnsafeQueueUserWorkItem(
+                    _ =>
+                    {
+                        running.Signal();
+                        running.Wait(); // each one needs a thread of its own
+                    },
+                    null);
+            }
+
+            new SafeSocketHandle().Dispose(); // the first socket starts the one that watches over sockets
+            s_timer = new Timer(_ => fired.Set(), null, 1, Timeout.Infinite);
+            if (running.Wait(s_longestStart) && fired.Wait(s_longestStart))
+                return;
+        }
+        catch (Exception failure) when (failure is OutOfMemoryException or ThreadStartException or TypeInitializationException)
+        {
+            // The same answer.
+        }
+
+        throw NoThreads();
+    }
+
+    private static bool CanStart(int count)
+    {
+        var all = new ManualResetEventSlim();
+        Thread?[] threads = [.. Enumerable.Range(0, count).Select(_ => LinuxThread.TryStart("trial", all.Wait))];
+        all.Set();
+        foreach (Thread? thread in threads)
+            thread?.Join();
+        return Array.TrueForAll(threads, thread => thread is not null);
+    }
+
+    private static FailureException NoThreads()
+        => new("the system has no threads to spare: see 'ulimit -u', and TasksMax if systemd has started this");
+}
