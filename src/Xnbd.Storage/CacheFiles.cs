@@ -64,8 +64,9 @@ internal static class CacheFiles
             if (map is not null)
             {
                 map.PrepareToWrite();
-                if (map.Header.Source != source)
-                    map.WriteHeader(map.Header with { Source = source });
+                MapFlags flags = map.Header.Flags & ~MapFlags.Switched; // from now on blocks may be zero in the map alone
+                if (map.Header.Source != source || map.Header.Flags != flags)
+                    map.WriteHeader(map.Header with { Source = source, Flags = flags });
                 return (image, map, old!);
             }
 
