@@ -166,7 +166,7 @@ public sealed class SwitchTests : IDisposable
         using CacheDisk cache = Open();
         await Soon(cache.CacheAll(256, CancellationToken.None));
         if (held == "zero")
-            await cache.Disk.ZeroAsync(100 * Block, Block, ZeroMode.MayPunch, durable: false); // what the switch has to do
+            await cache.Disk.ZeroAsync(100 * Block, Block, ZeroMode.MayPunch, durable: true); // what the switch has to do
         using var isHeld = new ManualResetEventSlim();
         using var hold = new ManualResetEventSlim();
         _image!.Before = (operation, offset, _) =>
