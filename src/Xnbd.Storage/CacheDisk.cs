@@ -99,6 +99,10 @@ public sealed class CacheDisk : IDisposable
         }
     }
 
+    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map.</summary>
+    /// <param name="mapPath">Its map.</param>
+    public static bool WasSwitched(string mapPath) => CacheFiles.WasSwitched(mapPath);
+
     /// <summary>Whether an origin's address can be recorded.</summary>
     /// <param name="originName">The address.</param>
     public static bool CanRecord(string originName) => MapHeader.FitsPath(originName);

@@ -110,6 +110,27 @@ internal static class CacheFiles
         }
     }
 
+    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or changed.</summary>
+    /// <param name="mapPath">Its map.</param>
+    /// <returns>False also when that cannot be known.</returns>
+    public static bool WasSwitched(string mapPath)
+    {
+        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None || status.Kind != FileKind.Regular || status.Length < 2 * MapHeader.Size
+            || LinuxFile.Open(mapPath, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+            return false;
+        using (file)
+        {
+            try
+            {
+                return BlockMap.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
+            }
+            catch (DiskException)
+            {
+                return false;
+            }
+        }
+    }
+
     private static DiskException OneFile(string path) => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
 
     /// <returns>Null when a new map is to be made in place of this file.</returns>
