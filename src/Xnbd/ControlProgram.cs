@@ -121,7 +121,10 @@ internal static class ControlProgram
     private static JsonObject RemoteOf(string[] arguments, string? exportName)
     {
         const string unix = "unix:";
-        if (arguments.Length == 2 && RemoteUri.IsUri(arguments[1]))
+        bool isUri = arguments.Length > 1 && RemoteUri.IsUri(arguments[1]);
+        if (arguments.Length != (isUri ? 2 : 3))
+            throw new UsageException("--reconnect takes SOCKET HOST PORT, or SOCKET URI");
+        if (isUri)
         {
             try
             {
@@ -133,8 +136,6 @@ internal static class ControlProgram
             }
         }
 
-        if (arguments.Length != 3)
-            throw new UsageException("--reconnect takes SOCKET HOST PORT, or SOCKET URI");
         string host = arguments[1].StartsWith(unix, StringComparison.Ordinal) && arguments[1].Length > unix.Length
             ? unix + Path.GetFullPath(arguments[1][unix.Length..])
             : arguments[1];
