@@ -20,7 +20,8 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
     private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
 
     /// <summary>Reads what stands on a command line: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
-    /// <exception cref="FormatException">It is neither, or the export's name cannot be one; the message says why.</exception>
+    /// <exception cref="FormatException">It is neither, or the export's name cannot be one; the message says
+    /// why.</exception>
     public static RemoteAddress Parse(string host, string port, string exportName)
     {
         if (host.StartsWith(UnixPrefix, StringComparison.Ordinal))

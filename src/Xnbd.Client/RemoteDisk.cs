@@ -128,7 +128,8 @@ public sealed partial class RemoteDisk : Disk
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>
-    /// <param name="record">Records the address, when the server has turned out to fit. If it throws, nothing has changed.</param>
+    /// <param name="record">Records the address, when the server has turned out to fit. If it throws, nothing has
+    /// changed.</param>
     /// <exception cref="RemoteException">It cannot be used, or its export has another length; nothing has changed.</exception>
     public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record = null)
     {

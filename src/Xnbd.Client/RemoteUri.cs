@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.Text;
 using Xnbd.Protocol;
 
@@ -25,7 +26,8 @@ public static class RemoteUri
     /// <summary>Reads a URI. A relative path of a socket is of the present folder.</summary>
     /// <param name="uri">The URI.</param>
     /// <param name="exportName">The export, given apart from the URI; null if it was not given.</param>
-    /// <exception cref="FormatException">It is no URI of an NBD server, or names the export, too; the message says why.</exception>
+    /// <exception cref="FormatException">It is no URI of an NBD server, or names the export, too; the message says
+    /// why.</exception>
     public static RemoteAddress Parse(string uri, string? exportName)
     {
         int schemeEnd = uri.IndexOf("://", StringComparison.Ordinal);
@@ -45,7 +47,9 @@ public static class RemoteUri
         string authority = pathStart < 0 ? rest : rest[..pathStart], export = pathStart < 0 ? "" : Decode(uri, rest[(pathStart + 1)..]);
         if (exportName is not null && export.Length > 0)
             throw new FormatException($"'{uri}' names an export, and so does an option: give one of them");
-        if (authority.Contains('@', StringComparison.Ordinal) || Array.Exists(parameters, p => p.StartsWith("tls-", StringComparison.Ordinal)))
+        bool isForTls = authority.Contains('@', StringComparison.Ordinal)
+            || Array.Exists(parameters, p => p.StartsWith("tls-", StringComparison.Ordinal));
+        if (isForTls)
             throw new FormatException($"'{uri}': TLS is not supported yet, and user names and tls- parameters are for TLS");
 
         string[] sockets = [.. parameters.Where(p => p.StartsWith("socket=", StringComparison.Ordinal))];
@@ -70,14 +74,22 @@ public static class RemoteUri
     {
         var escaped = new StringBuilder();
         foreach (char c in path)
-            _ = c is <= ' ' or '%' or '&' or '#' or '?' or '+' or '\x7f' ? escaped.Append(System.Globalization.CultureInfo.InvariantCulture, $"%{(int)c:X2}") : escaped.Append(c);
+        {
+            if (c is <= ' ' or '%' or '&' or '#' or '?' or '+' or '\x7f')
+                escaped.Append(CultureInfo.InvariantCulture, $"%{(int)c:X2}");
+            else
+                escaped.Append(c);
+        }
+
         return escaped.ToString();
     }
 
     private static (string Host, string Port) SplitAuthority(string uri, string authority)
     {
         string port = "";
-        int hostEnd = authority.StartsWith('[') ? authority.IndexOf(']', StringComparison.Ordinal) + 1 : authority.IndexOf(':', StringComparison.Ordinal);
+        int hostEnd = authority.StartsWith('[')
+            ? authority.IndexOf(']', StringComparison.Ordinal) + 1
+            : authority.IndexOf(':', StringComparison.Ordinal);
         if (authority.StartsWith('[') && (hostEnd == 0 || (hostEnd < authority.Length && authority[hostEnd] != ':')))
             throw new FormatException($"'{uri}': an IPv6 address is written [ADDRESS], and a port behind it :PORT");
         if (hostEnd >= 0 && hostEnd < authority.Length)
@@ -90,7 +102,7 @@ public static class RemoteUri
 
         if (authority is "" or "[]")
             throw new FormatException($"'{uri}': the host is missing");
-        return (authority, port.Length > 0 ? port : DefaultPort.ToString(System.Globalization.CultureInfo.InvariantCulture));
+        return (authority, port.Length > 0 ? port : DefaultPort.ToString(CultureInfo.InvariantCulture));
     }
 
     private static string Decode(string uri, string part)
@@ -119,7 +131,8 @@ public static class RemoteUri
         }
         catch (ArgumentException)
         {
-            throw new FormatException($"'{uri}': a name in it is not valid UTF-8, holds a NUL character, or is longer than {NbdSize.MaxString} bytes");
+            throw new FormatException(
+                $"'{uri}': a name in it is not valid UTF-8, holds a NUL character, or is longer than {NbdSize.MaxString} bytes");
         }
     }
 }

@@ -228,12 +228,14 @@ internal sealed class BlockMap
     }
 
     /// <summary>Changes the state of blocks. What the new state promises of the file has been done.</summary>
-    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some pages.</exception>
+    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some
+    /// pages.</exception>
     public void Set(BlockRange range, BlockState state) => _ = TrySet(range, state, isWritten: true);
 
     /// <summary>Marks blocks as zero, unless the map is sealed. What that promises of the file has been done.</summary>
     /// <returns>False when the map is sealed: none of the blocks is marked, or those of some pages.</returns>
-    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some pages.</exception>
+    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some
+    /// pages.</exception>
     public bool TrySetZero(BlockRange range) => TrySet(range, BlockState.Zero, isWritten: true);
 
     /// <summary>From now on no block becomes zero: whoever makes one zero does so in the file.</summary>

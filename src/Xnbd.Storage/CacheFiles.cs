@@ -110,12 +110,17 @@ internal static class CacheFiles
         }
     }
 
-    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or changed.</summary>
+    /// <summary>
+    /// Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or
+    /// changed.
+    /// </summary>
     /// <param name="mapPath">Its map.</param>
     /// <returns>False also when that cannot be known.</returns>
     public static bool WasSwitched(string mapPath)
     {
-        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None || status.Kind != FileKind.Regular || status.Length < 2 * MapHeader.Size
+        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None
+            || status.Kind != FileKind.Regular
+            || status.Length < 2 * MapHeader.Size
             || LinuxFile.Open(mapPath, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
             return false;
         using (file)

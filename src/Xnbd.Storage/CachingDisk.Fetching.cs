@@ -172,7 +172,8 @@ internal sealed partial class CachingDisk
     }
 
     /// <summary>
-    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the origin that are
+    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the origin
+    /// that are
     /// under way go on until it is closed; what they bring is not kept.
     /// </summary>
     internal void LetGo()
@@ -215,7 +216,8 @@ internal sealed partial class CachingDisk
         }
     }
 
-    private static DiskException Replaced() => new(DiskError.Replaced, "the remote is not waited for any more, since the disk is being switched");
+    private static DiskException Replaced()
+        => new(DiskError.Replaced, "the remote is not waited for any more, since the disk is being switched");
 
     /// <summary>Fails those who wait for a fetch, or will, as <see cref="DiskError.Replaced"/>.</summary>
     private static void GiveUp(Fetch fetch)

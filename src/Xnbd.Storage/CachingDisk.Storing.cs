@@ -8,8 +8,10 @@ namespace Xnbd.Storage;
 /// (the data are in its processor's cache), unless another one does; what is more than a little goes to a disk thread. And
 /// all of it does as long as the file is slow: so that no reply waits for it.
 /// <para>
-/// What was stored is made durable in steps. Otherwise a client's flush would have to write all that was fetched since the last
-/// one, which on a fast line takes seconds. Those who fetch without reading wait while two steps are not durable; readers never do.
+/// What was stored is made durable in steps. Otherwise a client's flush would have to write all that was fetched since
+/// the last
+/// one, which on a fast line takes seconds. Those who fetch without reading wait while two steps are not durable;
+/// readers never do.
 /// </para>
 /// </content>
 internal sealed partial class CachingDisk : IDiskWork
@@ -39,7 +41,9 @@ internal sealed partial class CachingDisk : IDiskWork
     /// </summary>
     private readonly bool[] _mayHaveHoles;
 
-    /// <summary>So much is stored between two steps, in bytes: a client's flush waits for twice as much, tens of milliseconds.</summary>
+    /// <summary>
+    /// So much is stored between two steps, in bytes: a client's flush waits for twice as much, tens of milliseconds.
+    /// </summary>
     private const long StepBytes = 16 << 20;
 
     private long _stepBytes; // stored since the last step began
@@ -258,7 +262,8 @@ internal sealed partial class CachingDisk : IDiskWork
         });
     }
 
-    /// <returns>The step that those who fetch without reading wait for; null when less than another step was stored meanwhile.</returns>
+    /// <returns>The step that those who fetch without reading wait for; null when less than another step was stored
+    /// meanwhile.</returns>
     private Task? StepToWaitFor()
     {
         lock (_fetching)

@@ -7,11 +7,20 @@ namespace Xnbd.Storage;
 /// <param name="Hits">Reads that found all they needed here.</param>
 /// <param name="Misses">Reads, or parts of reads, that did not.</param>
 /// <param name="FetchedBytes">Read from the origin since the start.</param>
-/// <param name="ZeroBytes">Made zero here since the start, because the origin says that they are: they were not fetched.</param>
+/// <param name="ZeroBytes">Made zero here since the start, because the origin says that they are: they were not
+/// fetched.</param>
 /// <param name="FetchesInFlight">Reads of the origin under way.</param>
 /// <param name="BytesInFlight">Bytes of them.</param>
 public readonly record struct CacheStatistics(
-    long AbsentBlocks, long FetchedBlocks, long WrittenBlocks, long Hits, long Misses, long FetchedBytes, long ZeroBytes, int FetchesInFlight, long BytesInFlight);
+    long AbsentBlocks,
+    long FetchedBlocks,
+    long WrittenBlocks,
+    long Hits,
+    long Misses,
+    long FetchedBytes,
+    long ZeroBytes,
+    int FetchesInFlight,
+    long BytesInFlight);
 
 /// <summary>
 /// A disk over a far one, the origin: what was read or written once is local. The origin is never written.
@@ -186,7 +195,11 @@ internal sealed partial class CachingDisk : OverlayDisk
     private void RefuseIfWritten()
     {
         if (Map.IsSealed)
-            throw new DiskException(DiskError.Permission, "a switch has failed at its last step, and the map may say that it succeeded: nothing can be given up");
+        {
+            throw new DiskException(
+                DiskError.Permission, "a switch has failed at its last step, and the map may say that it succeeded: nothing can be given up");
+        }
+
         if ((Map.Header.Flags & MapFlags.MayHoldWrites) != 0)
             throw new DiskException(DiskError.Permission, "blocks that were fetched may have been written here since: the disk was switched to, or the machine has died; --clear-bitmap gives up everything");
         if (Map.Count(BlockState.Written) + Map.Count(BlockState.Zero) is var written and > 0)
@@ -194,13 +207,16 @@ internal sealed partial class CachingDisk : OverlayDisk
     }
 
     /// <summary>
-    /// Writes zeroes to the file where blocks are absent; the map does not change. Blocks that somebody holds are passed over:
+    /// Writes zeroes to the file where blocks are absent; the map does not change. Blocks that somebody holds are
+    /// passed over:
     /// who holds them may wait for the origin.
     /// </summary>
-    public Task ZeroAbsent(CancellationToken cancel) => ForEachHeld(All, state => state == BlockState.Absent, ZeroInFile, skipsHeld: true, cancel);
+    public Task ZeroAbsent(CancellationToken cancel)
+        => ForEachHeld(All, state => state == BlockState.Absent, ZeroInFile, skipsHeld: true, cancel);
 
     /// <summary>
-    /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map. If the map is sealed, no block
+    /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map. If the map is
+    /// sealed, no block
     /// is zero afterwards. Absent blocks become zeroes of the file, too, if they are to be given up.
     /// </summary>
     public Task Materialize(bool giveUpAbsent, CancellationToken cancel)
@@ -227,7 +243,11 @@ internal sealed partial class CachingDisk : OverlayDisk
     /// <param name="skipsHeld">Blocks that somebody else holds are passed over; else they are waited for.</param>
     /// <param name="cancel">Ends it.</param>
     private async Task ForEachHeld(
-        BlockRange range, Func<BlockState, bool> isMeant, Func<BlockRange, ValueTask> work, bool skipsHeld = false, CancellationToken cancel = default)
+        BlockRange range,
+        Func<BlockState, bool> isMeant,
+        Func<BlockRange, ValueTask> work,
+        bool skipsHeld = false,
+        CancellationToken cancel = default)
     {
         for (BlockRange left = range; left.Count > 0;)
         {
@@ -377,7 +397,8 @@ internal sealed partial class CachingDisk : OverlayDisk
             fetch.Buffer!.Slice((int)(offset - fetch.Range.Offset), buffer.Length).CopyTo(buffer.Span);
             return;
         }
-        catch (DiskException failure) when (failure.Error != DiskError.Replaced && MayHaveFailedForOthers(fetch, BlockRange.Touching(offset, buffer.Length)))
+        catch (DiskException failure) when (failure.Error != DiskError.Replaced
+            && MayHaveFailedForOthers(fetch, BlockRange.Touching(offset, buffer.Length)))
         {
             // A bad sector among what was fetched with it must not fail a good one: it is asked for once more, alone.
         }

@@ -20,7 +20,9 @@ public enum DiskError
     /// <summary>It cannot be done as fast as was asked.</summary>
     NotSupported,
 
-    /// <summary>The disk is being replaced. <see cref="SwitchableDisk"/> tries the operation again on the next disk.</summary>
+    /// <summary>
+    /// The disk is being replaced. <see cref="SwitchableDisk"/> tries the operation again on the next disk.
+    /// </summary>
     Replaced,
 }
 

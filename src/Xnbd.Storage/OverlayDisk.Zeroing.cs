@@ -63,7 +63,10 @@ internal abstract partial class OverlayDisk
             && ((offset % BlockSize != 0 && _map[offset / BlockSize] == BlockState.Absent)
                 || (end % BlockSize != 0 && end != Length && _map[end / BlockSize] == BlockState.Absent));
         if (isSlow)
-            throw new DiskException(DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset}: the blocks at its ends are not here yet");
+        {
+            throw new DiskException(
+                DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset}: the blocks at its ends are not here yet");
+        }
     }
 
     /// <summary>Marks blocks as zero; the caller holds them.</summary>

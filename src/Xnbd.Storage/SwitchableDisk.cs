@@ -1,14 +1,18 @@
 namespace Xnbd.Storage;
 
 /// <summary>
-/// A disk that can be replaced by another one with the same contents, while it is in use. No session notices: nothing is held up.
+/// A disk that can be replaced by another one with the same contents, while it is in use. No session notices: nothing
+/// is held up.
 /// <para>
-/// Operations that are under way when the disk is replaced end on the old one. So from the moment of the replacement on, an operation
-/// of the old disk must do to the stored bytes what the same operation of the new disk would do: whoever replaces it sees to that.
+/// Operations that are under way when the disk is replaced end on the old one. So from the moment of the replacement
+/// on, an operation
+/// of the old disk must do to the stored bytes what the same operation of the new disk would do: whoever replaces it
+/// sees to that.
 /// </para>
 /// <para>
 /// The old disk may fail what it cannot wait for as <see cref="DiskError.Replaced"/>. Such an operation waits until the
-/// replacement has ended, well or not, and is carried over to the disk that there is then. So is one that the old disk fails later.
+/// replacement has ended, well or not, and is carried over to the disk that there is then. So is one that the old disk
+/// fails later.
 /// </para>
 /// </summary>
 /// <param name="first">The disk at first; owned, as all later ones.</param>
@@ -28,7 +32,8 @@ public sealed class SwitchableDisk(Disk first) : Disk
     public override DiskFeatures Features { get; } = first.Features;
 
     /// <summary>Replaces the disk. All operations go on meanwhile.</summary>
-    /// <param name="make">Makes the new one of the old one. If it throws, the old one stays, and waits for nothing to be replaced.</param>
+    /// <param name="make">Makes the new one of the old one. If it throws, the old one stays, and waits for nothing to
+    /// be replaced.</param>
     public void Switch(Func<Disk, Disk> make)
     {
         lock (_switching)

@@ -58,7 +58,11 @@ internal static class ControlProgram
             HelpName = "NUMBER",
         };
         var force = new Option<bool>("--force") { Description = "With --switch: blocks that are missing become zeroes" };
-        var exportName = new Option<string?>("--exportname") { Description = "With --reconnect: the export there [default: as it was; with a URI: what that says]", HelpName = "NAME" };
+        var exportName = new Option<string?>("--exportname")
+        {
+            Description = "With --reconnect: the export there [default: as it was; with a URI: what that says]",
+            HelpName = "NAME",
+        };
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs" };
         var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
@@ -117,7 +121,9 @@ internal static class ControlProgram
         return WaitFor(client, job, result.GetValue(progress), isJson);
     }
 
-    /// <summary>The parameters of the method <c>reconnect</c>. Relative paths are of this folder, not of the proxy's.</summary>
+    /// <summary>
+    /// The parameters of the method <c>reconnect</c>. Relative paths are of this folder, not of the proxy's.
+    /// </summary>
     private static JsonObject RemoteOf(string[] arguments, string? exportName)
     {
         const string unix = "unix:";
@@ -218,15 +224,20 @@ internal static class ControlProgram
         }
     }
 
-    /// <summary>Rate and remaining time are of what crosses the line. Zeroes that the remote knows of do not: they are shown apart.</summary>
+    /// <summary>
+    /// Rate and remaining time are of what crosses the line. Zeroes that the remote knows of do not: they are shown
+    /// apart.
+    /// </summary>
     private static void Draw(long total, long missing, long fetched, long zeroes, TimeSpan time, bool isTerminal)
     {
         const int width = 30;
         double rate = fetched / Math.Max(0.001, time.TotalSeconds);
         string holes = zeroes == 0 ? "" : $", zeroes {ByteCount.Describe(zeroes)}";
-        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(Math.Ceiling(missing * (double)BlockRange.BlockSize / rate)):c}";
+        double seconds = Math.Ceiling(missing * (double)BlockRange.BlockSize / rate);
+        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
         string text = string.Create(
-            CultureInfo.InvariantCulture, $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, {rate / (1 << 20):0.#} MiB/s{holes}{rest}");
+            CultureInfo.InvariantCulture,
+            $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, {rate / (1 << 20):0.#} MiB/s{holes}{rest}");
         if (!isTerminal)
         {
             Console.Error.WriteLine($"{Name}: {text}");
@@ -259,16 +270,18 @@ internal static class ControlProgram
         }
 
         long Number(string name) => answer[name]!.GetValue<long>();
-        long blocks = Number("blocks"), cached = Number("cached-blocks");
+        static string Bytes(long count) => ByteCount.DescribeExactly(count);
+        long blocks = Number("blocks"), cached = Number("cached-blocks"), written = Number("written-blocks");
         Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
         Console.WriteLine($"remote:       {answer["remote"]?.GetValue<string>() ?? "none"}, {Number("remote-connections")} connections");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
-        Console.WriteLine($"disk:         {ByteCount.DescribeExactly(Number("size"))}, {blocks} blocks");
-        Console.WriteLine($"cached:       {ByteCount.DescribeExactly(Number("cached-bytes"))}, {cached} blocks, {Percent(cached, blocks)} %");
-        Console.WriteLine($"written here: {ByteCount.DescribeExactly(Number("written-blocks") * BlockRange.BlockSize)}, {Number("written-blocks")} blocks");
-        Console.WriteLine($"fetched:      {ByteCount.DescribeExactly(Number("fetched-bytes"))} since the start; zeroes that were not: {ByteCount.DescribeExactly(ZeroBytes(answer))}");
+        Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
+        Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {Percent(cached, blocks)} %");
+        Console.WriteLine($"written here: {Bytes(written * BlockRange.BlockSize)}, {written} blocks");
+        Console.WriteLine($"fetched:      {Bytes(Number("fetched-bytes"))} since the start");
+        Console.WriteLine($"zeroes:       {Bytes(ZeroBytes(answer))} that were not fetched");
         Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
-        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {ByteCount.DescribeExactly(Number("bytes-in-flight"))}");
+        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
         Console.WriteLine($"clients:      {Number("clients")} connections");
         if (Number("store-failures") > 0)
             Console.WriteLine($"NOT CACHED:   {Number("store-failures")} times what was fetched could not be kept: see the proxy's log");

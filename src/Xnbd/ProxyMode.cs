@@ -109,7 +109,8 @@ internal sealed class ProxyMode : IDisposable
 
     /// <summary>A proxy that was switched needs no remote, but must be started as what it has become.</summary>
     private string SwitchedHint() => CacheDisk.WasSwitched(_options.Map)
-        ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: start xnbd-server --target {_options.CacheImage}"
+        ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: "
+            + $"start xnbd-server --target {_options.CacheImage}"
         : "";
 
     private void CannotStore(DiskException failure)

@@ -117,7 +117,8 @@ internal sealed record ServerOptions
         var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };
         var image = new Argument<string[]>("DISK_IMAGE")
         {
-            Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH, or a URI in place of host and port",
+            Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH, "
+                + "or a URI in place of host and port",
             Arity = ArgumentArity.ZeroOrMore,
         };
 
@@ -150,7 +151,8 @@ internal sealed record ServerOptions
         {
             if (result.GetValue(clearBitmap) && (result.GetValue(rebind) || result.GetValue(importBitmap)))
                 throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
-            proxyOptions = ProxyOptions.Parse(images, result.GetResult(targetName) is { Implicit: false } ? result.GetValue(targetName) : null) with
+            string? export = result.GetResult(targetName) is { Implicit: false } ? result.GetValue(targetName) : null;
+            proxyOptions = ProxyOptions.Parse(images, export) with
             {
                 Connections = CommandLine.Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
                 WaitSeconds = CommandLine.Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
@@ -162,7 +164,8 @@ internal sealed record ServerOptions
         }
         else if (images.Length > 0 && RemoteUri.IsUri(images[0]) && !File.Exists(images[0]))
         {
-            throw new UsageException($"'{images[0]}' is a remote disk, which --proxy serves: --proxy URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH");
+            throw new UsageException(
+                $"'{images[0]}' is a remote disk, which --proxy serves: --proxy URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH");
         }
         else if (images.Length != 1)
         {
@@ -261,9 +264,11 @@ internal sealed record ProxyOptions
         bool isUri = words.Length > 0 && RemoteUri.IsUri(words[0]);
         if (words.Length != (isUri ? 4 : 5))
         {
-            throw new UsageException(isUri
-                ? $"--proxy takes four arguments, if the first one is a URI: URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH; {words.Length} were given"
-                : $"--proxy takes five arguments, REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH; {words.Length} were given");
+            const string files = "CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH";
+            string wanted = isUri
+                ? $"four arguments, if the first one is a URI: URI {files}"
+                : $"five arguments, REMOTE_HOST REMOTE_PORT {files}";
+            throw new UsageException($"--proxy takes {wanted}; {words.Length} were given");
         }
 
         if (words.Contains(""))

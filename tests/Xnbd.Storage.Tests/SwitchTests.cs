@@ -65,7 +65,9 @@ public sealed class SwitchTests : IDisposable
 
     private static byte[] Filled(int length, byte value) => [.. Enumerable.Repeat(value, length)];
 
-    /// <summary>The origin never answers what was prefetched: nobody else notices, and neither does who prefetches.</summary>
+    /// <summary>
+    /// The origin never answers what was prefetched: nobody else notices, and neither does who prefetches.
+    /// </summary>
     [Fact]
     public async Task Neither_a_long_prefetch_nor_the_switch_holds_anybody_up()
     {
@@ -106,7 +108,10 @@ public sealed class SwitchTests : IDisposable
         Assert.Equal(Filled(Block, 8), await Soon(read));
     }
 
-    /// <summary>A part of a block is written; the rest of it never comes, and is zero in the end. It holds the blocks of others meanwhile.</summary>
+    /// <summary>
+    /// A part of a block is written; the rest of it never comes, and is zero in the end. It holds the blocks of others
+    /// meanwhile.
+    /// </summary>
     [Fact]
     public async Task Writes_that_wait_for_a_silent_origin_are_carried_over()
     {
@@ -218,7 +223,8 @@ public sealed class SwitchTests : IDisposable
     }
 
     /// <summary>
-    /// Four clients, each in places of its own, but not in blocks of its own, before, during and after the switch. After a death of the machine, the
+    /// Four clients, each in places of its own, but not in blocks of its own, before, during and after the switch.
+    /// After a death of the machine, the
     /// map must call every block local.
     /// </summary>
     [Theory]
