@@ -20,22 +20,20 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
     private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
 
     /// <summary>Reads what stands on a command line: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
-    /// <exception cref="FormatException">It is neither; the message says why.</exception>
+    /// <exception cref="FormatException">It is neither, or the export's name cannot be one; the message says
+    /// why.</exception>
     public static RemoteAddress Parse(string host, string port, string exportName)
     {
         if (host.StartsWith(UnixPrefix, StringComparison.Ordinal))
         {
             if (port != "-")
                 throw new FormatException($"'{host}' is a Unix socket: give - in place of a port");
-            string path = host[UnixPrefix.Length..];
-            if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
-                || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.LongestPath)
-                throw new FormatException($"'{host}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
-            return new RemoteAddress(null, 0, Path.GetFullPath(host[UnixPrefix.Length..]), exportName);
+            return OfSocket(host[UnixPrefix.Length..], exportName);
         }
 
         if (host.StartsWith('[') && host.EndsWith(']'))
             host = host[1..^1]; // an IPv6 address, as in a URI
+        CheckExportName(exportName);
         if (host.Length is 0 or > 255 || host.Contains('\0', StringComparison.Ordinal))
             throw new FormatException("the remote host's name is empty, or too long");
         if (!int.TryParse(port, System.Globalization.NumberStyles.None, System.Globalization.CultureInfo.InvariantCulture, out int number)
@@ -44,10 +42,33 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         return new RemoteAddress(host, number, null, exportName);
     }
 
-    /// <summary>As a URI, for people and logs.</summary>
+    /// <summary>A Unix socket; a relative path is of the present folder.</summary>
+    /// <exception cref="FormatException">The path or the export's name is too long, or cannot be one.</exception>
+    internal static RemoteAddress OfSocket(string path, string exportName)
+    {
+        CheckExportName(exportName);
+        if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
+            || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.LongestPath)
+            throw new FormatException($"'{path}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
+        return new RemoteAddress(null, 0, Path.GetFullPath(path), exportName);
+    }
+
+    private static void CheckExportName(string exportName)
+    {
+        try
+        {
+            _ = Protocol.NbdString.GetBytes(exportName);
+        }
+        catch (ArgumentException failure)
+        {
+            throw new FormatException($"the export's name: {failure.Message.Split(" (Parameter")[0]}");
+        }
+    }
+
+    /// <summary>As a URI, for people and logs; <see cref="RemoteUri"/> reads it.</summary>
     public override string ToString() => UnixPath is not null
-        ? $"nbd+unix:///{Uri.EscapeDataString(ExportName)}?socket={UnixPath}"
-        : $"nbd://{(Host!.Contains(':', StringComparison.Ordinal) ? $"[{Host}]" : Host)}:{Port}/{Uri.EscapeDataString(ExportName)}";
+        ? $"nbd+unix:///{Uri.EscapeDataString(ExportName)}?socket={RemoteUri.EscapePath(UnixPath)}"
+        : $"nbd://{(Host!.Contains(':', StringComparison.Ordinal) ? $"[{Host.Replace("%", "%25", StringComparison.Ordinal)}]" : Host)}:{Port}/{Uri.EscapeDataString(ExportName)}";
 
     /// <summary>Opens a connection; of a name with several addresses the first one that answers.</summary>
     /// <exception cref="SocketException">Nobody answers.</exception>

@@ -130,25 +130,36 @@ public sealed partial class RemoteDisk : Disk
     }
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
+    /// <param name="address">The server and its export.</param>
+    /// <param name="record">Records the address, when the server has turned out to fit. If it throws, nothing has
+    /// changed.</param>
     /// <exception cref="RemoteException">It cannot be used, or its export has another length; nothing has changed.</exception>
-    public void SwitchTo(RemoteAddress address)
+    public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record = null)
     {
         RemoteConnection fresh = Open(address);
         List<RemoteConnection> old;
-        lock (_lock)
+        try
         {
-            if (_isClosed || fresh.IsBroken)
+            if (fresh.IsBroken)
+                throw new RemoteException($"{address}: the server has closed the connection");
+            record?.Invoke(address);
+            lock (_lock)
             {
-                fresh.Dispose();
-                throw new RemoteException($"{address}: the server has closed the connection, or the remote is not needed any more");
+                if (_isClosed)
+                    throw new RemoteException("the remote is not needed any more");
+                _address = address;
+                Suit(fresh);
+                old = [.. _connections];
+                _connections.Clear();
+                if (!fresh.IsBroken)
+                    _connections.Add(fresh);
+                Monitor.PulseAll(_lock);
             }
-
-            _address = address;
-            Suit(fresh);
-            old = [.. _connections];
-            _connections.Clear();
-            _connections.Add(fresh);
-            Monitor.PulseAll(_lock);
+        }
+        catch
+        {
+            fresh.Dispose();
+            throw;
         }
 
         LogSwitched(_log, address);

@@ -68,6 +68,7 @@ internal sealed class BlockMap
     private readonly Lock _changingHeader = new();
     private readonly List<long> _torn = []; // slots, as offsets in bytes, whose copies are torn
     private Guid _bootId;
+    private volatile bool _isSealed;
 
     private BlockMap(IMapStore store, MapHeader header)
     {
@@ -227,16 +228,42 @@ internal sealed class BlockMap
     }
 
     /// <summary>Changes the state of blocks. What the new state promises of the file has been done.</summary>
-    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some pages.</exception>
-    public void Set(BlockRange range, BlockState state) => Set(range, state, isWritten: true);
+    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some
+    /// pages.</exception>
+    public void Set(BlockRange range, BlockState state) => _ = TrySet(range, state, isWritten: true);
+
+    /// <summary>Marks blocks as zero, unless the map is sealed. What that promises of the file has been done.</summary>
+    /// <returns>False when the map is sealed: none of the blocks is marked, or those of some pages.</returns>
+    /// <exception cref="DiskException">The live map cannot be written: no block has changed, or those of some
+    /// pages.</exception>
+    public bool TrySetZero(BlockRange range) => TrySet(range, BlockState.Zero, isWritten: true);
+
+    /// <summary>From now on no block becomes zero: whoever makes one zero does so in the file.</summary>
+    public void Seal()
+    {
+        _isSealed = true;
+        foreach (Lock page in _locks)
+        {
+            lock (page)
+            {
+                // Those that have not seen the seal are done.
+            }
+        }
+    }
+
+    /// <summary>No block becomes zero.</summary>
+    public bool IsSealed => _isSealed;
+
+    /// <summary>Blocks may become zero again.</summary>
+    public void Unseal() => _isSealed = false;
 
     /// <summary>
     /// Notes that the file has what the source has of absent blocks. Only <see cref="WriteBehind"/> makes that survive the
     /// process: until then, an earlier death makes them absent again.
     /// </summary>
-    public void SetFetched(BlockRange range) => Set(range, BlockState.Fetched, isWritten: false);
+    public void SetFetched(BlockRange range) => _ = TrySet(range, BlockState.Fetched, isWritten: false);
 
-    private void Set(BlockRange range, BlockState state, bool isWritten)
+    private bool TrySet(BlockRange range, BlockState state, bool isWritten)
     {
         Span<ulong> scratch = stackalloc ulong[WordsPerPage];
         while (range.Count > 0)
@@ -244,9 +271,16 @@ internal sealed class BlockMap
             long page = range.First / BlocksPerPage;
             long count = Math.Min(range.Count, ((page + 1) * BlocksPerPage) - range.First);
             lock (_locks[page % LockCount])
+            {
+                if (state == BlockState.Zero && _isSealed)
+                    return false;
                 SetInPage(page, range with { Count = count }, state, scratch, isWritten);
+            }
+
             range = new BlockRange(range.First + count, range.Count - count);
         }
+
+        return true;
     }
 
     /// <summary>Writes to the live map what <see cref="SetFetched"/> has left; any thread may.</summary>
@@ -412,9 +446,9 @@ internal sealed class BlockMap
             WriteLive(first, changed);
         else if (!_isBehind[page])
             NoteBehind((int)page);
+        Volatile.Write(ref _isDirty[page], true); // before the state is seen: whoever sees it can commit it
         for (int i = 0; i < changed.Length; i++)
             Volatile.Write(ref present[i], changed[i]);
-        Volatile.Write(ref _isDirty[page], true);
     }
 
     private void Load(bool isLive)

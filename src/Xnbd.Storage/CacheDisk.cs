@@ -13,14 +13,20 @@ public readonly record struct CacheLimits(int Requests, long Bytes);
 /// </summary>
 public sealed class CacheDisk : IDisposable
 {
+    /// <summary>The end of the program waits so long for a switch that is under way.</summary>
+    private static readonly TimeSpan s_longestSwitch = TimeSpan.FromSeconds(5);
+
     private readonly SwitchableDisk _disk;
     private readonly CachingDisk _cache;
     private readonly ImageFile _image;
     private readonly SafeFileHandle _mapFile;
-    private readonly Lock _switching = new();
-    private Disk? _origin;
+    private readonly Disk _origin;
+    private readonly Lock _switching = new(); // held while the disk is switched, the origin's address or contents change, or all is closed
+    private readonly CancellationTokenSource _closing = new();
+    private bool _isClosed;
 
-    private CacheDisk(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
+    /// <summary>Composes it of open parts, which it owns from now on.</summary>
+    internal CacheDisk(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
     {
         _cache = cache;
         _image = image;
@@ -86,19 +92,50 @@ public sealed class CacheDisk : IDisposable
     {
         lock (_switching)
         {
+            ThrowIfClosed();
             if (Image is not null)
                 throw new DiskException(DiskError.Permission, "this is a target now: nothing here is a copy");
             _cache.Invalidate().GetAwaiter().GetResult();
         }
     }
 
+    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map.</summary>
+    /// <param name="mapPath">Its map.</param>
+    public static bool WasSwitched(string mapPath) => CacheFiles.WasSwitched(mapPath);
+
+    /// <summary>Whether an origin's address can be recorded.</summary>
+    /// <param name="originName">The address.</param>
+    public static bool CanRecord(string originName) => MapHeader.FitsPath(originName);
+
     /// <summary>Records that the origin has another address now.</summary>
+    /// <exception cref="DiskException">It cannot be written.</exception>
     public void Rebind(string originName)
-        => _cache.Map.ChangeHeader(header => header with { Source = header.Source with { Path = originName } });
+    {
+        lock (_switching)
+        {
+            ThrowIfClosed();
+            if (Image is not null)
+                throw new DiskException(DiskError.Permission, "this is a target now: there is no remote");
+            _cache.Map.ChangeHeader(header => header with { Source = header.Source with { Path = originName } });
+        }
+    }
 
     /// <summary>
-    /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; it pauses while what is under
-    /// way ends.
+    /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; only what waits for the
+    /// origin waits
+    /// for the end of the switch instead.
+    /// <para>
+    /// The order. 1. The map is sealed: no block becomes zero any more but in the file itself. 2. What the map calls
+    /// zero is made zero
+    /// in the file. From then on all blocks are local, and stay so. So the cache does to the file what the image alone
+    /// would do, whatever
+    /// is still under way: nothing is fetched or stored, no block is completed from elsewhere, and the map's states do
+    /// not matter.
+    /// 3. Data and map are made durable. So after a death of the machine, too, the map calls every block local, and a
+    /// proxy that is
+    /// started on it never fetches or zeroes one that the image alone has written. 4. The header notes the switch. 5.
+    /// The disk is replaced.
+    /// </para>
     /// </summary>
     /// <param name="force">Also if blocks are missing: they become zeroes.</param>
     /// <exception cref="DiskException">Blocks are missing, or the image cannot be made complete; it goes on as before. (With force, missing blocks may be zeroes already.)</exception>
@@ -106,21 +143,34 @@ public sealed class CacheDisk : IDisposable
     {
         lock (_switching)
         {
+            ThrowIfClosed();
             if (Image is not null)
                 return;
             RefuseIfIncomplete(force);
-            Complete(force: false); // most of it while all goes on,
             _disk.Switch(_ =>
             {
-                if (force)
-                    _cache.ZeroAbsent().GetAwaiter().GetResult(); // what may fail comes before anything has changed
-                Complete(force); // and the rest while nothing does
-                _cache.Map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites }); // nobody notes them any more
-                return _image;
+                bool mayHaveNoted = false;
+                try
+                {
+                    Complete(force);
+                    mayHaveNoted = true;
+                    _cache.Map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites | MapFlags.Switched });
+                    return _image;
+                }
+                catch (OperationCanceledException)
+                {
+                    GoOn(mayHaveNoted);
+                    throw Closed();
+                }
+                catch
+                {
+                    GoOn(mayHaveNoted);
+                    throw;
+                }
             });
             _image.ShareLock();
-            _origin?.Dispose();
-            _origin = null;
+            _origin.Dispose();
+            _cache.StopStoring(); // nothing is left to be stored; this gives memory back
         }
     }
 
@@ -133,21 +183,80 @@ public sealed class CacheDisk : IDisposable
     }
 
     /// <inheritdoc/>
+    /// <remarks>
+    /// A switch that is under way is given up, or ends first. If the disk that it waits for does not answer, the files
+    /// stay open
+    /// until the end of the process.
+    /// </remarks>
     public void Dispose()
     {
-        _origin?.Dispose();
-        _cache.StopStoring();
-        _image.Dispose();
-        Linux.LinuxFile.Unlock(_mapFile);
-        _mapFile.Dispose();
+        _closing.Cancel();
+        _origin.Dispose(); // who waits for it comes back
+        if (!_switching.TryEnter(s_longestSwitch))
+            return;
+        try
+        {
+            if (_isClosed)
+                return;
+            _isClosed = true;
+            _cache.StopStoring();
+            _image.Dispose();
+            Linux.LinuxFile.Unlock(_mapFile);
+            _mapFile.Dispose();
+        }
+        finally
+        {
+            _switching.Exit();
+        }
     }
 
-    /// <summary>The file holds every byte of the disk, and file and map are durable.</summary>
+    private void ThrowIfClosed()
+    {
+        if (_isClosed || _closing.IsCancellationRequested)
+            throw Closed();
+    }
+
+    private static DiskException Closed() => new(DiskError.Permission, "the server is ending");
+
+    /// <summary>The file holds every byte of the disk, and file and map are durable. Both stay so.</summary>
     private void Complete(bool force)
     {
-        _cache.Materialize(giveUpAbsent: force).GetAwaiter().GetResult();
-        _cache.Map.WriteBehind(); // from now on nobody does, and what clients write must not be fetched anew by a proxy of the same files
+        CancellationToken cancel = _closing.Token;
+        _cache.Map.Seal();
+        if (force)
+        {
+            // All that may fail, or takes long, comes before anything is given up.
+            _cache.ZeroAbsent(cancel).GetAwaiter().GetResult();
+            _cache.FlushAll().AsTask().GetAwaiter().GetResult();
+            _cache.LetGo(); // a writer that waits for the origin holds its blocks
+        }
+
+        _cache.Materialize(giveUpAbsent: force, cancel).GetAwaiter().GetResult();
+        if (_cache.Map.Count(BlockState.Absent) + _cache.Map.Count(BlockState.Zero) is var left and > 0)
+            throw new DiskException(DiskError.Io, $"{left} blocks are not in the image"); // it cannot be: then it must not go on
+        _cache.Map.WriteBehind();
         _cache.FlushAll().AsTask().GetAwaiter().GetResult();
+        cancel.ThrowIfCancellationRequested();
+        _cache.LetGo(); // a read that still waits for the origin, of blocks that were written meanwhile, has them here
+    }
+
+    /// <summary>
+    /// The switch has failed. As long as the header may say that the image is complete, the image stays so.
+    /// </summary>
+    private void GoOn(bool mayHaveNoted)
+    {
+        try
+        {
+            if (mayHaveNoted)
+                _cache.Map.ChangeHeader(header => header with { Flags = header.Flags & ~MapFlags.Switched });
+            _cache.Map.Unseal();
+        }
+        catch (DiskException)
+        {
+            // The map stays sealed.
+        }
+
+        _cache.TakeUpAgain();
     }
 
     private void RefuseIfIncomplete(bool force)

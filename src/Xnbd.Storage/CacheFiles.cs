@@ -64,8 +64,9 @@ internal static class CacheFiles
             if (map is not null)
             {
                 map.PrepareToWrite();
-                if (map.Header.Source != source)
-                    map.WriteHeader(map.Header with { Source = source });
+                MapFlags flags = map.Header.Flags & ~MapFlags.Switched; // from now on blocks may be zero in the map alone
+                if (map.Header.Source != source || map.Header.Flags != flags)
+                    map.WriteHeader(map.Header with { Source = source, Flags = flags });
                 return (image, map, old!);
             }
 
@@ -106,6 +107,32 @@ internal static class CacheFiles
             made?.Dispose();
             old?.Dispose();
             throw;
+        }
+    }
+
+    /// <summary>
+    /// Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or
+    /// changed.
+    /// </summary>
+    /// <param name="mapPath">Its map.</param>
+    /// <returns>False also when that cannot be known.</returns>
+    public static bool WasSwitched(string mapPath)
+    {
+        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None
+            || status.Kind != FileKind.Regular
+            || status.Length < 2 * MapHeader.Size
+            || LinuxFile.Open(mapPath, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+            return false;
+        using (file)
+        {
+            try
+            {
+                return BlockMap.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
+            }
+            catch (DiskException)
+            {
+                return false;
+            }
         }
     }
 

@@ -6,6 +6,8 @@ namespace Xnbd.Storage;
 internal sealed partial class CachingDisk
 {
     private readonly Action _sendFetches;
+    private CancellationTokenSource _lettingGo = new(); // cancelled when nobody is to wait for the origin any more
+    private bool _hasLetGo;
 
     /// <summary>The disk whose fetches this thread is sending: they may be answered at once, and let others in.</summary>
     [ThreadStatic]
@@ -76,6 +78,13 @@ internal sealed partial class CachingDisk
                 return behind;
 
             fetch = new Fetch(covered, mayGrow);
+            if (_hasLetGo)
+            {
+                fetch.References = 1;
+                GiveUp(fetch);
+                return fetch;
+            }
+
             _fetches.Add(fetch);
             _waiting.Enqueue(fetch);
             LetWaitingIn();
@@ -162,6 +171,63 @@ internal sealed partial class CachingDisk
         }
     }
 
+    /// <summary>
+    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the origin
+    /// that are
+    /// under way go on until it is closed; what they bring is not kept.
+    /// </summary>
+    internal void LetGo()
+    {
+        List<Fetch> left;
+        CancellationTokenSource lettingGo;
+        lock (_fetching)
+        {
+            _hasLetGo = true;
+            left = [.. _fetches.Where(fetch => !fetch.Arrived.Task.IsCompleted)];
+            foreach (Fetch fetch in left)
+            {
+                fetch.IsStale = true;
+                _fetches.Remove(fetch); // nobody joins it any more
+            }
+
+            lettingGo = _lettingGo;
+        }
+
+        left.ForEach(GiveUp); // outside of the lock: who waits goes on here
+        lettingGo.Cancel();
+    }
+
+    /// <summary>The origin is needed again, since the disk is not replaced after all.</summary>
+    internal void TakeUpAgain()
+    {
+        lock (_fetching)
+        {
+            _hasLetGo = false;
+            _lettingGo = new CancellationTokenSource();
+        }
+    }
+
+    private CancellationToken LettingGo
+    {
+        get
+        {
+            lock (_fetching)
+                return _lettingGo.Token;
+        }
+    }
+
+    private static DiskException Replaced()
+        => new(DiskError.Replaced, "the remote is not waited for any more, since the disk is being switched");
+
+    /// <summary>Fails those who wait for a fetch, or will, as <see cref="DiskError.Replaced"/>.</summary>
+    private static void GiveUp(Fetch fetch)
+    {
+        fetch.Arrived.TrySetException(Replaced());
+        fetch.Stored.TrySetException(Replaced());
+        _ = fetch.Arrived.Task.Exception; // seen, also if nobody waits
+        _ = fetch.Stored.Task.Exception;
+    }
+
     private async Task Run(Fetch fetch)
     {
         int length = (int)BytesOf(fetch);
@@ -169,6 +235,8 @@ internal sealed partial class CachingDisk
         DiskException? failure = null;
         try
         {
+            if (fetch.Arrived.Task.IsCompleted)
+                throw Replaced(); // it was given up before it was sent
             fetch.Buffer = _buffers.Rent(length);
             await _origin.ReadAsync(fetch.Range.Offset, fetch.Buffer.Memory[..length]);
             Interlocked.Add(ref _fetchedBytes, length);
@@ -196,12 +264,12 @@ internal sealed partial class CachingDisk
 
         if (failure is null)
         {
-            fetch.Arrived.SetResult();
+            fetch.Arrived.TrySetResult(); // unless it has been given up
         }
         else
         {
             fetch.IsCounted = false;
-            fetch.Arrived.SetException(failure);
+            fetch.Arrived.TrySetException(failure);
             End(fetch, failure);
         }
 
@@ -221,9 +289,9 @@ internal sealed partial class CachingDisk
         }
 
         if (failure is null)
-            fetch.Stored.SetResult();
+            fetch.Stored.TrySetResult();
         else
-            fetch.Stored.SetException(failure);
+            fetch.Stored.TrySetException(failure);
         _ = fetch.Arrived.Task.Exception; // seen, also if nobody waits
         _ = fetch.Stored.Task.Exception;
         Release(fetch);

@@ -76,6 +76,7 @@ internal sealed partial class CachingDisk
             return; // the answer is stale
         await MakeHole(part.Offset, part.LengthOn(Length));
         Map.SetFetched(part);
+        Interlocked.Add(ref _zeroBytes, part.LengthOn(Length));
     });
 
     /// <summary>What the origin has said.</summary>

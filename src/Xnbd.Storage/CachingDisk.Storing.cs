@@ -7,6 +7,12 @@ namespace Xnbd.Storage;
 /// others would spin for their turn instead of receiving. The thread that has received stores, after the replies have gone out
 /// (the data are in its processor's cache), unless another one does; what is more than a little goes to a disk thread. And
 /// all of it does as long as the file is slow: so that no reply waits for it.
+/// <para>
+/// What was stored is made durable in steps. Otherwise a client's flush would have to write all that was fetched since
+/// the last
+/// one, which on a fast line takes seconds. Those who fetch without reading wait while two steps are not durable;
+/// readers never do.
+/// </para>
 /// </content>
 internal sealed partial class CachingDisk : IDiskWork
 {
@@ -35,6 +41,14 @@ internal sealed partial class CachingDisk : IDiskWork
     /// </summary>
     private readonly bool[] _mayHaveHoles;
 
+    /// <summary>
+    /// So much is stored between two steps, in bytes: a client's flush waits for twice as much, tens of milliseconds.
+    /// </summary>
+    private const long StepBytes = 16 << 20;
+
+    private long _stepBytes; // stored since the last step began
+    private Task _step = Task.CompletedTask; // the last step
+
     private long _slowUntil; // in milliseconds of the system's clock; only an estimate
     private bool _isStoring;
     private bool _isClosed;
@@ -62,7 +76,7 @@ internal sealed partial class CachingDisk : IDiskWork
         lock (_fetching)
         {
             _isClosed = true;
-            while (_isStoring)
+            while (_isStoring || !_step.IsCompleted)
                 Monitor.Wait(_fetching);
             left = [.. _toStore];
             _toStore.Clear();
@@ -197,6 +211,7 @@ internal sealed partial class CachingDisk : IDiskWork
             behind = AsDiskException(caught);
         }
 
+        CountToStep(stored.Sum(s => BytesOf(s.Fetch)));
         foreach ((Fetch fetch, DiskException? failure) in stored)
         {
             if ((failure ?? behind) is { } told)
@@ -207,6 +222,52 @@ internal sealed partial class CachingDisk : IDiskWork
         lock (_fetching)
             LetWaitingIn();
         SendFetches();
+    }
+
+    /// <summary>Begins a step, when enough has been stored and none is under way.</summary>
+    private void CountToStep(long bytes)
+    {
+        lock (_fetching)
+        {
+            _stepBytes += bytes;
+            BeginStep();
+        }
+    }
+
+    /// <summary><c>_fetching</c> is held.</summary>
+    private void BeginStep()
+    {
+        if (_stepBytes < StepBytes || _isClosed || !_step.IsCompleted)
+            return;
+        _stepBytes = 0;
+        var ended = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+        _step = ended.Task;
+        _ = Task.Run(async () =>
+        {
+            try
+            {
+                await FlushAll();
+            }
+            catch (Exception)
+            {
+                // A sync that has failed is remembered: clients' flushes fail, too. Another failure is theirs to find.
+            }
+
+            lock (_fetching)
+            {
+                ended.SetResult();
+                BeginStep();
+                Monitor.PulseAll(_fetching);
+            }
+        });
+    }
+
+    /// <returns>The step that those who fetch without reading wait for; null when less than another step was stored
+    /// meanwhile.</returns>
+    private Task? StepToWaitFor()
+    {
+        lock (_fetching)
+            return _stepBytes >= StepBytes && !_step.IsCompleted ? _step : null;
     }
 
     private static DiskException? FailureOf(ValueTask storing)

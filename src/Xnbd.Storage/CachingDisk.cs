@@ -7,10 +7,20 @@ namespace Xnbd.Storage;
 /// <param name="Hits">Reads that found all they needed here.</param>
 /// <param name="Misses">Reads, or parts of reads, that did not.</param>
 /// <param name="FetchedBytes">Read from the origin since the start.</param>
+/// <param name="ZeroBytes">Made zero here since the start, because the origin says that they are: they were not
+/// fetched.</param>
 /// <param name="FetchesInFlight">Reads of the origin under way.</param>
 /// <param name="BytesInFlight">Bytes of them.</param>
 public readonly record struct CacheStatistics(
-    long AbsentBlocks, long FetchedBlocks, long WrittenBlocks, long Hits, long Misses, long FetchedBytes, int FetchesInFlight, long BytesInFlight);
+    long AbsentBlocks,
+    long FetchedBlocks,
+    long WrittenBlocks,
+    long Hits,
+    long Misses,
+    long FetchedBytes,
+    long ZeroBytes,
+    int FetchesInFlight,
+    long BytesInFlight);
 
 /// <summary>
 /// A disk over a far one, the origin: what was read or written once is local. The origin is never written.
@@ -59,6 +69,7 @@ internal sealed partial class CachingDisk : OverlayDisk
     private long _hits;
     private long _misses;
     private long _fetchedBytes;
+    private long _zeroBytes;
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="origin">The far disk; it is only read.</param>
@@ -102,6 +113,7 @@ internal sealed partial class CachingDisk : OverlayDisk
                 Interlocked.Read(ref _hits),
                 Interlocked.Read(ref _misses),
                 Interlocked.Read(ref _fetchedBytes),
+                Interlocked.Read(ref _zeroBytes),
                 inFlight.fetches,
                 inFlight.bytes);
         }
@@ -182,25 +194,42 @@ internal sealed partial class CachingDisk : OverlayDisk
 
     private void RefuseIfWritten()
     {
+        if (Map.IsSealed)
+        {
+            throw new DiskException(
+                DiskError.Permission, "a switch has failed at its last step, and the map may say that it succeeded: nothing can be given up");
+        }
+
         if ((Map.Header.Flags & MapFlags.MayHoldWrites) != 0)
             throw new DiskException(DiskError.Permission, "blocks that were fetched may have been written here since: the disk was switched to, or the machine has died; --clear-bitmap gives up everything");
         if (Map.Count(BlockState.Written) + Map.Count(BlockState.Zero) is var written and > 0)
             throw new DiskException(DiskError.Permission, $"{written} blocks were written here, and do not belong to other contents of the remote");
     }
 
-    /// <summary>Writes zeroes to the file where blocks are absent; the map does not change yet.</summary>
-    public Task ZeroAbsent() => ForEachHeld(All, state => state == BlockState.Absent, ZeroInFile);
+    /// <summary>
+    /// Writes zeroes to the file where blocks are absent; the map does not change. Blocks that somebody holds are
+    /// passed over:
+    /// who holds them may wait for the origin.
+    /// </summary>
+    public Task ZeroAbsent(CancellationToken cancel)
+        => ForEachHeld(All, state => state == BlockState.Absent, ZeroInFile, skipsHeld: true, cancel);
 
     /// <summary>
-    /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map: from then on the file alone is
-    /// the disk. Absent blocks become zero, too, if they are to be given up.
+    /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map. If the map is
+    /// sealed, no block
+    /// is zero afterwards. Absent blocks become zeroes of the file, too, if they are to be given up.
     /// </summary>
-    public Task Materialize(bool giveUpAbsent)
-        => ForEachHeld(All, state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent), async part =>
-        {
-            await ZeroInFile(part);
-            Map.Set(part, BlockState.Written);
-        });
+    public Task Materialize(bool giveUpAbsent, CancellationToken cancel)
+        => ForEachHeld(
+            All,
+            state => state == BlockState.Zero || (state == BlockState.Absent && giveUpAbsent),
+            async part =>
+            {
+                await ZeroInFile(part);
+                Map.Set(part, BlockState.Written);
+            },
+            skipsHeld: false,
+            cancel);
 
     private ValueTask ZeroInFile(BlockRange range)
         => Local.ZeroAsync(range.Offset, range.LengthOn(Length), ZeroMode.MayPunch, durable: false);
@@ -208,15 +237,32 @@ internal sealed partial class CachingDisk : OverlayDisk
     private BlockRange All => new(0, Map.BlockCount);
 
     /// <summary>Works on a range's blocks of some states, while they are held: nobody stores or writes there meanwhile.</summary>
-    private async Task ForEachHeld(BlockRange range, Func<BlockState, bool> isMeant, Func<BlockRange, ValueTask> work)
+    /// <param name="range">The blocks.</param>
+    /// <param name="isMeant">The states.</param>
+    /// <param name="work">What is done.</param>
+    /// <param name="skipsHeld">Blocks that somebody else holds are passed over; else they are waited for.</param>
+    /// <param name="cancel">Ends it.</param>
+    private async Task ForEachHeld(
+        BlockRange range,
+        Func<BlockState, bool> isMeant,
+        Func<BlockRange, ValueTask> work,
+        bool skipsHeld = false,
+        CancellationToken cancel = default)
     {
         for (BlockRange left = range; left.Count > 0;)
         {
+            cancel.ThrowIfCancellationRequested();
             BlockRange run = Map.Run(left with { Count = Math.Min(left.Count, 16 * 1024) }, out BlockState state);
             left = new BlockRange(run.End, left.End - run.End);
             if (!isMeant(state))
                 continue;
-            await Changing.EnterAsync(run);
+            if (!Changing.TryEnter(run))
+            {
+                if (skipsHeld)
+                    continue;
+                await Changing.EnterAsync(run);
+            }
+
             try
             {
                 for (BlockRange inside = run; inside.Count > 0;)
@@ -233,6 +279,9 @@ internal sealed partial class CachingDisk : OverlayDisk
             }
         }
     }
+
+    /// <inheritdoc/>
+    protected override bool IsAbsentSlow => true;
 
     /// <inheritdoc/>
     protected override bool TryReadAbsent(long offset, Span<byte> buffer) => false;
@@ -334,6 +383,9 @@ internal sealed partial class CachingDisk : OverlayDisk
 
             range = new BlockRange(covered.End, Math.Max(0, range.End - covered.End));
         }
+
+        while (StepToWaitFor() is { } step)
+            await step;
     }
 
     /// <summary>Takes a part of what a fetch brings, and gives the fetch up.</summary>
@@ -345,7 +397,8 @@ internal sealed partial class CachingDisk : OverlayDisk
             fetch.Buffer!.Slice((int)(offset - fetch.Range.Offset), buffer.Length).CopyTo(buffer.Span);
             return;
         }
-        catch (DiskException) when (MayHaveFailedForOthers(fetch, BlockRange.Touching(offset, buffer.Length)))
+        catch (DiskException failure) when (failure.Error != DiskError.Replaced
+            && MayHaveFailedForOthers(fetch, BlockRange.Touching(offset, buffer.Length)))
         {
             // A bad sector among what was fetched with it must not fail a good one: it is asked for once more, alone.
         }
@@ -356,7 +409,15 @@ internal sealed partial class CachingDisk : OverlayDisk
 
         byte[] alone = new byte[BlockRange.Touching(offset, buffer.Length).LengthOn(Length)];
         long start = BlockRange.Touching(offset, buffer.Length).Offset;
-        await _origin.ReadAsync(start, alone);
+        try
+        {
+            await _origin.ReadAsync(start, alone).AsTask().WaitAsync(LettingGo);
+        }
+        catch (OperationCanceledException)
+        {
+            throw Replaced();
+        }
+
         alone.AsMemory((int)(offset - start), buffer.Length).CopyTo(buffer);
     }
 

@@ -19,6 +19,11 @@ public enum DiskError
 
     /// <summary>It cannot be done as fast as was asked.</summary>
     NotSupported,
+
+    /// <summary>
+    /// The disk is being replaced. <see cref="SwitchableDisk"/> tries the operation again on the next disk.
+    /// </summary>
+    Replaced,
 }
 
 /// <summary>A disk's operation failed, or a disk could not be opened. The message names operation, place and cause.</summary>

@@ -21,6 +21,13 @@ public sealed class ExtentList(int capacity)
     /// <summary>The extents.</summary>
     public IReadOnlyList<Extent> Extents => _extents;
 
+    /// <summary>Forgets all extents.</summary>
+    public void Clear()
+    {
+        _extents.Clear();
+        Length = 0;
+    }
+
     /// <summary>Adds an extent.</summary>
     /// <returns>False when the list is full and the extent was not taken.</returns>
     public bool Add(long length, bool isHole, int depth = 1)

@@ -38,6 +38,12 @@ public enum MapFlags
 
     /// <summary>Of a cache: blocks that count as fetched may hold what was written here, since it was switched to, or the machine has died amid writes.</summary>
     MayHoldWrites = 32,
+
+    /// <summary>
+    /// Of a cache: it was switched to. The image is complete, and is the disk without the map. A proxy that goes on
+    /// with it takes the flag back.
+    /// </summary>
+    Switched = 64,
 }
 
 /// <summary>

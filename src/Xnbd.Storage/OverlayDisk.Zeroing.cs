@@ -14,6 +14,9 @@ internal abstract partial class OverlayDisk
     /// <inheritdoc/>
     public override async ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
     {
+        if ((mode & ZeroMode.FastOnly) != 0)
+            RefuseIfEdgesAreSlow(offset, length);
+
         // The middle first: it is what may turn out not to be fast, and then nothing may have changed.
         BlockRange inside = BlockRange.Inside(offset, length, Length);
         for (long block = inside.First; block < inside.End; block += BlocksAtOnce)
@@ -51,6 +54,21 @@ internal abstract partial class OverlayDisk
             await FlushAsync();
     }
 
+    /// <summary>A part of a block can be zeroed fast only if the rest of the block is at hand.</summary>
+    /// <exception cref="DiskException">The rest would have to come from afar; nothing has changed.</exception>
+    private void RefuseIfEdgesAreSlow(long offset, long length)
+    {
+        long end = offset + length;
+        bool isSlow = IsAbsentSlow && length > 0
+            && ((offset % BlockSize != 0 && _map[offset / BlockSize] == BlockState.Absent)
+                || (end % BlockSize != 0 && end != Length && _map[end / BlockSize] == BlockState.Absent));
+        if (isSlow)
+        {
+            throw new DiskException(
+                DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset}: the blocks at its ends are not here yet");
+        }
+    }
+
     /// <summary>Marks blocks as zero; the caller holds them.</summary>
     private async ValueTask Discard(BlockRange range)
     {
@@ -63,7 +81,12 @@ internal abstract partial class OverlayDisk
             left = new BlockRange(run.End, left.End - run.End);
         }
 
-        _map.Set(range, BlockState.Zero);
+        if (_map.TrySetZero(range))
+            return;
+
+        // The file alone is about to be the disk: it must hold the zeroes itself.
+        await _local.ZeroAsync(range.Offset, range.LengthOn(Length), ZeroMode.MayPunch, durable: false);
+        _map.Set(range, BlockState.Written);
     }
 
     /// <summary>Makes blocks zero and gives them space, so that later writes find it; the caller holds them.</summary>

@@ -57,6 +57,9 @@ internal abstract partial class OverlayDisk : Disk
     /// <summary>Blocks whose state is being changed.</summary>
     protected BlockLocks Changing { get; } = new();
 
+    /// <summary>What the local file does not hold comes from afar: reading it is never fast.</summary>
+    protected virtual bool IsAbsentSlow => false;
+
     /// <summary>Reads what the local file does not hold, if that needs no waiting.</summary>
     protected abstract bool TryReadAbsent(long offset, Span<byte> buffer);
 

@@ -5,7 +5,9 @@ using System.Net.Sockets;
 using System.Runtime.InteropServices;
 using System.Text.Json;
 using System.Text.Json.Nodes;
+using Xnbd.Client;
 using Xnbd.Control;
+using Xnbd.Storage;
 
 namespace Xnbd.Programs;
 
@@ -45,7 +47,7 @@ internal static class ControlProgram
         var cacheAll2 = new Option<bool>("--cache-all2") { Hidden = true };
         var switches = new Option<bool>("--switch") { Description = "Become a plain target; refused while blocks are missing" };
         var shutdown = new Option<bool>("--shutdown") { Hidden = true };
-        var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT" };
+        var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT, or SOCKET URI" };
         var cancel = new Option<bool>("--cancel") { Description = "End a caching of all that is under way; what was fetched stays" };
         var invalidate = new Option<bool>("--invalidate") { Description = "The remote has changed: give up what was fetched; what was written here stays" };
         var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
@@ -56,7 +58,11 @@ internal static class ControlProgram
             HelpName = "NUMBER",
         };
         var force = new Option<bool>("--force") { Description = "With --switch: blocks that are missing become zeroes" };
-        var exportName = new Option<string?>("--exportname") { Description = "With --reconnect: the export there [default: as it was]", HelpName = "NAME" };
+        var exportName = new Option<string?>("--exportname")
+        {
+            Description = "With --reconnect: the export there [default: as it was; with a URI: what that says]",
+            HelpName = "NAME",
+        };
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs" };
         var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
@@ -83,9 +89,9 @@ internal static class ControlProgram
         string[] arguments = result.GetValue(words) ?? [];
         if (Array.Find(arguments, word => word.StartsWith("--", StringComparison.Ordinal) && !args.Contains("--")) is { } unknown)
             throw new UsageException($"unknown option '{unknown}'");
-        int wanted = given[0] == reconnect ? 3 : 1;
-        if (arguments.Length != wanted)
-            throw new UsageException(given[0] == reconnect ? "--reconnect takes SOCKET HOST PORT" : "the control socket's path is wanted, and nothing else");
+        JsonObject? remote = given[0] == reconnect ? RemoteOf(arguments, result.GetValue(exportName)) : null;
+        if (remote is null && arguments.Length != 1)
+            throw new UsageException("the control socket's path is wanted, and nothing else");
 
         using ControlClient client = Connect(arguments[0]);
         bool isJson = result.GetValue(json);
@@ -93,14 +99,9 @@ internal static class ControlProgram
             return Show(client.Call("query")!, isJson);
         if (given[0] == switches)
             return Say(client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!, isJson, "switched: the cache image is served as a target now");
-        if (given[0] == reconnect)
+        if (remote is not null)
         {
-            const string unix = "unix:";
-            string host = arguments[1].StartsWith(unix, StringComparison.Ordinal) ? unix + Path.GetFullPath(arguments[1][unix.Length..]) : arguments[1]; // of this folder, not of the proxy's
-            var parameters = new JsonObject { ["host"] = host, ["port"] = arguments[2] };
-            if (result.GetValue(exportName) is { } name)
-                parameters["export-name"] = name;
-            JsonNode answer = client.Call("reconnect", parameters)!;
+            JsonNode answer = client.Call("reconnect", remote)!;
             return Say(answer, isJson, $"the remote is {answer["remote"]!.GetValue<string>()} now");
         }
 
@@ -118,6 +119,36 @@ internal static class ControlProgram
         if (result.GetValue(detach))
             return Say(job, isJson, $"caching all: job {job["job"]!.GetValue<int>()} is running");
         return WaitFor(client, job, result.GetValue(progress), isJson);
+    }
+
+    /// <summary>
+    /// The parameters of the method <c>reconnect</c>. Relative paths are of this folder, not of the proxy's.
+    /// </summary>
+    private static JsonObject RemoteOf(string[] arguments, string? exportName)
+    {
+        const string unix = "unix:";
+        bool isUri = arguments.Length > 1 && RemoteUri.IsUri(arguments[1]);
+        if (arguments.Length != (isUri ? 2 : 3))
+            throw new UsageException("--reconnect takes SOCKET HOST PORT, or SOCKET URI");
+        if (isUri)
+        {
+            try
+            {
+                return new JsonObject { ["uri"] = RemoteUri.Parse(arguments[1], exportName).ToString() };
+            }
+            catch (FormatException failure)
+            {
+                throw new UsageException(failure.Message);
+            }
+        }
+
+        string host = arguments[1].StartsWith(unix, StringComparison.Ordinal) && arguments[1].Length > unix.Length
+            ? unix + Path.GetFullPath(arguments[1][unix.Length..])
+            : arguments[1];
+        var parameters = new JsonObject { ["host"] = host, ["port"] = arguments[2] };
+        if (exportName is not null)
+            parameters["export-name"] = exportName;
+        return parameters;
     }
 
     private static ControlClient Connect(string path)
@@ -148,7 +179,8 @@ internal static class ControlProgram
             interrupted.Set();
         });
         bool isTerminal = !Console.IsErrorRedirected;
-        long start = Stopwatch.GetTimestamp(), lastLine = 0, first = job["missing-blocks"]!.GetValue<long>();
+        long start = Stopwatch.GetTimestamp(), lastLine = 0;
+        long fetchedBefore = job["fetched-bytes"]!.GetValue<long>(), zeroesBefore = ZeroBytes(job);
         while (true)
         {
             JsonNode status = client.Call("job.status", (JsonObject)id.DeepClone())!;
@@ -158,7 +190,13 @@ internal static class ControlProgram
             if (showProgress && (isTerminal || isLate || state != "running"))
             {
                 lastLine = Stopwatch.GetTimestamp();
-                Draw(total, missing, first - missing, Stopwatch.GetElapsedTime(start), isTerminal);
+                Draw(
+                    total,
+                    missing,
+                    status["fetched-bytes"]!.GetValue<long>() - fetchedBefore,
+                    ZeroBytes(status) - zeroesBefore,
+                    Stopwatch.GetElapsedTime(start),
+                    isTerminal);
             }
 
             if (state != "running")
@@ -186,12 +224,20 @@ internal static class ControlProgram
         }
     }
 
-    private static void Draw(long total, long missing, long done, TimeSpan time, bool isTerminal)
+    /// <summary>
+    /// Rate and remaining time are of what crosses the line. Zeroes that the remote knows of do not: they are shown
+    /// apart.
+    /// </summary>
+    private static void Draw(long total, long missing, long fetched, long zeroes, TimeSpan time, bool isTerminal)
     {
         const int width = 30;
-        double rate = done * 4096.0 / Math.Max(0.001, time.TotalSeconds);
-        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(Math.Ceiling(missing * 4096 / rate)):c}";
-        string text = string.Create(CultureInfo.InvariantCulture, $"{Percent(total - missing, total)} %, {rate / (1 << 20):0} MiB/s{rest}");
+        double rate = fetched / Math.Max(0.001, time.TotalSeconds);
+        string holes = zeroes == 0 ? "" : $", zeroes {ByteCount.Describe(zeroes)}";
+        double seconds = Math.Ceiling(missing * (double)BlockRange.BlockSize / rate);
+        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
+        string text = string.Create(
+            CultureInfo.InvariantCulture,
+            $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, {rate / (1 << 20):0.#} MiB/s{holes}{rest}");
         if (!isTerminal)
         {
             Console.Error.WriteLine($"{Name}: {text}");
@@ -201,6 +247,9 @@ internal static class ControlProgram
         int filled = total == 0 ? width : (int)(width * (total - missing) / total);
         Console.Error.Write($"\r\e[K[{new string('#', filled)}{new string('.', width - filled)}] {text}");
     }
+
+    /// <summary>A proxy that was started before the last update may not tell.</summary>
+    private static long ZeroBytes(JsonNode answer) => answer["zero-bytes"]?.GetValue<long>() ?? 0;
 
     /// <summary>Never 100.0 before it is all.</summary>
     private static string Percent(long part, long all)
@@ -221,16 +270,18 @@ internal static class ControlProgram
         }
 
         long Number(string name) => answer[name]!.GetValue<long>();
-        long blocks = Number("blocks"), cached = Number("cached-blocks");
+        static string Bytes(long count) => ByteCount.DescribeExactly(count);
+        long blocks = Number("blocks"), cached = Number("cached-blocks"), written = Number("written-blocks");
         Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
         Console.WriteLine($"remote:       {answer["remote"]?.GetValue<string>() ?? "none"}, {Number("remote-connections")} connections");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
-        Console.WriteLine($"disk:         {Number("size")} bytes, {blocks} blocks");
-        Console.WriteLine($"cached:       {cached} blocks, {Number("cached-bytes")} bytes, {Percent(cached, blocks)} %");
-        Console.WriteLine($"written here: {Number("written-blocks")} blocks");
-        Console.WriteLine($"fetched:      {Number("fetched-bytes")} bytes since the start");
+        Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
+        Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {Percent(cached, blocks)} %");
+        Console.WriteLine($"written here: {Bytes(written * BlockRange.BlockSize)}, {written} blocks");
+        Console.WriteLine($"fetched:      {Bytes(Number("fetched-bytes"))} since the start");
+        Console.WriteLine($"zeroes:       {Bytes(ZeroBytes(answer))} that were not fetched");
         Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
-        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Number("bytes-in-flight")} bytes");
+        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
         Console.WriteLine($"clients:      {Number("clients")} connections");
         if (Number("store-failures") > 0)
             Console.WriteLine($"NOT CACHED:   {Number("store-failures")} times what was fetched could not be kept: see the proxy's log");

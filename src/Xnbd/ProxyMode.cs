@@ -66,9 +66,10 @@ internal sealed class ProxyMode : IDisposable
         {
             Switch(force: false);
         }
-        catch (DiskException failure)
+        catch (Exception failure)
         {
-            _log.LogError("not switched: {Cause}", failure.Message);
+            // Nobody above would catch it: this is a thread of its own.
+            _log.LogError("not switched: {Cause}", failure is DiskException ? failure.Message : failure.ToString());
         }
     }
 
@@ -79,7 +80,9 @@ internal sealed class ProxyMode : IDisposable
     public void Dispose()
     {
         _control?.Dispose();
-        _cache.Dispose();
+        lock (_lock)
+            _job?.End();
+        _cache.Dispose(); // also waits for a switch that a signal or a client has begun
     }
 
     private RemoteDisk Connect(CancellationToken stop)
@@ -94,16 +97,22 @@ internal sealed class ProxyMode : IDisposable
             catch (RemoteException failure) when (Stopwatch.GetElapsedTime(start).TotalSeconds < _options.WaitSeconds)
             {
                 if (isFirst)
-                    _log.LogWarning("waiting for the remote: {Cause}", failure.Message);
+                    _log.LogWarning("waiting for the remote: {Cause}{Hint}", failure.Message, SwitchedHint());
                 if (stop.WaitHandle.WaitOne(500))
                     throw new OperationCanceledException(stop);
             }
             catch (RemoteException failure)
             {
-                throw new FailureException(failure.Message);
+                throw new FailureException(failure.Message + SwitchedHint());
             }
         }
     }
+
+    /// <summary>A proxy that was switched needs no remote, but must be started as what it has become.</summary>
+    private string SwitchedHint() => CacheDisk.WasSwitched(_options.Map)
+        ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: "
+            + $"start xnbd-server --target {_options.CacheImage}"
+        : "";
 
     private void CannotStore(DiskException failure)
     {
@@ -173,6 +182,7 @@ internal sealed class ProxyMode : IDisposable
             ["hits"] = figures.Hits,
             ["misses"] = figures.Misses,
             ["fetched-bytes"] = figures.FetchedBytes,
+            ["zero-bytes"] = figures.ZeroBytes,
             ["requests-in-flight"] = figures.FetchesInFlight,
             ["bytes-in-flight"] = figures.BytesInFlight,
             ["store-failures"] = Interlocked.Read(ref _storeFailures),
@@ -218,8 +228,16 @@ internal sealed class ProxyMode : IDisposable
         RemoteAddress address;
         try
         {
+            string? name = parameters["export-name"]?.GetValue<string>();
             string host = parameters["host"]?.GetValue<string>() ?? "", port = parameters["port"]?.GetValue<string>() ?? "";
-            address = RemoteAddress.Parse(host, port, parameters["export-name"]?.GetValue<string>() ?? _remote.Address.ExportName);
+            if (parameters["uri"]?.GetValue<string>() is not { } uri)
+                address = RemoteAddress.Parse(host, port, name ?? _remote.Address.ExportName);
+            else if (host.Length == 0 && port.Length == 0)
+                address = RemoteUri.Parse(uri, name);
+            else
+                throw new FormatException("the remote is named by uri, or by host and port");
+            if (!CacheDisk.CanRecord(address.ToString()))
+                throw new FormatException("the remote's address is too long to be recorded");
         }
         catch (FormatException failure)
         {
@@ -227,10 +245,7 @@ internal sealed class ProxyMode : IDisposable
         }
 
         lock (_reconnecting)
-        {
-            _remote.SwitchTo(address);
-            _cache.Rebind(address.ToString());
-        }
+            _remote.SwitchTo(address, known => _cache.Rebind(known.ToString()));
 
         return Query();
     }
@@ -279,9 +294,12 @@ internal sealed class CacheAllJob
 
     public bool IsRunning => !_task.IsCompleted;
 
+    /// <summary>Ends it soon.</summary>
+    public void End() => _cancel.Cancel();
+
     public void Cancel()
     {
-        _cancel.Cancel();
+        End();
         _task.Wait(s_longestWait);
     }
 
@@ -298,6 +316,7 @@ internal sealed class CacheAllJob
             ["blocks"] = figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks,
             ["missing-blocks"] = figures.AbsentBlocks,
             ["fetched-bytes"] = figures.FetchedBytes,
+            ["zero-bytes"] = figures.ZeroBytes,
         };
     }
 }

@@ -51,7 +51,7 @@ internal sealed record ServerOptions
         };
         var proxy = new Option<bool>("--proxy")
         {
-            Description = "Serve a remote disk, and keep here what was read or written: see the five arguments",
+            Description = "Serve a remote disk, and keep here what was read or written: see the arguments",
         };
         var targetName = new Option<string>("--target-exportname")
         {
@@ -139,7 +139,8 @@ internal sealed record ServerOptions
         var force = new Option<bool>("--force") { Description = "Use layers although what they stand on has changed" };
         var image = new Argument<string[]>("DISK_IMAGE")
         {
-            Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
+            Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH, "
+                + "or a URI in place of host and port",
             Arity = ArgumentArity.ZeroOrMore,
         };
 
@@ -169,7 +170,8 @@ internal sealed record ServerOptions
         {
             if (result.GetValue(clearBitmap) && (result.GetValue(rebind) || result.GetValue(importBitmap)))
                 throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
-            proxyOptions = ProxyOptions.Parse(images, result.GetValue(targetName)!) with
+            string? export = result.GetResult(targetName) is { Implicit: false } ? result.GetValue(targetName) : null;
+            proxyOptions = ProxyOptions.Parse(images, export) with
             {
                 Connections = CommandLine.Number("--remote-connections", result.GetValue(remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
                 WaitSeconds = CommandLine.Number("--wait-remote", result.GetValue(waitRemote), 0, int.MaxValue) ?? 0,
@@ -178,6 +180,11 @@ internal sealed record ServerOptions
                 MostRequests = CommandLine.Number("--max-queue-size", result.GetValue(maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
                 MostBytes = CommandLine.Number("--max-buf-size", result.GetValue(maxBuffer), 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
             };
+        }
+        else if (images.Length > 0 && RemoteUri.IsUri(images[0]) && !File.Exists(images[0]))
+        {
+            throw new UsageException(
+                $"'{images[0]}' is a remote disk, which --proxy serves: --proxy URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH");
         }
         else if (images.Length != 1)
         {
@@ -283,26 +290,29 @@ internal sealed record ProxyOptions
     /// <summary>Of what the remote is asked for.</summary>
     public CacheLimits FetchLimits => new(MostRequests, MostBytes / 2);
 
-    /// <summary>Reads the five arguments.</summary>
-    public static ProxyOptions Parse(string[] words, string exportName)
+    /// <summary>Reads the arguments: a remote's host and port, or its URI; two files; a socket.</summary>
+    public static ProxyOptions Parse(string[] words, string? exportName)
     {
-        if (words.Length != 5)
+        bool isUri = words.Length > 0 && RemoteUri.IsUri(words[0]);
+        if (words.Length != (isUri ? 4 : 5))
         {
-            throw new UsageException(
-                $"--proxy takes five arguments, REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH; {words.Length} were given");
+            const string files = "CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH";
+            string wanted = isUri
+                ? $"four arguments, if the first one is a URI: URI {files}"
+                : $"five arguments, REMOTE_HOST REMOTE_PORT {files}";
+            throw new UsageException($"--proxy takes {wanted}; {words.Length} were given");
         }
 
         if (words.Contains(""))
             throw new UsageException("an argument is empty");
         try
         {
-            _ = Protocol.NbdString.GetBytes(exportName);
             return new ProxyOptions
             {
-                Remote = RemoteAddress.Parse(words[0], words[1], exportName),
-                CacheImage = Path.GetFullPath(words[2]),
-                Map = Path.GetFullPath(words[3]),
-                ControlSocket = Path.GetFullPath(words[4]),
+                Remote = isUri ? RemoteUri.Parse(words[0], exportName) : RemoteAddress.Parse(words[0], words[1], exportName ?? ""),
+                CacheImage = Path.GetFullPath(words[^3]),
+                Map = Path.GetFullPath(words[^2]),
+                ControlSocket = Path.GetFullPath(words[^1]),
             };
         }
         catch (Exception failure) when (failure is FormatException or ArgumentException)

@@ -442,6 +442,22 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.Equal((1, 1), (disk.ConnectionCount, one.Count));
     }
 
+    [Fact]
+    public async Task A_remote_whose_address_cannot_be_recorded_is_not_used()
+    {
+        using FakeServer old = new FakeServer(SocketPath, _image).Start();
+        using RemoteDisk disk = Connect();
+        using FakeServer next = new FakeServer(_folder.File("next"), new byte[_image.Length]).Start();
+        RemoteAddress before = disk.Address, after = RemoteAddress.Parse("unix:" + next.Path, "-", "");
+        Assert.Throws<IOException>(() => disk.SwitchTo(after, _ => throw new IOException("full")));
+        Assert.Equal(before, disk.Address);
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+        RemoteAddress? recorded = null;
+        disk.SwitchTo(after, address => recorded = address);
+        Assert.Equal((after, after), (recorded, disk.Address));
+        Assert.Equal(new byte[4096], await Read(disk, 0, 4096));
+    }
+
     private static readonly Dictionary<string, (Action<Peer> Say, string Message)> s_badHandshakes = new()
     {
         ["another protocol"] = (peer => peer.Send("SSH-2.0-OpenSSH_9.2p1 Debian-2"u8), "there is no NBD server"),

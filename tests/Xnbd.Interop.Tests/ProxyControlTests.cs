@@ -100,6 +100,9 @@ public sealed class ProxyControlTests : IDisposable
     [InlineData(2, "only one thing", "--query", "--switch", "s")]
     [InlineData(2, "--force goes with --switch", "--force", "--query", "s")]
     [InlineData(2, "SOCKET HOST PORT", "--reconnect", "s")]
+    [InlineData(2, "TLS is not supported yet", "--reconnect", "s", "nbds://host")]
+    [InlineData(2, "give one of them", "--reconnect", "--exportname", "x", "s", "nbd://host/y")]
+    [InlineData(2, "SOCKET URI", "--reconnect", "s", "nbd://host", "10809")]
     [InlineData(2, "control socket's path", "--query")]
     [InlineData(2, "unknown option '--bogus'", "--bogus", "--query", "s")]
     [InlineData(2, "--progress shows", "--cache-all", "--progress", "--detach", "s")]
@@ -113,6 +116,77 @@ public sealed class ProxyControlTests : IDisposable
         Assert.Equal((exitCode, ""), (result.ExitCode, result.Output));
         Assert.StartsWith("xnbd-bgctl: ", result.Errors, StringComparison.Ordinal);
         Assert.Contains(message, result.Errors.Split('\n')[0], StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_remote_is_named_by_a_URI_wherever_one_is_named()
+    {
+        string folder = Directory.CreateDirectory(_folder.File("a b%c")).FullName, socket = Path.Combine(folder, "s"), uri = $"nbd+unix:///?socket={Uri.EscapeDataString(socket)}";
+        using ServerProcess origin = ServerProcess.Start(socket, ["--target", "--readonly", "--export-name", "disk one", "--unix", socket, _image]);
+        string unix = _folder.File("p");
+        string[] files = [_folder.File("cache.img"), _folder.File("cache.map"), Proxies.Socket(_folder)];
+        using (ServerProcess proxy = ServerProcess.Start(unix, ["--proxy", "--unix", unix, uri.Replace("///", "///disk%20one", StringComparison.Ordinal), .. files]))
+        {
+            using NbdTestClient client = proxy.Open();
+            Assert.Equal(File.ReadAllBytes(_image), client.Read(0, Size));
+            string remote = (await Query()).GetProperty("remote").GetString()!;
+            Assert.Equal($"nbd+unix:///disk%20one?socket={folder.Replace("%", "%25", StringComparison.Ordinal).Replace(" ", "%20", StringComparison.Ordinal)}/s", remote);
+
+            // Of the folder of who calls, with an export of its own; and as it was shown.
+            ToolResult relative = await Tool.Run("sh", "-c", $"cd '{folder}' && {Proxies.Control} --reconnect --exportname 'disk one' {files[2]} 'nbd+unix:///?socket=s'");
+            Assert.Equal((0, $"the remote is {remote} now\n"), (relative.ExitCode, relative.Output));
+            await Tool.Succeed(Proxies.Control, "--reconnect", files[2], remote);
+            Assert.Contains("no such export", (await Control("--reconnect", files[2], uri.Replace("///", "///other", StringComparison.Ordinal))).Errors, StringComparison.Ordinal);
+            string shown = await Tool.Succeed(Proxies.Control, "--query", files[2]);
+            Assert.Contains("disk:         8 MiB (8388608 bytes), 2048 blocks\n", shown, StringComparison.Ordinal);
+            Assert.Contains("cached:       8 MiB (8388608 bytes), 2048 blocks, 100.0 %\n", shown, StringComparison.Ordinal);
+            client.Dispose();
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        string refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
+            unix, ["--proxy", "--target-exportname", "x", "--unix", unix, uri.Replace("///", "///disk%20one", StringComparison.Ordinal), .. files])).Message;
+        Assert.Contains("give one of them", refused, StringComparison.Ordinal);
+        ServerProcess.Start(unix, ["--proxy", "--target-exportname", "disk one", "--unix", unix, uri, .. files]).Dispose(); // the map knows it again
+    }
+
+    /// <summary>A name that is legal, and yet too long for the map.</summary>
+    [Fact]
+    public async Task A_remote_whose_address_is_too_long_to_be_recorded_is_not_used()
+    {
+        using FakeServer origin = new FakeServer(_folder.File("one"), File.ReadAllBytes(_image)).Start();
+        using FakeServer other = new FakeServer(_folder.File("two"), new byte[Size]).Start();
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        string socket = Proxies.Socket(_folder), remote = (await Query()).GetProperty("remote").GetString()!;
+        string map = await Tool.Succeed("sha256sum", _folder.File("cache.map"));
+        foreach (int length in (int[])[4000, 5000])
+        {
+            ToolResult refused = await Control("--reconnect", "--exportname", new string('x', length), socket, "unix:" + other.Path, "-");
+            Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
+            Assert.Contains(length == 4000 ? "too long to be recorded" : "longer than 4096 bytes", refused.Errors, StringComparison.Ordinal);
+        }
+
+        Assert.Equal(0, other.Count);
+        Assert.Equal(remote, (await Query()).GetProperty("remote").GetString());
+        Assert.Equal(map, await Tool.Succeed("sha256sum", _folder.File("cache.map")));
+        using NbdTestClient client = proxy.Open();
+        Assert.Equal(File.ReadAllBytes(_image), client.Read(0, Size));
+    }
+
+    /// <summary>A quarter of the disk are data, and only they cross the line.</summary>
+    [Fact]
+    public async Task Progress_shows_zeroes_apart_from_what_crosses_the_line()
+    {
+        byte[] sparse = File.ReadAllBytes(_image);
+        sparse.AsSpan(2 << 20).Clear();
+        using FakeServer origin = new FakeServer(_folder.File("sparse"), sparse) { AllocationId = 5 }.Start();
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
+        ToolResult cached = await Control("--cache-all", "--progress", Proxies.Socket(_folder));
+        Assert.Equal((0, "all is cached\n"), (cached.ExitCode, cached.Output));
+        Assert.Contains("100.0 %, fetched 2 MiB, ", cached.Errors, StringComparison.Ordinal);
+        Assert.Contains(" MiB/s, zeroes 6 MiB\n", cached.Errors, StringComparison.Ordinal);
+        JsonElement query = await Query();
+        Assert.Equal((2 << 20, 6 << 20), (query.GetProperty("fetched-bytes").GetInt64(), query.GetProperty("zero-bytes").GetInt64()));
     }
 
     /// <summary>Sixteen silent clients, and then as many again: who works is not pushed out.</summary>

@@ -521,7 +521,7 @@ public sealed class CachingDiskTests : IDisposable
         });
         map.SetFetched(new BlockRange(0, map.BlockCount));
         using var disk = new CachingDisk(_origin, new MemoryDisk(0), map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
-        await disk.Materialize(giveUpAbsent: false).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken); // a quarter of a second; else minutes
+        await disk.Materialize(giveUpAbsent: false, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken); // a quarter of a second; else minutes
         await disk.CacheAll(256, 4, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
     }
 
@@ -605,6 +605,73 @@ public sealed class CachingDiskTests : IDisposable
         await caching.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
         Assert.Equal(0, disk.Statistics.FetchedBlocks);
         Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
+    }
+
+    /// <summary>A client's flush must not have to write all that was fetched.</summary>
+    [Fact]
+    public async Task What_is_fetched_is_made_durable_in_steps_for_which_no_reader_waits()
+    {
+        const int length = 80 << 20;
+        var memory = new MemoryDisk(length);
+        memory.TryWrite(0, [.. Enumerable.Repeat((byte)1, length)]);
+        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(_folder.File("image"), _folder.File("map"), "origin", length, CacheOpening.GoOn);
+        using var flushing = new ManualResetEventSlim();
+        using var release = new Release(flushing);
+        var local = new FaultDisk(image);
+        using var disk = new CachingDisk(new FaultDisk(memory) { Slow = true }, local, map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+        long unsynced = 0, mostUnsynced = 0;
+        local.Before = (operation, _, count) =>
+        {
+            if (operation == "write")
+                mostUnsynced = Math.Max(mostUnsynced, Interlocked.Add(ref unsynced, count));
+            if (operation == "flush")
+                Interlocked.Exchange(ref unsynced, 0);
+            return Task.CompletedTask;
+        };
+        local.After = (operation, _, _) =>
+        {
+            if (operation == "flush")
+                flushing.Wait(TimeSpan.FromSeconds(20));
+            return Task.CompletedTask;
+        };
+        Task caching = disk.CacheAll(256, 16, CancellationToken.None);
+        byte[] buffer = new byte[1 << 20];
+        for (int offset = 0; offset < length; offset += buffer.Length)
+            Assert.Equal(1, (await Soon(Read(disk, offset, buffer.Length)))[^1]);
+        WaitUntilStored(disk, map.BlockCount);
+        Assert.False(caching.IsCompleted); // it waits for the second step
+        flushing.Set();
+        await caching.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        Assert.InRange(local.Syncs, 1, 10);
+
+        // And a copy that nobody disturbs never has more under way than two steps, and what it has asked for.
+        await disk.Invalidate();
+        mostUnsynced = 0;
+        await disk.CacheAll(256, 16, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        Assert.InRange(mostUnsynced, 1 << 20, 48 << 20);
+    }
+
+    /// <summary>What would have to be fetched is not fast to zero.</summary>
+    [Fact]
+    public async Task Fast_zeroes_fetch_nothing_and_change_nothing_that_they_refuse()
+    {
+        using CachingDisk disk = Open();
+        Hold(new TaskCompletionSource().Task); // the origin answers nothing
+        foreach ((long offset, long length) in ((long, long)[])[(10, 100), ((8 * Block) + 1, 8 * Block), (8 * Block, (4 * Block) + 1), (Length - 1300, 100)])
+        {
+            foreach (ZeroMode mode in (ZeroMode[])[ZeroMode.FastOnly, ZeroMode.FastOnly | ZeroMode.MayPunch])
+            {
+                var refused = await Assert.ThrowsAsync<DiskException>(() => Soon(disk.ZeroAsync(offset, length, mode, durable: false)));
+                Assert.Equal(DiskError.NotSupported, refused.Error);
+            }
+        }
+
+        Assert.Equal(disk.Map.BlockCount, disk.Statistics.AbsentBlocks);
+        Assert.Empty(Asked);
+        await Soon(disk.ZeroAsync(8 * Block, 4 * Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // whole blocks are,
+        await Soon(disk.ZeroAsync(Length - 1234, 1234, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // and the end of the disk,
+        await Soon(disk.ZeroAsync((8 * Block) + 1, Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // and what is here
+        Assert.Empty(Asked);
     }
 
     /// <summary>Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.</summary>
