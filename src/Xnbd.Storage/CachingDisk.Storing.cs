@@ -28,18 +28,9 @@ internal sealed partial class CachingDisk : IDiskWork
     /// <summary>How long a file that was slow is taken for slow, in milliseconds.</summary>
     private const int SlowTime = 1000;
 
-    /// <summary>Holes among the local blocks are remembered for parts of the disk of this size: 64 MiB.</summary>
-    private const int HolesShift = 26;
-
     private readonly Action<IDiskWork>? _runStoring; // given by tests only
     private readonly Action _storeHere;
     private readonly Action _storeLast; // puts that off once more, when all of the batch is known
-
-    /// <summary>
-    /// Parts of the disk whose local blocks may be holes of the file. Elsewhere nobody looks for them: the kernel looks under
-    /// the same lock under which it writes, so that a hit would wait for what is being stored.
-    /// </summary>
-    private readonly bool[] _mayHaveHoles;
 
     /// <summary>
     /// So much is stored between two steps, in bytes: a client's flush waits for twice as much, tens of milliseconds.
@@ -88,19 +79,6 @@ internal sealed partial class CachingDisk : IDiskWork
             LetWaitingIn();
         SendFetches(); // to fail
         _buffers.Dispose();
-    }
-
-    /// <inheritdoc/>
-    protected override FileRange TryLocateLocal(long offset, int length, bool findHoles)
-    {
-        if (findHoles)
-        {
-            findHoles = false;
-            for (long part = offset >> HolesShift; part <= (offset + length - 1) >> HolesShift; part++)
-                findHoles |= Volatile.Read(ref _mayHaveHoles[part]);
-        }
-
-        return Local.TryLocate(offset, length, findHoles);
     }
 
     /// <summary>Stores what has arrived, until nothing is left; who comes here has set <c>_isStoring</c>.</summary>
@@ -355,14 +333,8 @@ internal sealed partial class CachingDisk : IDiskWork
         fetch.IsCounted = false;
     }
 
-    /// <summary>Makes a part of the file a hole, if it is none.</summary>
-    private async ValueTask MakeHole(long offset, long length)
-    {
-        for (long part = offset >> HolesShift; part <= (offset + length - 1) >> HolesShift; part++)
-            Volatile.Write(ref _mayHaveHoles[part], true);
-        if (Local.TryLocate(offset, (int)length, findHoles: true) is not { IsHole: true } hole || hole.Length < length) // it is one mostly
-            await Local.ZeroAsync(offset, length, ZeroMode.MayPunch, durable: false);
-    }
+    /// <summary>Makes a part of the file a hole.</summary>
+    private ValueTask MakeHole(long offset, long length) => Local.ZeroAsync(offset, length, ZeroMode.MayPunch, durable: false);
 
     /// <summary>Data as data, and long runs of zeroes as holes: a sparse origin stays sparse.</summary>
     private async ValueTask StoreData(long offset, ReadOnlyMemory<byte> data)

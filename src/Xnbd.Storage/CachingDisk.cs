@@ -93,8 +93,6 @@ internal sealed partial class CachingDisk : OverlayDisk
         _storeHere = () => StartStoring(isHere: true);
         _storeLast = () => Batch.TryPutOff(_storeHere); // there is a batch: it has put off this
         _sendFetches = SendFetches;
-        _mayHaveHoles = new bool[(map.Header.Source.Length >> HolesShift) + 1];
-        Array.Fill(_mayHaveHoles, map.Count(BlockState.Absent) < map.BlockCount); // of an earlier life nobody knows
     }
 
     /// <summary>What it has done so far, and is doing.</summary>

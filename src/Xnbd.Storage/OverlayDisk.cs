@@ -69,9 +69,6 @@ internal abstract partial class OverlayDisk : Disk
     /// <summary>As <see cref="Disk.TryLocate"/>, of what the local file does not hold.</summary>
     protected abstract FileRange TryLocateAbsent(long offset, int length, bool findHoles);
 
-    /// <summary>As <see cref="Disk.TryLocate"/>, of what the local file holds.</summary>
-    protected virtual FileRange TryLocateLocal(long offset, int length, bool findHoles) => _local.TryLocate(offset, length, findHoles);
-
     /// <summary>As <see cref="Disk.PrefetchAsync"/>, of what the local file does not hold.</summary>
     protected abstract ValueTask PrefetchAbsentAsync(long offset, long length);
 
@@ -133,7 +130,7 @@ internal abstract partial class OverlayDisk : Disk
         {
             BlockState.Absent => TryLocateAbsent(offset, run, findHoles),
             BlockState.Zero => findHoles ? FileRange.Hole(run) : FileRange.None,
-            _ => TryLocateLocal(offset, run, findHoles),
+            _ => _local.TryLocate(offset, run, findHoles),
         };
     }
 
