@@ -98,8 +98,8 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         var socket = new Socket(endPoint.AddressFamily, SocketType.Stream, endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
         try
         {
-            // The kernel keeps to the send timeout when it connects, too (socket(7)). An asynchronous connect would need threads
-            // of the runtime, and fail for ever once those could not be started.
+            // The kernel keeps to the send timeout when it connects, too (socket(7)). An asynchronous connect would
+            // need threads of the runtime, and fail for ever once those could not be started.
             socket.SendTimeout = (int)timeout.TotalMilliseconds;
             try
             {

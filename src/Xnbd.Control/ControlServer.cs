@@ -66,7 +66,9 @@ public sealed class ControlServer : IDisposable
 
     /// <summary>Opens the channel. A socket that a killed process has left is replaced.</summary>
     /// <param name="path">The socket.</param>
-    /// <param name="call">Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.</param>
+    /// <param name="call">
+    /// Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.
+    /// </param>
     /// <exception cref="IOException">It cannot be opened; the message says why.</exception>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static ControlServer Start(string path, Func<string, JsonObject, JsonNode?> call)
@@ -86,8 +88,8 @@ public sealed class ControlServer : IDisposable
         lock (_clients)
         {
             _clients.ForEach(client => client.Dispose());
-            long start = Environment.TickCount64;
-            while (_calling.Count > 0 && s_endTime.TotalMilliseconds - (Environment.TickCount64 - start) is > 0 and var left)
+            long end = Environment.TickCount64 + (long)s_endTime.TotalMilliseconds;
+            while (_calling.Count > 0 && end - Environment.TickCount64 is > 0 and var left)
                 Monitor.Wait(_clients, (int)left);
         }
     }

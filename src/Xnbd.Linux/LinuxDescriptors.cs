@@ -3,20 +3,22 @@ using System.Runtime.InteropServices;
 namespace Xnbd.Linux;
 
 /// <summary>
-/// How many descriptors this process may have. The last ones are a reserve, which clients do not get: without it they could take what
-/// a broken remote needs to come back, the control channel, the log, or a snapshot.
+/// How many descriptors this process may have. The last ones are a reserve, which clients do not get: without it they
+/// could take what a broken remote needs to come back, the control channel, the log, or a snapshot.
 /// </summary>
 public static unsafe class LinuxDescriptors
 {
     private const int NumberOfFiles = 7; // RLIMIT_NOFILE
 
     /// <summary>
-    /// The most that is asked for: the clients that a server takes, several times over. A hard limit may be a billion, and programs
-    /// that walk through all numbers would then take minutes.
+    /// The most that is asked for: the clients that a server takes, several times over. A hard limit may be a billion,
+    /// and programs that walk through all numbers would then take minutes.
     /// </summary>
     private const int MostWanted = 65_536;
 
-    /// <summary>The reserve: 64 connections to a remote, 16 control clients, and as many for logs, layers and snapshots.</summary>
+    /// <summary>
+    /// The reserve: 64 connections to a remote, 16 control clients, and as many for logs, layers and snapshots.
+    /// </summary>
     private const int LargestReserve = 128;
 
     /// <summary>The limit at present: descriptors are smaller numbers.</summary>
@@ -29,7 +31,10 @@ public static unsafe class LinuxDescriptors
         }
     }
 
-    /// <summary>Raises this process's limit to what it may be (<c>RLIMIT_NOFILE</c>, from soft to hard). Its children inherit it.</summary>
+    /// <summary>
+    /// Raises this process's limit to what it may be (<c>RLIMIT_NOFILE</c>, from soft to hard). Its children inherit
+    /// it.
+    /// </summary>
     public static void RaiseLimit()
     {
         LibC.ResourceLimit limit;
@@ -43,8 +48,8 @@ public static unsafe class LinuxDescriptors
     }
 
     /// <summary>
-    /// Whether a descriptor is one of the reserve. The kernel gives out the smallest number that is free, so all that are not of the
-    /// reserve are in use then.
+    /// Whether a descriptor is one of the reserve. The kernel gives out the smallest number that is free, so all that
+    /// are not of the reserve are in use then.
     /// </summary>
     /// <param name="descriptor">The descriptor; it is open.</param>
     /// <param name="limit">The <see cref="Limit"/>.</param>

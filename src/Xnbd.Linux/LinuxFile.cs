@@ -79,7 +79,8 @@ public readonly record struct FileStatus(
         get
         {
             ulong major = Device >> 32, minor = Device & 0xffff_ffff;
-            return ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8) | ((minor & 0xffff_ff00) << 12) | (minor & 0xff);
+            return ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8)
+                | ((minor & 0xffff_ff00) << 12) | (minor & 0xff);
         }
     }
 
@@ -331,7 +332,9 @@ public static unsafe class LinuxFile
     /// <param name="file">The file; open for writing, if nobody else is to hold the lock.</param>
     /// <param name="offset">The byte.</param>
     /// <param name="shared">Others may hold it as well, if they share it too.</param>
-    /// <returns><see cref="Errno.EAGAIN"/> when somebody else's lock forbids it; another error where there are no such locks.</returns>
+    /// <returns>
+    /// <see cref="Errno.EAGAIN"/> when somebody else's lock forbids it; another error where there are no such locks.
+    /// </returns>
     public static Errno TryLockByte(SafeFileHandle file, long offset, bool shared = true)
     {
         const int setLock = 37; // F_OFD_SETLK

@@ -12,7 +12,10 @@ public static class LinuxProcess
     /// <summary>Leaves the session of the terminal that started this process.</summary>
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
 
-    /// <summary>Sets the process's name, by which <c>pidof</c> and <c>ps</c> find it; the kernel keeps 15 bytes. For the first thread.</summary>
+    /// <summary>
+    /// Sets the process's name, by which <c>pidof</c> and <c>ps</c> find it; the kernel keeps 15 bytes. For the first
+    /// thread.
+    /// </summary>
     public static unsafe void SetName(string name)
     {
         const int setName = 15; // PR_SET_NAME

@@ -1,9 +1,10 @@
 namespace Xnbd.Linux;
 
 /// <summary>
-/// Signals that one thread waits for, in place of handlers. A signal that all threads block waits until that thread takes it. So
-/// no signal is lost or ends the process from <see cref="BlockInAllThreads"/> on, and taking one needs no further thread. (The
-/// runtime's own handling starts a thread for each SIGINT. Where none can be had, that ends the process.)
+/// Signals that one thread waits for, in place of handlers. A signal that all threads block waits until that thread
+/// takes it. So no signal is lost or ends the process from <see cref="BlockInAllThreads"/> on, and taking one needs no
+/// further thread. (The runtime's own handling starts a thread for each SIGINT. Where none can be had, that ends the
+/// process.)
 /// </summary>
 public static unsafe class LinuxSignals
 {
@@ -23,8 +24,8 @@ public static unsafe class LinuxSignals
     public const int Terminate = 15;
 
     /// <summary>
-    /// Blocks signals. To be called at the start of the program, on its first thread: threads inherit what is blocked from those that
-    /// start them, and so does a child process.
+    /// Blocks signals. To be called at the start of the program, on its first thread: threads inherit what is blocked
+    /// from those that start them, and so does a child process.
     /// </summary>
     public static void BlockInAllThreads(params ReadOnlySpan<int> signals)
     {
@@ -37,11 +38,14 @@ public static unsafe class LinuxSignals
         GC.WaitForPendingFinalizers();
     }
 
-    /// <summary>Whether a signal was ignored when this process was started, as SIGINT is in a shell's background job.</summary>
+    /// <summary>
+    /// Whether a signal was ignored when this process was started, as SIGINT is in a shell's background job.
+    /// </summary>
     public static bool IsIgnored(int signal)
     {
         const string line = "SigIgn:\t";
-        string? ignored = File.ReadLines("/proc/self/status").FirstOrDefault(l => l.StartsWith(line, StringComparison.Ordinal));
+        string? ignored = File.ReadLines("/proc/self/status")
+            .FirstOrDefault(l => l.StartsWith(line, StringComparison.Ordinal));
         return ignored is not null && (Convert.ToUInt64(ignored[line.Length..], 16) & BitOf(signal)) != 0;
     }
 

@@ -1,14 +1,14 @@
 namespace Xnbd.Linux;
 
 /// <summary>
-/// The one place that starts threads. A system may refuse one at any time: by <c>ulimit -u</c>, by systemd's <c>TasksMax</c>, or
-/// for want of memory. Whoever starts one has an answer to that.
+/// The one place that starts threads. A system may refuse one at any time: by <c>ulimit -u</c>, by systemd's
+/// <c>TasksMax</c>, or for want of memory. Whoever starts one has an answer to that.
 /// </summary>
 public static class LinuxThread
 {
     /// <summary>
-    /// Stack of each thread in bytes. The deepest calls, JSON and a switch on a control client's thread, need a fifth of it. The
-    /// default of 8 MiB is address space that limits such as <c>ulimit -v</c> count.
+    /// Stack of each thread in bytes. The deepest calls, JSON and a switch on a control client's thread, need a fifth
+    /// of it. The default of 8 MiB is address space that limits such as <c>ulimit -v</c> count.
     /// </summary>
     public const int StackBytes = 256 * 1024;
 

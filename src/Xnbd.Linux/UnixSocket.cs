@@ -5,26 +5,35 @@ using Microsoft.Win32.SafeHandles;
 namespace Xnbd.Linux;
 
 /// <summary>
-/// A listening Unix socket, and its file. The file is made and removed under a lock on its directory (<c>flock</c>), so programs
-/// that use this class never replace, or remove, each other's socket: a socket without a listener is a killed process's, and at
-/// the end the file is removed only if it is still this one's. The lock is held for a moment each time.
+/// A listening Unix socket, and its file. The file is made and removed under a lock on its directory (<c>flock</c>), so
+/// programs that use this class never replace, or remove, each other's socket: a socket without a listener is a killed
+/// process's, and at the end the file is removed only if it is still this one's. The lock is held for a moment each
+/// time.
 /// </summary>
 public sealed unsafe class UnixSocket : IDisposable
 {
     /// <summary>The longest path of a Unix socket, in bytes: <c>sockaddr_un</c>, unix(7).</summary>
     public const int LongestPath = 107;
 
+    private const string OtherFile = "there is another file of that name";
+
     /// <summary>
-    /// How long to wait for a directory that somebody else has locked. Programs that start together need milliseconds; another
-    /// program's lock, which is not meant for us, may last.
+    /// How long to wait for a directory that somebody else has locked. Programs that start together need milliseconds;
+    /// another program's lock, which is not meant for us, may last.
     /// </summary>
     private static readonly TimeSpan s_lockTime = TimeSpan.FromSeconds(5);
 
-    /// <summary>How long a socket that is there may take to accept a connection; one that takes longer has a listener.</summary>
+    /// <summary>The same at the end, when a file that stays does no harm.</summary>
+    private static readonly TimeSpan s_endTime = TimeSpan.FromSeconds(1);
+
+    /// <summary>
+    /// How long a socket that is there may take to accept a connection; one that takes longer has a listener.
+    /// </summary>
     private static readonly TimeSpan s_probeTime = TimeSpan.FromSeconds(1);
 
     private readonly string _path;
     private readonly FileStatus _file;
+    private int _isDisposed; // 1 when it is
 
     private UnixSocket(string path, Socket socket, in FileStatus file)
     {
@@ -55,7 +64,7 @@ public sealed unsafe class UnixSocket : IDisposable
         path = Path.GetFullPath(path);
         CheckLength(path);
         string folder = Path.GetDirectoryName(path) ?? "/";
-        using SafeFileHandle directory = Lock(folder);
+        using SafeFileHandle directory = Lock(folder, s_lockTime);
         RemoveStale(path);
         int descriptor = LibC.Socket(LibC.AddressFamilyUnix, LibC.SocketStream | LibC.SocketCloseOnExec, 0);
         if (LibC.Outcome(descriptor) is var failed and not Errno.None)
@@ -66,7 +75,7 @@ public sealed unsafe class UnixSocket : IDisposable
         {
             Errno errno = Bind(handle, path);
             if (errno != Errno.None)
-                throw new IOException(errno == Errno.EADDRINUSE ? "there is another file of that name" : errno.Describe());
+                throw new IOException(errno == Errno.EADDRINUSE ? OtherFile : errno.Describe());
             isBound = true;
             if (isPrivate)
                 errno = LibC.Outcome(LibC.ChMod(path, 0b110_000_000)); // until it listens, nobody can connect
@@ -91,14 +100,16 @@ public sealed unsafe class UnixSocket : IDisposable
     }
 
     /// <summary>
-    /// Stops listening, and removes the file, unless another one has taken its place. If that is not allowed, it stays, as that of
-    /// a killed process does.
+    /// Stops listening, and removes the file, unless another one has taken its place. If that is not allowed, it stays,
+    /// as that of a killed process does.
     /// </summary>
     public void Dispose()
     {
+        if (Interlocked.Exchange(ref _isDisposed, 1) != 0)
+            return; // another file may have its number by now
         try
         {
-            using SafeFileHandle directory = Lock(Path.GetDirectoryName(_path) ?? "/");
+            using SafeFileHandle directory = Lock(Path.GetDirectoryName(_path) ?? "/", s_endTime);
 
             // While this socket is open, no other file can get its number.
             if (LinuxFile.Status(_path, out FileStatus present) == Errno.None && present.IsSameFile(_file))
@@ -119,20 +130,25 @@ public sealed unsafe class UnixSocket : IDisposable
     }
 
     /// <summary>Opens a directory and locks it.</summary>
-    private static SafeFileHandle Lock(string folder)
+    private static SafeFileHandle Lock(string folder, TimeSpan atMost)
     {
         if (!Directory.Exists(folder))
-            throw new IOException(File.Exists(folder) ? $"'{folder}' is no directory" : $"there is no directory '{folder}'");
+        {
+            throw new IOException(
+                File.Exists(folder) ? $"'{folder}' is no directory" : $"there is no directory '{folder}'");
+        }
+
         Errno errno = LinuxFile.Open(folder, OpenMode.ReadOnly, out SafeFileHandle? directory);
         if (errno != Errno.None)
             throw new IOException($"the directory '{folder}' cannot be opened: {errno.Describe()}");
         long start = Environment.TickCount64;
         while ((errno = LinuxFile.TryLock(directory!)) == Errno.EAGAIN)
         {
-            if (Environment.TickCount64 - start > s_lockTime.TotalMilliseconds)
+            if (Environment.TickCount64 - start > atMost.TotalMilliseconds)
             {
                 directory!.Dispose();
-                throw new IOException($"the directory '{folder}' is locked by another process, and has been for {s_lockTime.TotalSeconds:0} seconds");
+                throw new IOException(
+                    $"the directory '{folder}' has been locked by another process for {atMost.TotalSeconds:0} seconds");
             }
 
             Thread.Sleep(10);
@@ -141,14 +157,16 @@ public sealed unsafe class UnixSocket : IDisposable
         return directory!; // where a file system has no such locks, go on without
     }
 
-    /// <summary>Removes a socket that nobody listens on any more, as a killed process leaves it. The directory is locked.</summary>
+    /// <summary>
+    /// Removes a socket that nobody listens on any more, as a killed process leaves it. The directory is locked.
+    /// </summary>
     /// <exception cref="IOException">Something else is there.</exception>
     private static void RemoveStale(string path)
     {
         if (LinuxFile.Status(path, out FileStatus status) != Errno.None)
             return;
         if (status.Kind != FileKind.Socket)
-            throw new IOException("there is another file of that name");
+            throw new IOException(OtherFile);
         using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         probe.SendTimeout = (int)s_probeTime.TotalMilliseconds;
         try

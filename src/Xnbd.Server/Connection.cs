@@ -54,7 +54,9 @@ internal sealed class Connection : IDisposable
         return false;
     }
 
-    /// <summary>Puts what explains the end before its reason, for the log. For the connection's own thread, after it has ended.</summary>
+    /// <summary>
+    /// Puts what explains the end before its reason, for the log. For the connection's own thread, after it has ended.
+    /// </summary>
     public void AddToEndReason(string explanation)
         => Volatile.Write(ref _endReason, EndReason is { } reason ? $"{explanation} ({reason})" : explanation);
 

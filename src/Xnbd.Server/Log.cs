@@ -71,7 +71,9 @@ internal sealed class FailureLog(ILogger logger)
     }
 }
 
-/// <summary>Logs connections that were refused, once in <see cref="s_pause"/>: who is refused tries again soon.</summary>
+/// <summary>
+/// Logs connections that were refused, once in <see cref="s_pause"/>: who is refused tries again soon.
+/// </summary>
 internal sealed class RefusalLog(ILogger logger)
 {
     private static readonly TimeSpan s_pause = TimeSpan.FromSeconds(5);

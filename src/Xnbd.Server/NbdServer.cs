@@ -183,14 +183,17 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
         spare?.Dispose();
     }
 
-    /// <summary>Gives a new connection a thread, or closes it: nothing was received from it, so the client sees a clean end.</summary>
+    /// <summary>
+    /// Gives a new connection a thread, or closes it: nothing was received from it, so the client sees a clean end.
+    /// </summary>
     private void Take(Socket socket)
     {
         string? refusal = LinuxDescriptors.IsOfReserve(socket.SafeHandle, _descriptorLimit)
             ? $"the limit of {_descriptorLimit} descriptors is reached"
             : Volatile.Read(ref _connectionCount) >= ServerLimits.MaxConnections
                 ? $"there are {ServerLimits.MaxConnections} already"
-                : LinuxThread.TryStart("session", () => Serve(socket)) is null ? "the system has no thread to spare" : null;
+                : LinuxThread.TryStart("session", () => Serve(socket)) is null ? "the system has no thread to spare"
+                : null;
         if (refusal is null)
             return;
         socket.Dispose();
@@ -220,14 +223,19 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
     /// <summary>What clients are told to connect to.</summary>
     private string UriOf(IPEndPoint address)
     {
-        string host = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any) ? Environment.MachineName
-            : address.AddressFamily == AddressFamily.InterNetworkV6 ? $"[{address.Address}]" : address.Address.ToString();
+        bool isAny = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any);
+        string host = isAny ? Environment.MachineName
+            : address.AddressFamily == AddressFamily.InterNetworkV6 ? $"[{address.Address}]"
+            : address.Address.ToString();
         string name = exports.Default.Name;
         return $"nbd://{host}:{address.Port}{(name.Length > 0 ? "/" : "")}{Uri.EscapeDataString(name)}";
     }
 
     private string UriOf(string path)
-        => $"nbd+unix:///{Uri.EscapeDataString(exports.Default.Name)}?socket={Uri.EscapeDataString(path).Replace("%2F", "/", StringComparison.Ordinal)}";
+    {
+        string escaped = Uri.EscapeDataString(path).Replace("%2F", "/", StringComparison.Ordinal);
+        return $"nbd+unix:///{Uri.EscapeDataString(exports.Default.Name)}?socket={escaped}";
+    }
 
     private Agreement? Negotiate(Connection connection)
     {

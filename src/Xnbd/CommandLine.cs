@@ -31,10 +31,10 @@ internal static class CommandLine
         if (program.Subcommands.Count > 0 && result.CommandResult.Command == program)
         {
             string known = string.Join(", ", program.Subcommands.Select(command => command.Name));
-            throw new UsageException(args.Length == 0 ? $"no command was given: use one of {known}"
-                : result.UnmatchedTokens is [string unknown, ..] && !unknown.StartsWith('-') ? $"unknown command '{unknown}': use one of {known}"
-                : result.UnmatchedTokens is [string option, ..] ? $"unknown option '{option}'"
-                : $"no command was given: use one of {known}");
+            string? unknown = result.UnmatchedTokens.FirstOrDefault();
+            throw new UsageException(unknown is null ? $"no command was given: use one of {known}"
+                : unknown.StartsWith('-') ? $"unknown option '{unknown}'"
+                : $"unknown command '{unknown}': use one of {known}");
         }
 
         return result.Errors.Count == 0 ? result : throw new UsageException(result.Errors[0].Message.TrimEnd('.'));

@@ -28,6 +28,7 @@ internal static class Daemon
 
     /// <summary>Starts a program of this executable in the background.</summary>
     /// <returns>Its exit code: success once it serves.</returns>
+    /// <exception cref="FailureException">It cannot be started.</exception>
     public static int Start(string program, IEnumerable<string> args)
     {
         string? link = FindLink(program);
@@ -37,14 +38,28 @@ internal static class Daemon
             UseShellExecute = false,
         };
         start.Environment[ChildVariable] = "1";
-        using Process child = Process.Start(start)!;
+        using Process child = StartChild(start);
         if (child.StandardOutput.ReadLine() == Ready)
             return ExitCode.Success;
         child.WaitForExit();
         return child.ExitCode == ExitCode.Success ? ExitCode.Failure : child.ExitCode;
     }
 
-    /// <summary>The link named for a program by which this executable was called, or which stands beside it; null for none.</summary>
+    private static Process StartChild(ProcessStartInfo start)
+    {
+        try
+        {
+            return Process.Start(start)!;
+        }
+        catch (Exception failure) when (failure is System.ComponentModel.Win32Exception or OutOfMemoryException)
+        {
+            throw new FailureException($"cannot go into the background: {failure.Message}");
+        }
+    }
+
+    /// <summary>
+    /// The link named for a program by which this executable was called, or which stands beside it; null for none.
+    /// </summary>
     /// <remarks>A process that is started through it has its name, so <c>pidof</c> finds it.</remarks>
     private static string? FindLink(string program)
     {
@@ -56,7 +71,8 @@ internal static class Daemon
             : Environment.GetEnvironmentVariable("PATH")?.Split(':', StringSplitOptions.RemoveEmptyEntries) ?? [];
         return folders.Append(Path.GetDirectoryName(Environment.ProcessPath)!)
             .Select(folder => Path.GetFullPath(Path.Combine(folder, program)))
-            .FirstOrDefault(path => LinuxFile.Status(path, out FileStatus there) == Errno.None && there.IsSameFile(own));
+            .FirstOrDefault(
+                path => LinuxFile.Status(path, out FileStatus there) == Errno.None && there.IsSameFile(own));
     }
 
     /// <summary>In the child: tells the parent that this process serves, and lets go of terminal and directory.</summary>

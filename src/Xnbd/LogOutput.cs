@@ -27,7 +27,10 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     private SafeFileHandle? _file;
     private long _dropped;
 
-    /// <summary>Who reads stderr sees neither the time nor the level otherwise: it is no terminal, and not the journal, which notes them itself.</summary>
+    /// <summary>
+    /// Who reads stderr sees neither the time nor the level otherwise: it is no terminal, and not the journal, which
+    /// notes them itself.
+    /// </summary>
     private readonly bool _isStderrStamped = toStderr && Console.IsErrorRedirected && !IsJournal();
 
     /// <summary>Lines go somewhere else than stderr.</summary>
@@ -41,7 +44,8 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             LinuxSyslog.Open(program);
         if (path is not null && LinuxFile.Open(path, OpenMode.Append, out _file) is var errno and not Errno.None)
             throw new FailureException($"cannot open the log file '{path}': {Describe(errno)}");
-        _writer = LinuxThread.TryStart("log", WriteLines) ?? throw new FailureException("the system has no thread to spare");
+        _writer = LinuxThread.TryStart("log", WriteLines)
+            ?? throw new FailureException("the system has no thread to spare");
     }
 
     private static string Describe(Errno errno) => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
@@ -117,7 +121,10 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         };
         message = message.ReplaceLineEndings(" | "); // one event, one line
         if (toStderr)
-            StandardError.WriteLine(_isStderrStamped ? $"{Stamp(time)} {program}: {word}: {message}" : $"{program}: {message}");
+        {
+            string line = _isStderrStamped ? $"{Stamp(time)} {program}: {word}: {message}" : $"{program}: {message}";
+            StandardError.WriteLine(line);
+        }
 
         lock (_fileLock)
         {
@@ -131,9 +138,12 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             LinuxSyslog.Write(severity, message);
     }
 
-    private static string Stamp(DateTime time) => time.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture);
+    private static string Stamp(DateTime time)
+        => time.ToString("yyyy-MM-ddTHH:mm:ss.fffzzz", CultureInfo.InvariantCulture);
 
-    /// <summary>Whether stderr is the journal's stream: <c>JOURNAL_STREAM</c> names device and inode, systemd.exec(5).</summary>
+    /// <summary>
+    /// Whether stderr is the journal's stream: <c>JOURNAL_STREAM</c> names device and inode, systemd.exec(5).
+    /// </summary>
     private static bool IsJournal()
     {
         if (Environment.GetEnvironmentVariable("JOURNAL_STREAM")?.Split(':') is not [string device, string inode]

@@ -6,9 +6,9 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// A file that names the server's process. Its first byte is locked as long as the process lives, so a file that a killed server
-/// has left is told from one that is in use. (Not with <c>flock</c>: some runtimes refuse to read a file that is locked so.) The
-/// file is empty until the server listens.
+/// A file that names the server's process. Its first byte is locked as long as the process lives, so a file that a
+/// killed server has left is told from one that is in use. (Not with <c>flock</c>: some runtimes refuse to read a file
+/// that is locked so.) The file is empty until the server listens.
 /// </summary>
 internal sealed class PidFile : IDisposable
 {
@@ -62,8 +62,10 @@ internal sealed class PidFile : IDisposable
     {
         byte[] line = Encoding.ASCII.GetBytes(Environment.ProcessId.ToString(CultureInfo.InvariantCulture) + "\n");
         long count = LinuxFile.Append(_file, line);
-        if (count != line.Length)
-            throw new FailureException($"cannot write the pid file '{_path}': {(count < 0 ? ((Errno)(-count)).Describe() : "no space")}");
+        if (count == line.Length)
+            return;
+        string cause = count < 0 ? ((Errno)(-count)).Describe() : "no space";
+        throw new FailureException($"cannot write the pid file '{_path}': {cause}");
     }
 
     /// <summary>Removes the file, if it is still this process's.</summary>
@@ -85,7 +87,8 @@ internal sealed class PidFile : IDisposable
         {
             Span<byte> text = stackalloc byte[16];
             long count = LinuxFile.Read(file!, text, 0);
-            return count > 0 ? $", process {Encoding.ASCII.GetString(text[..(int)count]).Trim()}" : ", which is starting";
+            return count <= 0 ? ", which is starting"
+                : $", process {Encoding.ASCII.GetString(text[..(int)count]).Trim()}";
         }
     }
 }

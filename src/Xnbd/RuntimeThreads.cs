@@ -4,13 +4,15 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch over the pool and over
-/// sockets, and the one for timers. The runtime starts them when they are first needed. Where the system has none to give
-/// then, queued work never runs, or the process ends. So all of them are started at the start, and stay.
+/// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch over the pool and
+/// over sockets, and the one for timers. The runtime starts them when they are first needed. Where the system has none
+/// to give then, queued work never runs, or the process ends. So all of them are started at the start, and stay.
 /// </summary>
 internal static class RuntimeThreads
 {
-    /// <summary>Threads of the pool: the project file has the same number for its least, its most, and those that stay.</summary>
+    /// <summary>
+    /// Threads of the pool: the project file has the same number for its least, its most, and those that stay.
+    /// </summary>
     private const int PoolThreads = 4;
 
     private static readonly TimeSpan s_longestStart = TimeSpan.FromSeconds(10);
@@ -43,7 +45,8 @@ internal static class RuntimeThreads
             if (running.Wait(s_longestStart) && fired.Wait(s_longestStart))
                 return;
         }
-        catch (Exception failure) when (failure is OutOfMemoryException or ThreadStartException or TypeInitializationException)
+        catch (Exception failure) when (
+            failure is OutOfMemoryException or ThreadStartException or TypeInitializationException)
         {
             // The same answer.
         }

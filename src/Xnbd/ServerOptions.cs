@@ -251,7 +251,7 @@ internal sealed record ServerOptions
         if (ConnectedDescriptor is not null && Daemonize)
             throw new UsageException("--connected-fd and --daemonize exclude each other");
         if (IsOneConnection && PidFile is not null)
-            throw new UsageException("--pidfile is for servers that listen: --inetd and --connected-fd make no sense with it");
+            throw new UsageException("--pidfile is for servers that listen: not for --inetd and --connected-fd");
         if (PidFile is "")
             throw new UsageException("--pidfile: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))

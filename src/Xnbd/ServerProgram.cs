@@ -17,7 +17,9 @@ internal sealed class ServerProgram
     /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
     private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(8.5); // and a second for the log
 
-    /// <summary>The same while it is starting, and may be waiting for a remote: nobody is served yet, and nothing is lost.</summary>
+    /// <summary>
+    /// The same while it is starting, and may be waiting for a remote: nobody is served yet, and nothing is lost.
+    /// </summary>
     private static readonly TimeSpan s_longestBreak = TimeSpan.FromSeconds(1);
 
     private readonly ServerOptions _options;
@@ -55,7 +57,8 @@ internal sealed class ServerProgram
                 return ExitCode.Success;
             if (options.Daemonize && !isDaemon)
                 return Daemon.Start(Name, args);
-            int[] signals = [.. s_signals.Where(signal => signal != LinuxSignals.Interrupt || !LinuxSignals.IsIgnored(signal))];
+            bool isIgnored = LinuxSignals.IsIgnored(LinuxSignals.Interrupt); // in a shell's background job
+            int[] signals = [.. s_signals.Where(signal => signal != LinuxSignals.Interrupt || !isIgnored)];
             LinuxSignals.BlockInAllThreads(signals); // before anything waits
             options = options with
             {
@@ -135,7 +138,8 @@ internal sealed class ServerProgram
         StartThread("end", WatchEnd);
         using PidFile? pidFile = _options.PidFile is null ? null : PidFile.Open(_options.PidFile);
         _pidFile = pidFile;
-        using ProxyMode? proxy = _options.Proxy is null ? null : new ProxyMode(_options.Proxy, _options.ReadOnly, _log, _stop.Token);
+        using ProxyMode? proxy = _options.Proxy is null ? null
+            : new ProxyMode(_options.Proxy, _options.ReadOnly, _log, _stop.Token);
         using Disk? own = proxy is null ? OpenDisk() : null;
         Disk disk = proxy?.Disk ?? own!;
         _disk = disk;
@@ -287,8 +291,8 @@ internal sealed class ServerProgram
     }
 
     /// <summary>
-    /// Ends the process when that takes too long, or when it is told to end amid its start. A thread of its own from the start on:
-    /// at the end the system might have none to give.
+    /// Ends the process when that takes too long, or when it is told to end amid its start. A thread of its own from
+    /// the start on: at the end the system might have none to give.
     /// </summary>
     private void WatchEnd()
     {

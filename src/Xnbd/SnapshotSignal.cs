@@ -29,7 +29,8 @@ internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, Can
 
             if (getImage() is not { } image)
             {
-                log.LogInformation("SIGUSR1 has no meaning in this mode: snapshots are made of the target mode's images");
+                log.LogInformation(
+                    "SIGUSR1 has no meaning in this mode: snapshots are made of the target mode's images");
                 return;
             }
 

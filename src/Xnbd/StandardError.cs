@@ -5,8 +5,8 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// Lines on stderr, written at once. <c>Console.Error</c> would start a thread for signals first, and end the process where the system
-/// has none to give.
+/// Lines on stderr, written at once. <c>Console.Error</c> would start a thread for signals first, and end the process
+/// where the system has none to give.
 /// </summary>
 internal static class StandardError
 {

@@ -33,6 +33,34 @@ public sealed class DaemonTests : IDisposable
         Assert.False(Path.Exists(socket));
     }
 
+    /// <summary>Another program's lock on the directory is waited for, but neither for ever nor at the end.</summary>
+    [Fact]
+    public async Task A_directory_that_is_locked_is_said_so_and_stops_no_end()
+    {
+        string folder = Directory.CreateDirectory(_folder.File("d")).FullName, socket = Path.Combine(folder, "s");
+        using ServerProcess server = ServerProcess.Start(socket, On(socket));
+        using Process holder = Process.Start(new ProcessStartInfo("flock", [folder, "cat"]) { RedirectStandardInput = true })!;
+        try
+        {
+            Wait.Until(() => Tool.Run("flock", "-n", folder, "true").Result.ExitCode != 0, "it is locked");
+            ToolResult refused = await Tool.Run(ServerProcess.Executable, On(Path.Combine(folder, "t")));
+            Assert.Equal(1, refused.ExitCode);
+            Assert.Contains($"the directory '{folder}' has been locked by another process", refused.Errors, StringComparison.Ordinal);
+            long start = Stopwatch.GetTimestamp();
+            Assert.Equal(0, server.Stop());
+            Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 4);
+        }
+        finally
+        {
+            holder.StandardInput.Close();
+            await holder.WaitForExitAsync(TestContext.Current.CancellationToken);
+        }
+
+        using ServerProcess next = ServerProcess.Start(socket, On(socket)); // in place of what was left
+        Assert.Equal(0, next.Stop());
+        Assert.False(Path.Exists(socket));
+    }
+
     [Fact]
     public async Task Of_many_that_start_together_on_a_stale_socket_one_serves()
     {
@@ -274,6 +302,37 @@ public sealed class DaemonTests : IDisposable
         using NbdTestClient client = server.Open();
         foreach (int signal in (int[])[1, 10, 12, 15])
             Assert.True(ServerProcess.BlocksInAllThreads(server.Id, signal));
+    }
+
+    /// <summary>Blocks that were trimmed make the switch take a while.</summary>
+    [Fact]
+    public async Task Told_to_end_amid_a_switch_it_ends_in_good_order()
+    {
+        const int size = 16 << 20;
+        string image = _folder.Random("origin.img", size), remote = _folder.File("o"), socket = _folder.File("p");
+        using ServerProcess origin = ServerProcess.Start(remote, ["--target", "--readonly", "--unix", remote, image]);
+        var random = new Random(9);
+        for (int round = 0; round < 12; round++)
+        {
+            using ServerProcess proxy = ServerProcess.Start(socket, ["--proxy", "--clear-bitmap", "--unix", socket, "unix:" + remote, "-",
+                _folder.File("c"), _folder.File("m"), _folder.File("ctl")]);
+            await Tool.Succeed(Proxies.Control, "--cache-all", _folder.File("ctl"));
+            using (NbdTestClient client = proxy.Open())
+            {
+                for (int at = 0; at < size; at += 8192)
+                    client.SendRequest(NbdCommand.Trim, (ulong)at, 4096);
+                for (int at = 0; at < size; at += 8192)
+                    Assert.Equal(NbdError.None, client.ReceiveReply().Error);
+            }
+
+            proxy.Signal(12);
+            Thread.Sleep(random.Next(15));
+            proxy.Signal(15);
+            proxy.Signal(15);
+            Assert.Equal(0, proxy.WaitForExit());
+            Assert.DoesNotContain("exception", proxy.Log, StringComparison.OrdinalIgnoreCase);
+            Assert.Matches("(switched: |not switched: |the signal is ignored)", proxy.Log);
+        }
     }
 
     [Fact]

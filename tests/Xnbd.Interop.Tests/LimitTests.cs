@@ -6,7 +6,9 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>The native server where threads or descriptors are scarce: it refuses new clients, and serves the old ones on.</summary>
+/// <summary>
+/// The native server where threads or descriptors are scarce: it refuses new clients, and serves the old ones on.
+/// </summary>
 public sealed class LimitTests : IDisposable
 {
     private const int Size = 8 << 20;
@@ -37,7 +39,8 @@ public sealed class LimitTests : IDisposable
     private ServerProcess StartOrigin(string socket) => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]);
 
     /// <summary>
-    /// A command that runs the server as a user of its own, who may have so many threads; root is not bound by that limit.
+    /// A command that runs the server as a user of its own, who may have so many threads; root is not bound by that
+    /// limit.
     /// </summary>
     private string[] WithThreads(int count)
     {
@@ -179,7 +182,9 @@ public sealed class LimitTests : IDisposable
         }
     }
 
-    /// <summary>A connect takes no longer than it may, and needs nothing of the runtime's: the server's queue is full.</summary>
+    /// <summary>
+    /// A connect takes no longer than it may, and needs nothing of the runtime's: the server's queue is full.
+    /// </summary>
     [Fact]
     public void A_remote_that_accepts_nobody_is_given_up_in_time()
     {
