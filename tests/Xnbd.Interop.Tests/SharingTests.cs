@@ -61,16 +61,22 @@ public sealed class SharingTests : IDisposable
                 { RedirectStandardError = true })!, socket));
             }
 
-            Wait.Until(
-                () => started.Count(s => s.Process.HasExited) >= 3 && started.All(s => s.Process.HasExited || ServerProcess.Listens(s.Socket)),
-                "three were refused");
-            Assert.Equal(1, started.Count(s => !s.Process.HasExited));
-            foreach ((Process process, _) in started)
+            try
             {
-                if (!process.HasExited)
-                    process.Kill();
-                process.WaitForExit();
-                process.Dispose();
+                Wait.Until(
+                    () => started.Count(s => s.Process.HasExited) >= 3 && started.All(s => s.Process.HasExited || ServerProcess.Listens(s.Socket)),
+                    "three were refused");
+                Assert.Equal(1, started.Count(s => !s.Process.HasExited));
+            }
+            finally
+            {
+                foreach ((Process process, _) in started)
+                {
+                    if (!process.HasExited)
+                        process.Kill();
+                    process.WaitForExit();
+                    process.Dispose();
+                }
             }
         }
     }
