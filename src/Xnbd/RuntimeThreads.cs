@@ -6,9 +6,10 @@ namespace Xnbd.Programs;
 /// <summary>
 /// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch over the pool and
 /// over sockets, and the one for timers. The runtime starts them when they are first needed. Where the system has none
-/// to give then, queued work never runs, or the process ends. So all of them are started at the start, and stay.
+/// to give then, queued work never runs, or the process ends. So all of them are started at the start, beside the other work of
+/// the start, and stay.
 /// </summary>
-internal static class RuntimeThreads
+internal sealed class RuntimeThreads
 {
     /// <summary>
     /// Threads of the pool: the project file has the same number for its least, its most, and those that stay.
@@ -19,12 +20,40 @@ internal static class RuntimeThreads
 
     private static Timer? s_timer; // kept, or it would never fire
 
-    /// <summary>Starts them.</summary>
+    private readonly Thread? _starter;
+    private bool _areStarted;
+
+    /// <summary>Begins to start them.</summary>
+    public RuntimeThreads()
+    {
+        try
+        {
+            new SafeSocketHandle().Dispose(); // the first socket starts the thread that watches over sockets
+        }
+        catch (TypeInitializationException)
+        {
+            return; // there can be no socket in this process any more
+        }
+
+        _starter = LinuxThread.TryStart("starter", () => _areStarted = TryStart());
+    }
+
+    /// <summary>Waits until they have been started.</summary>
     /// <exception cref="FailureException">The system has no threads to spare.</exception>
-    public static void Start()
+    public void WaitUntilStarted()
+    {
+        _starter?.Join();
+        if (!_areStarted)
+        {
+            throw new FailureException(
+                "the system has no threads to spare: see 'ulimit -u', and TasksMax if systemd has started this");
+        }
+    }
+
+    private static bool TryStart()
     {
         if (!CanStart(PoolThreads + 3)) // a thread of the pool that cannot start another one ends the process
-            throw NoThreads();
+            return false;
         var running = new CountdownEvent(PoolThreads);
         var fired = new ManualResetEventSlim();
         try
@@ -40,18 +69,13 @@ internal static class RuntimeThreads
                     null);
             }
 
-            new SafeSocketHandle().Dispose(); // the first socket starts the one that watches over sockets
             s_timer = new Timer(_ => fired.Set(), null, 1, Timeout.Infinite);
-            if (running.Wait(s_longestStart) && fired.Wait(s_longestStart))
-                return;
+            return running.Wait(s_longestStart) && fired.Wait(s_longestStart);
         }
-        catch (Exception failure) when (
-            failure is OutOfMemoryException or ThreadStartException or TypeInitializationException)
+        catch (Exception failure) when (failure is OutOfMemoryException or ThreadStartException)
         {
-            // The same answer.
+            return false;
         }
-
-        throw NoThreads();
     }
 
     private static bool CanStart(int count)
@@ -63,7 +87,4 @@ internal static class RuntimeThreads
             thread?.Join();
         return Array.TrueForAll(threads, thread => thread is not null);
     }
-
-    private static FailureException NoThreads()
-        => new("the system has no threads to spare: see 'ulimit -u', and TasksMax if systemd has started this");
 }

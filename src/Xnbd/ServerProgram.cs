@@ -133,7 +133,7 @@ internal sealed class ServerProgram
     private void Serve(int[] signals)
     {
         LinuxDescriptors.RaiseLimit();
-        RuntimeThreads.Start();
+        var runtimeThreads = new RuntimeThreads(); // before the first socket
         StartThread("signals", () => MindSignals(signals));
         StartThread("end", WatchEnd);
         using PidFile? pidFile = _options.PidFile is null ? null : PidFile.Open(_options.PidFile);
@@ -159,7 +159,7 @@ internal sealed class ServerProgram
         _isServing = true;
         try
         {
-            Start(server, disk);
+            Start(server, disk, runtimeThreads);
         }
         catch (FailureException)
         {
@@ -172,7 +172,7 @@ internal sealed class ServerProgram
     }
 
     /// <summary>Opens the server to clients, or to the one that was handed over.</summary>
-    private void Start(NbdServer server, Disk disk)
+    private void Start(NbdServer server, Disk disk, RuntimeThreads runtimeThreads)
     {
         Socket? connection = OpenConnection();
         if (connection is null)
@@ -183,6 +183,7 @@ internal sealed class ServerProgram
             _options.Proxy is { } from ? $", a cache of {from.Remote}" : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
             disk.Length,
             _options.ReadOnly ? "read-only" : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes go when the server ends" : "read-write");
+        runtimeThreads.WaitUntilStarted(); // clients that have connected by now wait a moment
         if (connection is not null)
         {
             StartThread("session", () =>

@@ -127,7 +127,7 @@ public sealed class LimitTests : IDisposable
         File.SetUnixFileMode(_image, (UnixFileMode)0b111_111_111);
         ToolResult result = await Tool.Run(command[0], [.. command[1..], "--target", "--unix", _folder.File("s"), _image]);
         Assert.Equal(1, result.ExitCode);
-        Assert.StartsWith("xnbd-server: the system has no threads to spare", result.Errors, StringComparison.Ordinal);
+        Assert.Contains("xnbd-server: the system has no thread", result.Errors, StringComparison.Ordinal);
         Assert.False(File.Exists(_folder.File("s")));
     }
 

@@ -116,12 +116,15 @@ public sealed class ServerProcess : IDisposable
     {
         try
         {
-            // Before it runs its program, a child of .NET blocks all.
-            return File.ReadAllText($"/proc/{process}/comm") == "xnbd-server\n" && Directory.GetDirectories($"/proc/{process}/task").All(task =>
-                File.ReadAllText(task + "/comm") == "signals\n"
-                || (Convert.ToUInt64(
-                    File.ReadLines(task + "/status").First(l => l.StartsWith("SigBlk:", StringComparison.Ordinal)).Split('\t')[1], 16)
-                    & (1UL << (signal - 1))) != 0);
+            return Directory.GetDirectories($"/proc/{process}/task").All(task =>
+            {
+                if (File.ReadAllText(task + "/comm") == "signals\n")
+                    return true;
+                string mask = File.ReadLines(task + "/status").First(l => l.StartsWith("SigBlk:", StringComparison.Ordinal));
+                ulong blocked = Convert.ToUInt64(mask.Split('\t')[1], 16);
+                bool isChildBlocked = (blocked & (1UL << 16)) != 0; // for a moment all are: before exec, and in pthread_create
+                return !isChildBlocked && (blocked & (1UL << (signal - 1))) != 0;
+            });
         }
         catch (Exception failure) when (failure is IOException or InvalidOperationException)
         {
