@@ -230,7 +230,8 @@ internal sealed class ServerProgram
         catch (InUseException failure) when (failure.Conflict == UseConflict.AnotherWriter)
         {
             throw new FailureException(
-                failure.Message + "; servers that are meant to write one image together need --share-image, each of them");
+                failure.Message
+                + "; servers that are meant to write one image together need --share-image, each of them");
         }
     }
 
