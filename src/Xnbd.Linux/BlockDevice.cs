@@ -3,12 +3,17 @@ using Microsoft.Win32.SafeHandles;
 
 namespace Xnbd.Linux;
 
-/// <summary>How much was written to a block device, as the kernel counts it. The counters start at 0 with the machine, or the device.</summary>
-/// <param name="DiskSequence">Tells this disk from all others that had its number since the machine was started; 0 on old kernels.</param>
+/// <summary>
+/// How much was written to a block device, as the kernel counts it. The counters start at 0 with the machine, or the
+/// device.
+/// </summary>
+/// <param name="DiskSequence">Tells this disk from all others that had its number since the machine was started; 0 on
+/// old kernels.</param>
 /// <param name="SectorsRead">Sectors that were read.</param>
 /// <param name="SectorsWritten">Sectors that were written or zeroed.</param>
 /// <param name="SectorsDiscarded">Sectors that were discarded.</param>
-public readonly record struct BlockDeviceCounters(ulong DiskSequence, ulong SectorsRead, ulong SectorsWritten, ulong SectorsDiscarded);
+public readonly record struct BlockDeviceCounters(
+    ulong DiskSequence, ulong SectorsRead, ulong SectorsWritten, ulong SectorsDiscarded);
 
 /// <summary>What the kernel knows of a block device, beyond its length.</summary>
 public static unsafe class BlockDevice
@@ -16,7 +21,8 @@ public static unsafe class BlockDevice
     private const nuint IoctlLoopStatus = 0x4c05; // LOOP_GET_STATUS64
 
     /// <summary>
-    /// Reads the counters of a device or a partition. What is in the page cache only has not been counted yet: sync first.
+    /// Reads the counters of a device or a partition. What is in the page cache only has not been counted yet: sync
+    /// first.
     /// </summary>
     /// <param name="device">The open device.</param>
     /// <param name="counters">What is counted.</param>
@@ -64,7 +70,8 @@ public static unsafe class BlockDevice
         if (words.Length <= sectorsDiscarded)
             return false;
         _ = ulong.TryParse(ReadText(disk + "/diskseq"), CultureInfo.InvariantCulture, out ulong sequence);
-        counters = new BlockDeviceCounters(sequence, Number(sectorsRead), Number(sectorsWritten), Number(sectorsDiscarded));
+        counters = new BlockDeviceCounters(
+            sequence, Number(sectorsRead), Number(sectorsWritten), Number(sectorsDiscarded));
         return true;
 
         ulong Number(int index) => ulong.Parse(words[index], CultureInfo.InvariantCulture);
@@ -78,7 +85,8 @@ public static unsafe class BlockDevice
     private static bool ReadStart(SafeFileHandle device)
     {
         const int length = 64 * 1024; // a multiple of every block size
-        if (LinuxFile.Open(LinuxFile.NameOf(device), OpenMode.ReadOnly | OpenMode.Direct, out SafeFileHandle? direct) != Errno.None)
+        const OpenMode mode = OpenMode.ReadOnly | OpenMode.Direct;
+        if (LinuxFile.Open(LinuxFile.NameOf(device), mode, out SafeFileHandle? direct) != Errno.None)
             return false;
         using (direct)
         using (var buffer = new NativeBuffer(length))

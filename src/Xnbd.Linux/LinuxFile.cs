@@ -22,7 +22,9 @@ public enum OpenMode
     /// <summary>For writing at its end, wherever that is by then; create it if it is absent, readable for all.</summary>
     Append = 1 | 0x400 | 0x40,
 
-    /// <summary>Refuse a symbolic link, with <see cref="Errno.ELOOP"/>. (The number is ours: it differs between architectures.)</summary>
+    /// <summary>
+    /// Refuse a symbolic link, with <see cref="Errno.ELOOP"/>. (The number is ours: it differs between architectures.)
+    /// </summary>
     NoFollow = 1 << 30,
 
     /// <summary>Past the page cache, for aligned reads of devices. (The number is ours, too.)</summary>
@@ -132,13 +134,14 @@ public static unsafe class LinuxFile
     private const nuint IoctlBlockDeviceLength = 0x80081272; // BLKGETSIZE64
     private const nuint IoctlClone = 0x40049409; // FICLONE
 
-    private static readonly bool s_isArm = RuntimeInformation.ProcessArchitecture is Architecture.Arm64 or Architecture.Arm;
+    private static readonly bool s_isArm =
+        RuntimeInformation.ProcessArchitecture is Architecture.Arm64 or Architecture.Arm;
     private static readonly int s_openNoFollow = s_isArm ? 0x8000 : 0x20000; // O_NOFOLLOW
     private static readonly int s_openDirect = s_isArm ? 0x10000 : 0x4000; // O_DIRECT
 
     /// <summary>
-    /// Opens a file; the descriptor is closed on exec. It never waits for another program: a FIFO is opened at once, or fails
-    /// with <see cref="Errno.ENXIO"/>, if it is to be written and nobody reads it.
+    /// Opens a file; the descriptor is closed on exec. It never waits for another program: a FIFO is opened at once, or
+    /// fails with <see cref="Errno.ENXIO"/>, if it is to be written and nobody reads it.
     /// </summary>
     /// <param name="path">The file.</param>
     /// <param name="mode">How.</param>
@@ -147,11 +150,15 @@ public static unsafe class LinuxFile
     {
         file = null;
         int flags = (int)(mode & ~(OpenMode.NoFollow | OpenMode.Direct)) | OpenCloseOnExec;
-        flags |= ((mode & OpenMode.NoFollow) != 0 ? s_openNoFollow : 0) | ((mode & OpenMode.Direct) != 0 ? s_openDirect : 0);
+        flags |= (mode & OpenMode.NoFollow) != 0 ? s_openNoFollow : 0;
+        flags |= (mode & OpenMode.Direct) != 0 ? s_openDirect : 0;
         uint permissions = (mode & OpenMode.Append) == OpenMode.Append ? 0b110_100_100u : 0b110_000_000u;
         Errno errno = Open(path, flags | OpenNonBlocking, permissions, out SafeFileHandle? opened);
-        if (errno == Errno.EAGAIN && Status(path, out FileStatus leased) == Errno.None && leased.Kind == FileKind.Regular)
-            errno = Open(path, flags, permissions, out opened); // a lease, as Samba has: its holder is given the time to let go of it
+
+        // A lease, as Samba has: its holder is given the time to let go of it.
+        if (errno == Errno.EAGAIN && Status(path, out FileStatus leased) == Errno.None
+            && leased.Kind == FileKind.Regular)
+            errno = Open(path, flags, permissions, out opened);
         if (errno != Errno.None)
             return errno;
 
@@ -459,7 +466,9 @@ public static unsafe class LinuxFile
         uint permissions = *(ushort*)(buffer + 28) & 0xfffu;
         return new FileStatus(
             kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
-            *(uint*)(buffer + 20), *(uint*)(buffer + 24), (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120),
-            *(uint*)(buffer + 4), (*(uint*)(buffer + 128), *(uint*)(buffer + 132)));
+            *(uint*)(buffer + 20), *(uint*)(buffer + 24),
+            (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120),
+            *(uint*)(buffer + 4),
+            (*(uint*)(buffer + 128), *(uint*)(buffer + 132)));
     }
 }

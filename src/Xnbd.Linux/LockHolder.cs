@@ -24,19 +24,21 @@ public sealed record LockHolder(int ProcessId, string Program)
     }
 
     /// <summary>
-    /// Who has a descriptor whose opening holds the lock. Locks of bytes belong to no process: this is the only way to find
-    /// out. And a program may have handed its descriptor on, to a child that lives longer.
+    /// Who has a descriptor whose opening holds the lock. Locks of bytes belong to no process: this is the only way to
+    /// find out. And a program may have handed its descriptor on, to a child that lives longer.
     /// </summary>
     private static LockHolder? FindByDescriptors(string name, long? lockedByte)
     {
         foreach (string folder in Entries("/proc"))
         {
-            if (!int.TryParse(Path.GetFileName(folder), NumberStyles.None, CultureInfo.InvariantCulture, out int process)
+            string number = Path.GetFileName(folder);
+            if (!int.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out int process)
                 || process == Environment.ProcessId)
                 continue;
             foreach (string descriptor in Entries(folder + "/fdinfo"))
             {
-                if (Lines(descriptor).Any(line => line.StartsWith("lock:", StringComparison.Ordinal) && IsLock(line, name, lockedByte)))
+                if (Lines(descriptor).Any(line => line.StartsWith("lock:", StringComparison.Ordinal)
+                    && IsLock(line, name, lockedByte)))
                     return Name(process);
             }
         }
@@ -69,8 +71,9 @@ public sealed record LockHolder(int ProcessId, string Program)
         if (lockedByte is not { } wanted)
             return words.Contains("FLOCK");
         return !words.Contains("FLOCK")
-            && long.TryParse(words[^2], CultureInfo.InvariantCulture, out long first) && first <= wanted
-            && (words[^1] == "EOF" || (long.TryParse(words[^1], CultureInfo.InvariantCulture, out long last) && wanted <= last));
+            && long.TryParse(words[^2], CultureInfo.InvariantCulture, out long first)
+            && first <= wanted
+            && (!long.TryParse(words[^1], CultureInfo.InvariantCulture, out long last) || wanted <= last); // or "EOF"
     }
 
     /// <summary>
@@ -84,11 +87,12 @@ public sealed record LockHolder(int ProcessId, string Program)
         const string mountLabel = "mnt_id:";
         string? mount = Lines($"/proc/self/fdinfo/{file.DangerousGetHandle()}")
             .FirstOrDefault(line => line.StartsWith(mountLabel, StringComparison.Ordinal))?[mountLabel.Length..].Trim();
-        string? device = Lines("/proc/self/mountinfo").Select(line => line.Split(' ')).FirstOrDefault(words => words[0] == mount)?[2];
-        string[] numbers = (device ?? string.Create(CultureInfo.InvariantCulture, $"{status.Device >> 32}:{status.Device & 0xffffffff}")).Split(':');
-        return string.Create(
-            CultureInfo.InvariantCulture,
-            $"{int.Parse(numbers[0], CultureInfo.InvariantCulture):x2}:{int.Parse(numbers[1], CultureInfo.InvariantCulture):x2}:{status.Inode}");
+        string[]? device = Lines("/proc/self/mountinfo")
+            .Select(line => line.Split(' ')).FirstOrDefault(words => words[0] == mount)?[2].Split(':');
+        ulong major = device is null ? status.Device >> 32 : ulong.Parse(device[0], CultureInfo.InvariantCulture);
+        ulong minor = device is null ? status.Device & 0xffffffff
+            : ulong.Parse(device[1], CultureInfo.InvariantCulture);
+        return string.Create(CultureInfo.InvariantCulture, $"{major:x2}:{minor:x2}:{status.Inode}");
     }
 
     private static LockHolder? Name(int process)

@@ -9,8 +9,8 @@ namespace Xnbd.Server;
 /// <param name="Disk">What is served.</param>
 /// <param name="CanMultiConn">
 /// All connections that a client can open under this name see one disk, and a flush on one of them covers what was
-/// written on all. Connections of one server always do. Those of several servers, one for each connection, do if they write
-/// one file; not if each has a layer or a cache of its own.
+/// written on all. Connections of one server always do. Those of several servers, one for each connection, do if they
+/// write one file; not if each has a layer or a cache of its own.
 /// </param>
 public sealed record Export(string Name, string Description, Disk Disk, bool CanMultiConn = true)
 {

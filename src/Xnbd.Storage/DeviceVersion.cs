@@ -6,12 +6,12 @@ using Xnbd.Linux;
 namespace Xnbd.Storage;
 
 /// <summary>
-/// A number that differs when a block device was written: what the time of its last change is for a file, of which a device
-/// has none. There are three kinds, told apart by their sign (docs/formats.md):
+/// A number that differs when a block device was written: what the time of its last change is for a file, of which a
+/// device has none. There are three kinds, told apart by their sign (docs/formats.md):
 /// <list type="bullet">
 /// <item>of a loop device, whose file can be found: that file's time of last change, never negative;</item>
-/// <item>of other devices a negative number: a hash of this run of the machine and of what the kernel counts. After the machine
-/// was started anew nobody knows what was written before;</item>
+/// <item>of other devices a negative number: a hash of this run of the machine and of what the kernel counts. After the
+/// machine was started anew nobody knows what was written before;</item>
 /// <item><see cref="Unknown"/>, which equals no version, not even itself.</item>
 /// </list>
 /// </summary>
@@ -28,7 +28,8 @@ internal static class DeviceVersion
     {
         if (BlockDevice.TryGetLoopFile(device, out FileStatus backing) && backing.Kind == FileKind.Regular)
             return Math.Max(0, backing.ModifiedNanoseconds);
-        if (!BlockDevice.TryReadCounters(device, out BlockDeviceCounters counters) || LinuxFile.Status(device, out FileStatus status) != Errno.None)
+        if (!BlockDevice.TryReadCounters(device, out BlockDeviceCounters counters)
+            || LinuxFile.Status(device, out FileStatus status) != Errno.None)
             return Unknown;
         Span<ulong> words = stackalloc ulong[6];
         LinuxProcess.BootId.TryWriteBytes(System.Runtime.InteropServices.MemoryMarshal.AsBytes(words[..2]));
@@ -55,7 +56,8 @@ internal static class DeviceVersion
             return "nobody can know whether it was written since: the layer does not say what had been written to it";
         return (known & BootMask) == (actual & BootMask)
             ? "it has been written since, or taken away and attached again"
-            : "nobody can know whether it was written since: the machine has been started anew, and a device does not tell";
+            : "nobody can know whether it was written since: "
+                + "the machine has been started anew, and a device does not tell";
     }
 
     /// <summary>Tells this run of the machine from most others.</summary>

@@ -15,8 +15,8 @@ namespace Xnbd.Storage;
 /// the process.
 /// </para>
 /// The type's other files: <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Locating.cs</c> (extents, and
-/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>. Its locks are
-/// in <see cref="ImageLock"/>.
+/// where bytes stand), <c>ImageFile.Work.cs</c> (operations on the disk threads), <c>ImageFile.Snapshots.cs</c>. Its
+/// locks are in <see cref="ImageLock"/>.
 /// </summary>
 public sealed partial class ImageFile : Disk
 {
@@ -42,7 +42,8 @@ public sealed partial class ImageFile : Disk
     private long _lastSync; // that has ended
     private volatile DiskException? _syncFailure;
 
-    // Of the thread that syncs: the time of the last change that is durable, and whether that is later than the first sync.
+    // Of the thread that syncs: the time of the last change that is durable, and whether that is later than the first
+    // sync.
     private long? _durableChange;
     private bool _isChangeDurable;
 
@@ -93,7 +94,8 @@ public sealed partial class ImageFile : Disk
             errno = Errno.EISDIR;
         if (errno == Errno.None && status.Kind == FileKind.BlockDevice)
             errno = LinuxFile.BlockDeviceLength(file!, out length);
-        if (errno == Errno.ENXIO && LinuxFile.Status(path, out status) == Errno.None && status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
+        if (errno == Errno.ENXIO && LinuxFile.Status(path, out status) == Errno.None
+            && status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
             throw NoImage(path); // a socket
 
         if (errno != Errno.None)
@@ -180,8 +182,8 @@ public sealed partial class ImageFile : Disk
     /// <see cref="DeviceVersion"/>.
     /// </summary>
     /// <param name="isKept">
-    /// Something will be bound to it that outlives the machine: then image and version are made durable. (A device is synced in
-    /// any case, since what was not written yet has not been counted yet.)
+    /// Something will be bound to it that outlives the machine: then image and version are made durable. (A device is
+    /// synced in any case, since what was not written yet has not been counted yet.)
     /// </param>
     /// <exception cref="DiskException">The sync failed.</exception>
     internal long GetVersion(bool isKept)
@@ -193,7 +195,9 @@ public sealed partial class ImageFile : Disk
         }
 
         Errno errno = isKept ? LinuxFile.Sync(_file) : Errno.None;
-        if (errno is not (Errno.None or Errno.EROFS)) // a file system that has become read-only by an error can still be read
+
+        // A file system that has become read-only by an error can still be read.
+        if (errno is not (Errno.None or Errno.EROFS))
             throw new DiskException("sync", Path, 0, Length, errno);
         errno = LinuxFile.Status(_file, out FileStatus status);
         return errno == Errno.None ? status.ModifiedNanoseconds : throw LockedFile.Failure(errno, "look at", Path);
@@ -404,14 +408,16 @@ public sealed partial class ImageFile : Disk
     }
 
     /// <summary>
-    /// Syncs the data, and, as far as it matters, the time of their change: by it layers know that their base has changed.
-    /// After a crash of the machine the old time would stand over new data. The first sync covers what was left by a process
-    /// that was killed, and another one the first change since; which change it is makes no difference to anybody.
+    /// Syncs the data, and, as far as it matters, the time of their change: by it layers know that their base has
+    /// changed. After a crash of the machine the old time would stand over new data. The first sync covers what was
+    /// left by a process that was killed, and another one the first change since; which change it is makes no
+    /// difference to anybody.
     /// </summary>
     private Errno SyncFile()
     {
         if (_isChangeDurable || _kind != FileKind.Regular || _start != 0
-            || LinuxFile.Status(_file, out FileStatus status) != Errno.None || status.ModifiedNanoseconds == _durableChange)
+            || LinuxFile.Status(_file, out FileStatus status) != Errno.None
+            || status.ModifiedNanoseconds == _durableChange)
             return LinuxFile.SyncData(_file);
         Errno errno = LinuxFile.Sync(_file);
         _isChangeDurable = errno == Errno.None && _durableChange is not null;

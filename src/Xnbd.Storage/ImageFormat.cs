@@ -4,8 +4,8 @@ namespace Xnbd.Storage;
 
 /// <summary>
 /// Recognises files that hold a disk in a format of its own. This program serves the bytes of a file as they are, and a
-/// client of such a file sees the format instead of the disk. But a client of a raw image may write anything to its first
-/// blocks: what is found here is worth a warning, and decides nothing.
+/// client of such a file sees the format instead of the disk. But a client of a raw image may write anything to its
+/// first blocks: what is found here is worth a warning, and decides nothing.
 /// </summary>
 public static class ImageFormat
 {
@@ -22,13 +22,15 @@ public static class ImageFormat
     public static string? Find(ReadOnlySpan<byte> start, ReadOnlySpan<byte> end)
     {
         const int vdiSignatureAt = 64;
+        const uint vdiSignature = 0xbeda107f;
         if (start.StartsWith("QFI"u8) && start.Length >= 8 && start[3] == 0xfb)
             return BinaryPrimitives.ReadUInt32BigEndian(start[4..]) == 1 ? "qcow" : "qcow2";
         if (start.StartsWith("KDMV"u8) || start.StartsWith("COWD"u8) || start.StartsWith("# Disk DescriptorFile"u8))
             return "vmdk";
         if (start.StartsWith("vhdxfile"u8))
             return "vhdx";
-        if (start.Length >= vdiSignatureAt + 4 && BinaryPrimitives.ReadUInt32LittleEndian(start[vdiSignatureAt..]) == 0xbeda107f)
+        if (start.Length >= vdiSignatureAt + 4
+            && BinaryPrimitives.ReadUInt32LittleEndian(start[vdiSignatureAt..]) == vdiSignature)
             return "vdi";
         if (start.StartsWith("conectix"u8) || (end.Length == LookedAt && end.StartsWith("conectix"u8)))
             return "vpc"; // a dynamic one has its footer at the start, too

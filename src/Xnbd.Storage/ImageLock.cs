@@ -7,14 +7,14 @@ namespace Xnbd.Storage;
 /// The locks of an open image, which keep others out who would do harm. The kernel lets go of them when the file is
 /// closed. Where there are no locks (some network file systems), nobody is kept out.
 /// <para>
-/// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as QEMU does,
-/// so that its programs and this one respect each other: one by who writes the file, the other one by who does not
-/// tolerate that somebody else writes it. Each looks whether somebody holds the byte that excludes it.
+/// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as
+/// QEMU does, so that its programs and this one respect each other: one by who writes the file, the other one by who
+/// does not tolerate that somebody else writes it. Each looks whether somebody holds the byte that excludes it.
 /// </para>
 /// <para>
-/// To look first keeps two from excluding each other when one has been there for long. To look again, after both bytes were
-/// locked, keeps two that start at the same moment from missing each other. Then both give their bytes back, and try again
-/// after a random time: one of them comes first.
+/// To look first keeps two from excluding each other when one has been there for long. To look again, after both bytes
+/// were locked, keeps two that start at the same moment from missing each other. Then both give their bytes back, and
+/// try again after a random time: one of them comes first.
 /// </para>
 /// </summary>
 internal static class ImageLock
@@ -39,7 +39,10 @@ internal static class ImageLock
     public static void Take(string path, SafeFileHandle file, bool readOnly, ImageUse use)
     {
         if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
-            throw new InUseException($"'{path}'", file, UseConflict.NeededAlone, "another program needs it, or has it, alone");
+        {
+            const string reason = "another program needs it, or has it, alone";
+            throw new InUseException($"'{path}'", file, UseConflict.NeededAlone, reason);
+        }
 
         bool toleratesNoWriter = use == ImageUse.Base || (!readOnly && use != ImageUse.Shared);
         for (int attempt = 1; attempt <= MaxTries; attempt++)
@@ -74,11 +77,14 @@ internal static class ImageLock
         bool isWritten = (isRefused || toleratesNoWriter) && LinuxFile.IsByteLocked(file, Writes);
         if (isWritten)
         {
-            string reason = isRefused ? "another program writes it, and tolerates no other writer" : "another program writes it";
+            string reason = "another program writes it" + (isRefused ? ", and tolerates no other writer" : "");
             throw new InUseException($"'{path}'", file, UseConflict.AnotherWriter, reason, Writes);
         }
 
         if (isRefused)
-            throw new InUseException($"'{path}'", file, UseConflict.MustNotChange, "another program relies on its staying as it is", ToleratesNoWriter);
+        {
+            const string reason = "another program relies on its staying as it is";
+            throw new InUseException($"'{path}'", file, UseConflict.MustNotChange, reason, ToleratesNoWriter);
+        }
     }
 }

@@ -25,12 +25,16 @@ public sealed class InUseException : DiskException
     /// <param name="conflict">Why that excludes this program.</param>
     /// <param name="reason">The same in words, for the message; null if it is plain.</param>
     /// <param name="lockedByte">The lock that the other one holds: a byte, or null for the whole file.</param>
-    internal InUseException(string name, SafeFileHandle file, UseConflict conflict, string? reason = null, long? lockedByte = null)
-        : base(DiskError.Permission, $"{name} is in use{Describe(LockHolder.Find(file, lockedByte))}{(reason is null ? "" : ": " + reason)}")
-        => Conflict = conflict;
+    internal InUseException(
+        string name, SafeFileHandle file, UseConflict conflict, string? reason = null, long? lockedByte = null)
+        : base(DiskError.Permission, Describe(name, LockHolder.Find(file, lockedByte), reason)) => Conflict = conflict;
 
     /// <summary>Why the other use excludes this one.</summary>
     public UseConflict Conflict { get; }
 
-    private static string Describe(LockHolder? holder) => holder is null ? "" : $" by {holder.Program} (process {holder.ProcessId})";
+    private static string Describe(string name, LockHolder? holder, string? reason)
+    {
+        string who = holder is null ? "" : $" by {holder.Program} (process {holder.ProcessId})";
+        return $"{name} is in use{who}{(reason is null ? "" : ": " + reason)}";
+    }
 }

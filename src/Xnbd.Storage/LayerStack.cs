@@ -76,7 +76,12 @@ public static class LayerStack
                 if (isTop && LinuxFile.Status(path, out _) == Errno.ENOENT)
                 {
                     if (readOnly)
-                        throw new DiskException(DiskError.Permission, $"there is no layer '{path}'; none is made for a disk that is only read");
+                    {
+                        throw new DiskException(
+                            DiskError.Permission,
+                            $"there is no layer '{path}'; none is made for a disk that is only read");
+                    }
+
                     disk = new CowDisk(disk, LayerFile.Create(path, source, flags), readOnly: false);
                     return disk;
                 }
@@ -124,9 +129,11 @@ public static class LayerStack
     /// <param name="readOnly">It is only read.</param>
     /// <param name="writableBase">Its base is to be written, too: then nobody else may be using it.</param>
     /// <param name="resumes">A commit that was interrupted is to be resumed; otherwise such a layer is refused.</param>
-    /// <param name="isStackWritten">Something that stands on it is written; of course so if it is not only read itself.</param>
+    /// <param name="isStackWritten">Something that stands on it is written; of course so if it is not only read
+    /// itself.</param>
     internal static CowDisk OpenByHeader(
-        string path, string? basePath = null, bool readOnly = true, bool writableBase = false, bool resumes = false, bool isStackWritten = false)
+        string path, string? basePath = null, bool readOnly = true, bool writableBase = false, bool resumes = false,
+        bool isStackWritten = false)
     {
         isStackWritten |= !readOnly;
         LayerFile layer = OpenSettled(path, isWritten: !readOnly, isStackWritten);
@@ -139,7 +146,11 @@ public static class LayerStack
             if (resumes && (header.Flags & MapFlags.Committing) != 0)
                 CheckCommitted(layer, below, disk);
             else
-                CheckBase(layer, Identify(below, disk, isKept: isStackWritten), header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+            {
+                SourceIdentity source = Identify(below, disk, isKept: isStackWritten);
+                CheckBase(layer, source, header.Flags & MapFlags.BaseIsLayer, force: false, _ => { });
+            }
+
             if (!readOnly)
                 layer.Map.PrepareToWrite();
             return Compose(disk, layer, readOnly);
@@ -195,11 +206,11 @@ public static class LayerStack
     /// of what stands on it covers it. If a server of it was killed, it is settled first, which needs it alone for a moment.
     /// </summary>
     /// <remarks>
-    /// On a read-only file system it cannot be settled. If nothing that stands on it is written, it is taken as its map says:
-    /// nobody's flush relies on it, and nothing will be bound to it. The map is right: in the run of the machine in which the
-    /// server was killed, the live one, since a file system becomes read-only by writing all back that was in memory; and later
-    /// the durable one. Nobody changes it meanwhile: it is locked, and not even another mount of the file system, which
-    /// may be writable, lets this program past the lock.
+    /// On a read-only file system it cannot be settled. If nothing that stands on it is written, it is taken as its map
+    /// says: nobody's flush relies on it, and nothing will be bound to it. The map is right: in the run of the machine
+    /// in which the server was killed, the live one, since a file system becomes read-only by writing all back that was
+    /// in memory; and later the durable one. Nobody changes it meanwhile: it is locked, and not even another mount of
+    /// the file system, which may be writable, lets this program past the lock.
     /// </remarks>
     private static LayerFile OpenSettled(string path, bool isWritten, bool isStackWritten)
     {
@@ -256,7 +267,9 @@ public static class LayerStack
     {
         if (!MapHeader.FitsPath(path))
             throw new DiskException(DiskError.NotSupported, $"the path of '{path}' is too long to be recorded");
-        long version = (disk as ImageFile)?.GetVersion(isKept) ?? 0; // first: what is written from now on must make a difference
+
+        // First the version: what is written from now on must make a difference.
+        long version = (disk as ImageFile)?.GetVersion(isKept) ?? 0;
         long count = BlockRange.CountOf(disk.Length), samples = Math.Min(count, SampledBlocks);
         var blocks = new List<long>();
         for (long i = 0; i < samples; i++)

@@ -176,7 +176,8 @@ public static class LayerWork
             }
 
             string below = Path.GetFullPath(basePath ?? header.Source.Path);
-            using Disk baseDisk = LayerStack.OpenBase(below, (header.Flags & MapFlags.BaseIsLayer) != 0, isStackWritten: true);
+            bool isLayer = (header.Flags & MapFlags.BaseIsLayer) != 0;
+            using Disk baseDisk = LayerStack.OpenBase(below, isLayer, isStackWritten: true);
             if (baseDisk.Length != header.Source.Length)
                 throw new DiskException(DiskError.Permission, $"'{below}' has {baseDisk.Length} bytes; '{path}' is of a disk of {header.Source.Length} bytes");
             layer.Map.PrepareToWrite();

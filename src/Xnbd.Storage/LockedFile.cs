@@ -79,7 +79,8 @@ internal static class LockedFile
             {
                 // This program leaves regular files only. Anything else of such a name is somebody's.
                 if (LinuxFile.Status(file!, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
-                    && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!) && LinuxFile.Unlink(path) == Errno.None)
+                    && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!)
+                    && LinuxFile.Unlink(path) == Errno.None)
                     removed.Add(path);
             }
         }

@@ -37,7 +37,8 @@ internal static class LayerMap
         for (int row = 0; row < cells; row += Columns)
             yield return $"{row * cellBytes,16}  {string.Concat(shares.Skip(row).Take(Columns).Select(Sign))}";
         yield return "";
-        yield return $"one sign is {cellBytes} bytes:  . of the base   + written in part   # written   0 made zero";
+        yield return $"one sign is {ByteCount.DescribeExactly(cellBytes)}:  "
+            + ". of the base   + written in part   # written   0 made zero";
     }
 
     private static char Sign((long Written, long Zero, long All) share)

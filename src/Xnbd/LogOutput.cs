@@ -48,7 +48,8 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             ?? throw new FailureException("the system has no thread to spare");
     }
 
-    private static string Describe(Errno errno) => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
+    private static string Describe(Errno errno)
+        => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
 
     /// <summary>Opens the log file anew, after it was moved away; keeps the old one when that fails.</summary>
     public void Reopen()

@@ -36,7 +36,9 @@ internal sealed record ServerOptions
     public string ExportName { get; init; } = "";
     public bool Oldstyle { get; init; }
 
-    /// <summary>This process serves one connection, and others may serve further connections of the same client.</summary>
+    /// <summary>
+    /// This process serves one connection, and others may serve further connections of the same client.
+    /// </summary>
     public bool IsOneConnection => Inetd || ConnectedDescriptor is not null;
 
     /// <summary>Reads the command line.</summary>
@@ -96,7 +98,8 @@ internal sealed record ServerOptions
         var readOnly = new Option<bool>("--readonly") { Description = "Refuse writes; the image is opened for reading only" };
         var shareImage = new Option<bool>("--share-image")
         {
-            Description = "With --target: other servers may write DISK_IMAGE at the same time [default with --inetd and --connected-fd]",
+            Description = "With --target: other servers may write DISK_IMAGE at the same time "
+                + "[default with --inetd and --connected-fd]",
         };
         var format = new Option<string?>("--format")
         {
@@ -147,8 +150,8 @@ internal sealed record ServerOptions
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             target, cowTarget, proxy, cowDirectory, cowLayer, force, targetName, remoteConnections, waitRemote, clearBitmap, rebind,
-            importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, shareImage, format, oldstyle, daemonize,
-            inetd, connected, logPath, syslog, pidFile, image,
+            importBitmap, maxQueue, maxBuffer, port, address, unix, exportName, readOnly, shareImage, format, oldstyle,
+            daemonize, inetd, connected, logPath, syslog, pidFile, image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -242,7 +245,11 @@ internal sealed record ServerOptions
         if (Format is not null && Proxy is not null)
             throw new UsageException("--format goes with --target and --cow-target only");
         if (Format is not (null or ImageFormat.Raw))
-            throw new UsageException($"--format {Format}: images are served as raw bytes only (qemu-img converts others, qemu-nbd serves them)");
+        {
+            throw new UsageException(
+                $"--format {Format}: images are served as raw bytes only "
+                + "(qemu-img converts others, qemu-nbd serves them)");
+        }
 
         if (Inetd && Daemonize)
             throw new UsageException("--inetd and --daemonize exclude each other");

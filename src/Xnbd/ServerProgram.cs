@@ -143,7 +143,8 @@ internal sealed class ServerProgram
         using Disk? own = proxy is null ? OpenDisk() : null;
         Disk disk = proxy?.Disk ?? own!;
         _disk = disk;
-        var exports = new ExportTable(new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn));
+        var exports = new ExportTable(
+            new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn));
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
@@ -214,10 +215,10 @@ internal sealed class ServerProgram
     }
 
     /// <summary>
-    /// Whether what is promised for several connections of one client holds. A server of one connection does not have the others:
-    /// other processes of this program do. They write one file in the target mode, whose page cache all processes share,
-    /// and which a sync by one of them makes durable for all. In the other modes each has a layer of its own, or is
-    /// refused.
+    /// Whether what is promised for several connections of one client holds. A server of one connection does not have
+    /// the others: other processes of this program do. They write one file in the target mode, whose page cache all
+    /// processes share, and which a sync by one of them makes durable for all. In the other modes each has a layer of
+    /// its own, or is refused.
     /// </summary>
     private bool CanMultiConn => !_options.IsOneConnection || (!_options.CowTarget && _options.Proxy is null);
 
@@ -228,9 +229,20 @@ internal sealed class ServerProgram
         if (_options.Format is null && LayerStack.ImageOf(disk) is { } image)
         {
             if (image.Length == 0)
-                _log.LogWarning("'{Image}' is empty: clients see a disk of 0 bytes (if that is meant: --format raw)", _options.Image);
+            {
+                _log.LogWarning(
+                    "'{Image}' is empty: clients see a disk of 0 bytes (if that is meant: --format raw)",
+                    _options.Image);
+            }
             else if (ImageFormat.Find(image) is { } format)
-                _log.LogWarning("'{Image}' looks like {Article} {Format} image; it is served as raw bytes (if that is meant: --format raw)", _options.Image, format[0] is 'x' ? "an" : "a", format);
+            {
+                _log.LogWarning(
+                    "'{Image}' looks like {Article} {Format} image; it is served as raw bytes "
+                        + "(if that is meant: --format raw)",
+                    _options.Image,
+                    format[0] is 'x' ? "an" : "a",
+                    format);
+            }
         }
 
         return disk;
@@ -269,7 +281,9 @@ internal sealed class ServerProgram
         }
         catch (InUseException failure) when (failure.Conflict == UseConflict.AnotherWriter)
         {
-            throw new FailureException($"{failure.Message}; servers that are meant to write one image together need --share-image, each of them");
+            throw new FailureException(
+                failure.Message
+                + "; servers that are meant to write one image together need --share-image, each of them");
         }
     }
 
