@@ -22,7 +22,7 @@ internal sealed partial class Session
     // Replies go out in the order of the requests. It changes only while nothing is in flight.
     private bool _isInOrder;
     private readonly Queue<SlowRequest> _order = new(); // then: those in flight; guarded by _finished, as all of these
-    private readonly HashSet<ulong> _cookies = []; // else: theirs
+    private readonly HashSet<ulong> _cookies = []; // else: the cookies of those whose reply is not ready to be sent
     private bool _mustQueue; // the request at hand must be answered after those in flight; the session's thread's own
 
     /// <summary>
@@ -129,6 +129,8 @@ internal sealed partial class Session
         _replies.Build(slow);
         lock (_finished)
         {
+            // Its cookie is free from now on, before the client can know that: all later replies go out behind this one.
+            _cookies.Remove(slow.Request.Cookie);
             slow.IsFinished = true;
             if (!_isInOrder)
                 _finished.Enqueue(slow);
@@ -350,7 +352,7 @@ internal sealed partial class Session
         }
     }
 
-    /// <summary>Whether a slow request with this cookie has not been answered yet.</summary>
+    /// <summary>Whether a slow request with this cookie is not ready to be answered yet.</summary>
     private bool IsInFlight(ulong cookie)
     {
         lock (_finished)
@@ -360,12 +362,10 @@ internal sealed partial class Session
     /// <summary>A slow request has been answered, or dropped.</summary>
     private void Release(SlowRequest slow)
     {
-        ulong cookie = slow.Request.Cookie;
         GiveBack(slow);
         lock (_finished)
         {
             _inFlight--;
-            _cookies.Remove(cookie);
             if (_awaitsFinished)
                 Monitor.Pulse(_finished);
         }

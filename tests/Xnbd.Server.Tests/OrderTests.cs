@@ -113,6 +113,28 @@ public sealed class OrderTests : IDisposable
 
     private ReadOnlySpan<byte> Expected(NbdRequest request) => _bytes.AsSpan((int)request.Offset, (int)request.Length);
 
+    /// <summary>QEMU uses a cookie again as soon as it has the reply. That is not the same cookie for two requests.</summary>
+    [Fact]
+    public void A_cookie_may_be_used_again_at_once()
+    {
+        using var release = new ManualResetEventSlim();
+        _disk.SlowAt = _ => true;
+        _disk.Before = (_, offset, _) => offset == 0 ? Task.Run(release.Wait) : Task.CompletedTask;
+        using var server = new ServerFixture(_disk);
+        using NbdTestClient client = server.Open();
+        client.NextCookie = 1;
+        client.SendRequest(NbdCommand.Read, 0, 512); // is not answered until all others have been
+        for (int i = 0; i < 20_000; i++)
+        {
+            client.NextCookie = 2;
+            client.SendRequest(NbdCommand.Read, 4096, 16);
+            Assert.Equal(2ul, client.ReceiveReply().Cookie);
+        }
+
+        release.Set();
+        Assert.Equal(1ul, client.ReceiveReply().Cookie);
+    }
+
     /// <summary>The first pieces of a long read are in memory, and the rest comes from the disk, at any time.</summary>
     [Fact]
     public void The_last_chunk_of_a_reply_comes_last()
