@@ -263,7 +263,6 @@ internal sealed partial class Session
         if (length == 0)
             return ReplySuccess(request);
 
-        BytesWritten += length;
         bool isFast = !isDurable && !_mustQueue;
         long offset = (long)request.Offset;
         if (length <= ServerLimits.MaxBatchedWrite)
@@ -271,6 +270,7 @@ internal sealed partial class Session
             // Its payload is in the input already.
             Span<byte> payload = _input!.Slice(_head, length);
             _head += length;
+            BytesWritten += length;
             if (isFast && _disk.TryWrite(offset, payload))
                 return ReplySuccess(request);
             if (!TryClaim(request, length, out SlowRequest? slow))
@@ -289,6 +289,7 @@ internal sealed partial class Session
                 return false;
             }
 
+            BytesWritten += length;
             _expectsLargeWrite = true;
             if (!isFast || !_disk.TryWrite(offset, large.Buffer.Slice(0, length)))
                 return Begin(large, _disk.WriteAsync(offset, large.Buffer.Memory[..length], isDurable));
