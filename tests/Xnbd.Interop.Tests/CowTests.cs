@@ -206,28 +206,6 @@ public sealed class CowTests : IDisposable
         }
     }
 
-    /// <summary>Old file systems keep times of change to the second: what happens within one second must be noticed, too.</summary>
-    [Fact]
-    public async Task A_commit_right_after_the_image_was_written_is_noticed_by_other_layers()
-    {
-        using LoopMount mount = await LoopMount.Create(_folder, "ext4", 64 << 20, "-I128");
-        string image = Path.Combine(mount.Path, "image"), first = Path.Combine(mount.Path, "first"), second = Path.Combine(mount.Path, "second");
-        while (DateTime.UtcNow.Millisecond > 100)
-            Thread.Sleep(5); // a second has begun
-        File.Copy(_image, image);
-        ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", first).Dispose();
-        using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", second))
-        {
-            using NbdTestClient client = server.Open();
-            Assert.Equal(NbdError.None, client.Write(12_288, new byte[4096])); // where no sample is taken
-        }
-
-        await Tool.Succeed(Layers.Program, "commit", second);
-        var refusal = Assert.Throws<InvalidOperationException>(
-            () => ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", first).Dispose());
-        Assert.Contains("is not as it was when layer", refusal.Message, StringComparison.Ordinal);
-    }
-
     [Fact]
     public void A_layer_that_is_absent_is_made_unless_the_disk_is_only_read()
     {
