@@ -510,7 +510,7 @@ public sealed class ImageFileTests : IDisposable
         File.WriteAllBytes(path, new byte[4096]);
         using ImageFile image = ImageFile.Open(path, readOnly: false);
         long version = image.GetVersion(isKept: true);
-        image.MarkChanged();
+        await image.WriteAsync(0, new byte[] { 1 }, durable: true);
         Assert.NotEqual(version, image.GetVersion(isKept: true));
     }
 }
