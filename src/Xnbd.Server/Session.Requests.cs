@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using System.Numerics;
+using System.Runtime.InteropServices;
 using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
@@ -72,6 +73,9 @@ internal sealed partial class Session
     private bool KeepOrder(ulong cookie)
     {
         _mustQueue = false;
+        if (_outputLength == 0)
+            _gathered.Clear();
+        _gathered.Add(cookie);
         if (Volatile.Read(ref _inFlight) == 0)
             return true;
         if (!_isInOrder && IsInFlight(cookie))
@@ -85,6 +89,13 @@ internal sealed partial class Session
         _mustQueue = _isInOrder && InFlight > 0;
         return true;
     }
+
+    /// <summary>
+    /// Whether the reply to an earlier request with this cookie may still wait to be sent. A slow request may be answered by
+    /// another thread, before this one sends what it has gathered.
+    /// </summary>
+    private bool IsGathered(ulong cookie)
+        => _outputLength > 0 && CollectionsMarshal.AsSpan(_gathered)[..^1].Contains(cookie); // the last one is that of the request at hand
 
     private bool ServeRead(in NbdRequest request)
     {
@@ -252,7 +263,6 @@ internal sealed partial class Session
         if (length == 0)
             return ReplySuccess(request);
 
-        BytesWritten += length;
         bool isFast = !isDurable && !_mustQueue;
         long offset = (long)request.Offset;
         if (length <= ServerLimits.MaxBatchedWrite)
@@ -260,6 +270,7 @@ internal sealed partial class Session
             // Its payload is in the input already.
             Span<byte> payload = _input!.Slice(_head, length);
             _head += length;
+            BytesWritten += length;
             if (isFast && _disk.TryWrite(offset, payload))
                 return ReplySuccess(request);
             if (!TryClaim(request, length, out SlowRequest? slow))
@@ -278,6 +289,7 @@ internal sealed partial class Session
                 return false;
             }
 
+            BytesWritten += length;
             _expectsLargeWrite = true;
             if (!isFast || !_disk.TryWrite(offset, large.Buffer.Slice(0, length)))
                 return Begin(large, _disk.WriteAsync(offset, large.Buffer.Memory[..length], isDurable));
@@ -385,7 +397,7 @@ internal sealed partial class Session
     private bool TryClaim(in NbdRequest request, int bufferLength, out SlowRequest slow)
     {
         slow = null!;
-        if (_isInOrder && !FlushReplies())
+        if ((_isInOrder || IsGathered(request.Cookie)) && !FlushReplies())
             return false; // another thread will send its reply, behind these
         if (InFlight >= ServerLimits.MaxInFlight
             && !(FlushReplies() && WaitUntilFinished(ServerLimits.MaxInFlight - 1)))

@@ -34,6 +34,7 @@ internal sealed partial class Session
 
     private NativeBuffer? _output;
     private int _outputLength;
+    private readonly List<ulong> _gathered = []; // the cookies of all requests since the output was empty
 
     // Not readonly: a struct that changes.
     private AdaptivePoll _poll;

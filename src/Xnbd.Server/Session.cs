@@ -257,6 +257,8 @@ internal sealed partial class Session
             Debug.Assert(_outputLength == 0, "replies are sent before a session waits");
             _services.Buffers.Return(_output);
             _output = null;
+            _gathered.Clear();
+            _gathered.TrimExcess();
         }
     }
 

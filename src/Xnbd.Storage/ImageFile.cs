@@ -182,26 +182,47 @@ public sealed partial class ImageFile : Disk
     /// <see cref="DeviceVersion"/>.
     /// </summary>
     /// <param name="isKept">
-    /// Something will be bound to it that outlives the machine: then image and version are made durable. (A device is
-    /// synced in any case, since what was not written yet has not been counted yet.)
+    /// Something will be bound to it that outlives the machine: then image and version are made durable, and a change
+    /// from now on makes another version. (A device is synced in any case, since what was not written yet has not been
+    /// counted yet.)
     /// </param>
     /// <exception cref="DiskException">The sync failed.</exception>
     internal long GetVersion(bool isKept)
     {
+        long version;
         if (_kind == FileKind.BlockDevice)
         {
             SyncContents();
-            return DeviceVersion.Of(_file);
+            version = DeviceVersion.Of(_file);
+        }
+        else
+        {
+            Errno errno = isKept ? LinuxFile.Sync(_file) : Errno.None;
+            if (errno != Errno.EROFS && IsFailure(errno)) // a file system that has become read-only by an error can still be read
+                throw new DiskException("sync", Path, 0, Length, errno);
+            errno = LinuxFile.Status(_file, out FileStatus status);
+            version = errno == Errno.None ? status.ModifiedNanoseconds : throw LockedFile.Failure(errno, "look at", Path);
         }
 
-        Errno errno = isKept ? LinuxFile.Sync(_file) : Errno.None;
-
-        // A file system that has become read-only by an error can still be read.
-        if (errno is not (Errno.None or Errno.EROFS))
-            throw new DiskException("sync", Path, 0, Length, errno);
-        errno = LinuxFile.Status(_file, out FileStatus status);
-        return errno == Errno.None ? status.ModifiedNanoseconds : throw LockedFile.Failure(errno, "look at", Path);
+        if (isKept && version >= 0)
+            WaitForLaterTime(version);
+        return version;
     }
+
+    /// <summary>
+    /// Waits until a change gets another time than a given one: of an image that was written just now. Times of change go
+    /// in steps, of the kernel's timer, or of one or two seconds where a file system has no room for more.
+    /// </summary>
+    private static void WaitForLaterTime(long nanoseconds)
+    {
+        const long second = 1_000_000_000, timer = 20_000_000;
+        long step = timer + (nanoseconds % second != 0 ? 0 : nanoseconds % (2 * second) != 0 ? second : 2 * second);
+        while (Math.Abs(((DateTime.UtcNow - DateTime.UnixEpoch).Ticks * 100) - nanoseconds) < step)
+            Thread.Sleep(5);
+    }
+
+    /// <summary>Whether a sync has failed. Some file systems that are never written cannot do it, and need not.</summary>
+    private bool IsFailure(Errno errno) => errno != Errno.None && !(errno == Errno.EINVAL && IsOnReadOnlyFileSystem);
 
     /// <summary>
     /// Changes the version, durably, and nothing else: to be called before the first change of an image on which layers
@@ -235,7 +256,7 @@ public sealed partial class ImageFile : Disk
     /// <exception cref="DiskException">The sync failed.</exception>
     internal void SyncContents()
     {
-        if (LinuxFile.SyncData(_file) is var errno and not Errno.None)
+        if (LinuxFile.SyncData(_file) is var errno && IsFailure(errno))
             throw new DiskException("sync", Path, 0, Length, errno);
     }
 

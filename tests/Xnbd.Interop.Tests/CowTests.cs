@@ -159,6 +159,53 @@ public sealed class CowTests : IDisposable
         }
     }
 
+    /// <summary>A file system of that kind cannot sync anything, and says so.</summary>
+    [Fact]
+    public async Task Image_and_layer_may_stand_on_a_file_system_that_is_never_written()
+    {
+        Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
+        Assert.SkipWhen(Tool.Find("mksquashfs") is null, "mksquashfs is absent");
+        string source = Directory.CreateDirectory(_folder.File("source")).FullName, packed = _folder.File("packed");
+        string mount = Directory.CreateDirectory(_folder.File("mount")).FullName;
+        File.Copy(_image, Path.Combine(source, "golden.img"));
+        byte[] expected = [.. _before];
+        expected.AsSpan(10_000, 5000).Fill(1);
+        using (ServerProcess server = ServerProcess.StartMode(
+            "--cow-target", _folder, Path.Combine(source, "golden.img"), "--cow-layer", Path.Combine(source, "layer")))
+        {
+            using NbdTestClient client = server.Open();
+            Assert.Equal(NbdError.None, client.Write(10_000, expected.AsSpan(10_000, 5000).ToArray()));
+            client.Disconnect();
+            Assert.Equal(0, server.Stop());
+        }
+
+        await Tool.Succeed("mksquashfs", source, packed, "-noappend", "-quiet");
+        ToolResult mounted = await Tool.Run("mount", "-o", "loop", packed, mount);
+        Assert.SkipUnless(mounted.ExitCode == 0, $"squashfs cannot be mounted here: {mounted.Errors}");
+        try
+        {
+            string image = Path.Combine(mount, "golden.img"), layer = Path.Combine(mount, "layer");
+            string[] forced = ["--force"]; // such a file system keeps the time of change to the second only
+            using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, [.. forced, "--readonly", "--cow-layer", layer]))
+            {
+                using NbdTestClient client = server.Open();
+                Assert.Equal(expected, client.Read(0, Size));
+            }
+
+            using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, [.. forced, "--cow-layer", layer, "--cow-layer", _folder.File("top")]))
+            {
+                using NbdTestClient client = server.Open();
+                Assert.Equal(expected, client.Read(0, Size));
+                Assert.Equal(NbdError.None, client.Write(0, [1]));
+                Assert.Equal(NbdError.None, client.Try(NbdCommand.Flush, 0, 0));
+            }
+        }
+        finally
+        {
+            await Tool.Succeed("umount", "--lazy", mount);
+        }
+    }
+
     [Fact]
     public void A_layer_that_is_absent_is_made_unless_the_disk_is_only_read()
     {

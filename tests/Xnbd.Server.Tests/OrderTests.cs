@@ -135,6 +135,28 @@ public sealed class OrderTests : IDisposable
         Assert.Equal(1ul, client.ReceiveReply().Cookie);
     }
 
+    /// <summary>The first one is answered by the session's own thread, which gathers replies; the second one by whoever completes it.</summary>
+    [Theory]
+    [InlineData(NbdCommand.Flush)]
+    [InlineData(NbdCommand.Read)]
+    public void A_slow_request_does_not_overtake_a_fast_one_with_its_cookie(NbdCommand second)
+    {
+        const uint fastAt = 0, slowAt = 4096, length = 512;
+        _disk.SlowAt = offset => offset == slowAt;
+        _disk.Before = null; // what is slow completes at once
+        using var server = new ServerFixture(_disk);
+        using NbdTestClient client = server.Open(structured: false);
+        byte[] requests = new byte[2 * NbdSize.Request];
+        var first = new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, 77, fastAt, length);
+        first.Write(requests);
+        var next = new NbdRequest(
+            NbdCommandFlags.None, second, 77, second == NbdCommand.Read ? slowAt : 0, second == NbdCommand.Read ? length : 0);
+        next.Write(requests.AsSpan(NbdSize.Request));
+        client.Send(requests); // in one go, so that the first reply is gathered
+        CheckReply(client, first, isStructured: false);
+        CheckReply(client, next, isStructured: false);
+    }
+
     /// <summary>The first pieces of a long read are in memory, and the rest comes from the disk, at any time.</summary>
     [Fact]
     public void The_last_chunk_of_a_reply_comes_last()

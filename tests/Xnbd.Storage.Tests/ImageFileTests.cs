@@ -492,4 +492,25 @@ public sealed class ImageFileTests : IDisposable
 
     private static async Task<long> AllocatedSectors(string path)
         => long.Parse(await Tool.Succeed("stat", "-c", "%b", path), System.Globalization.CultureInfo.InvariantCulture);
+
+    /// <summary>
+    /// Layers know their base by the time of its last change. Old file systems keep that to the second: what happens within the
+    /// second in which a layer was bound must be noticed, too.
+    /// </summary>
+    [Theory]
+    [InlineData("-I128")]
+    [InlineData("-I256")]
+    public async Task A_change_right_after_the_version_was_taken_makes_another_one(string inode)
+    {
+        using var folder = new TempFolder();
+        using LoopMount mount = await LoopMount.Create(folder, "ext4", 16 << 20, inode);
+        string path = Path.Combine(mount.Path, "image");
+        while (DateTime.UtcNow.Millisecond > 100)
+            Thread.Sleep(5); // a second has begun
+        File.WriteAllBytes(path, new byte[4096]);
+        using ImageFile image = ImageFile.Open(path, readOnly: false);
+        long version = image.GetVersion(isKept: true);
+        await image.WriteAsync(0, new byte[] { 1 }, durable: true);
+        Assert.NotEqual(version, image.GetVersion(isKept: true));
+    }
 }
