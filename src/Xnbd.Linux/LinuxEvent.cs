@@ -20,11 +20,20 @@ public sealed unsafe class LinuxEvent : IDisposable
 
     internal SafeFileHandle Handle { get; }
 
-    /// <summary>Creates an event that is not signalled; null when no more descriptors are to be had.</summary>
+    /// <summary>
+    /// Creates an event that is not signalled; null when no descriptor is to be had but one of the reserve
+    /// (<see cref="LinuxDescriptors"/>).
+    /// </summary>
     public static LinuxEvent? TryCreate()
     {
         int descriptor = Create();
-        return descriptor < 0 ? null : new LinuxEvent(descriptor);
+        if (descriptor < 0)
+            return null;
+        var created = new LinuxEvent(descriptor);
+        if (!LinuxDescriptors.IsOfReserve(created.Handle, LinuxDescriptors.Limit))
+            return created;
+        created.Dispose();
+        return null;
     }
 
     /// <summary>Signals the event; signalling it again before it was reset changes nothing.</summary>
