@@ -28,7 +28,18 @@ internal sealed class DiskThreads
     private int _threads;
     private int _idle;
 
-    private DiskThreads(string name, int maxThreads) => (_name, _maxThreads) = (name, maxThreads);
+    /// <summary>Those whose work this thread does in their place: it will come to what is handed over meanwhile.</summary>
+    [ThreadStatic]
+    private static List<DiskThreads>? t_replaced;
+
+    private readonly Func<string, Action, Thread?> _tryStart;
+
+    /// <summary>Makes a group of threads, of which none is started yet.</summary>
+    /// <param name="name">Their name.</param>
+    /// <param name="maxThreads">How many there may be.</param>
+    /// <param name="tryStart">Starts a thread; <see cref="LinuxThread.TryStart"/> unless given.</param>
+    internal DiskThreads(string name, int maxThreads, Func<string, Action, Thread?>? tryStart = null)
+        => (_name, _maxThreads, _tryStart) = (name, maxThreads, tryStart ?? LinuxThread.TryStart);
 
     /// <summary>For reads: they never queue up behind a slow flush, or a long zeroing.</summary>
     public static DiskThreads Readers { get; } = new("disk reader", MaxThreads);
@@ -57,18 +68,40 @@ internal sealed class DiskThreads
             _threads++;
         }
 
-        if (LinuxThread.TryStart(_name, Work) is not null)
+        if (_tryStart(_name, Work) is not null)
             return;
-
-        // The system has no thread to give. Those that there are will come to it; without any, it is done here.
         lock (_gate)
-        {
             _threads--;
-            if (_threads > 0 || !_waiting.TryDequeue(out work!))
-                return;
-        }
+        if (t_replaced?.Contains(this) != true)
+            WorkHere();
+    }
 
-        work.Run();
+    /// <summary>
+    /// The system has no thread to give. Those that there are will come to what waits, or the last one that could not
+    /// start one does all of it: each of them has counted as a thread until then, on which the others have relied. Work
+    /// that hands over more of it does not go deeper: this loop comes to that, too.
+    /// </summary>
+    private void WorkHere()
+    {
+        (t_replaced ??= []).Add(this);
+        try
+        {
+            while (true)
+            {
+                IDiskWork? work;
+                lock (_gate)
+                {
+                    if (_threads > 0 || !_waiting.TryDequeue(out work))
+                        return;
+                }
+
+                work.Run();
+            }
+        }
+        finally
+        {
+            _ = t_replaced.Remove(this);
+        }
     }
 
     /// <summary>Whether others wait: then long work gives its place up from time to time.</summary>

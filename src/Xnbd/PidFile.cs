@@ -12,6 +12,9 @@ namespace Xnbd.Programs;
 /// </summary>
 internal sealed class PidFile : IDisposable
 {
+    /// <summary>A number and an end of line are shorter than this, in bytes.</summary>
+    private const int MostText = 24;
+
     private readonly string _path;
     private readonly SafeFileHandle _file;
 
@@ -48,6 +51,12 @@ internal sealed class PidFile : IDisposable
             var opened = new PidFile(path, file!);
             if (opened.IsInPlace)
             {
+                if (!HoldsNumber(path))
+                {
+                    file!.Dispose();
+                    throw new FailureException($"'{path}' is no pid file: it holds something else than a number, and is left alone");
+                }
+
                 _ = LinuxFile.Truncate(file!, 0); // what is in it is a dead process's
                 return opened;
             }
@@ -79,16 +88,27 @@ internal sealed class PidFile : IDisposable
     private bool IsInPlace => LinuxFile.Status(_path, out FileStatus there) == Errno.None
         && LinuxFile.Status(_file, out FileStatus here) == Errno.None && there.IsSameFile(here);
 
-    private static string Read(string path)
+    /// <summary>The file is empty, or names a process, as such files do. Any other one may be somebody's disk.</summary>
+    private static bool HoldsNumber(string path)
+        => ReadStart(path) is { Length: < MostText } text && text.Trim().All(char.IsAsciiDigit);
+
+    private static string Read(string path) => ReadStart(path)?.Trim() switch
+    {
+        null => "",
+        "" => ", which is starting",
+        string number => $", process {number}",
+    };
+
+    /// <returns>Null when it cannot be read.</returns>
+    private static string? ReadStart(string path)
     {
         if (LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
-            return "";
+            return null;
         using (file)
         {
-            Span<byte> text = stackalloc byte[16];
+            Span<byte> text = stackalloc byte[MostText];
             long count = LinuxFile.Read(file!, text, 0);
-            return count <= 0 ? ", which is starting"
-                : $", process {Encoding.ASCII.GetString(text[..(int)count]).Trim()}";
+            return count < 0 ? null : Encoding.Latin1.GetString(text[..(int)count]);
         }
     }
 }

@@ -190,6 +190,12 @@ public sealed class DaemonTests : IDisposable
         ToolResult failed = await Tool.Run(ServerProcess.Executable, "--pidfile", pidFile, "--target", "--unix", "/nosuch/s", _image);
         Assert.Equal(1, failed.ExitCode);
         Assert.False(File.Exists(pidFile));
+        string precious = _folder.Random("precious.img", 5000);
+        byte[] before = File.ReadAllBytes(precious);
+        ToolResult notOurs = await Tool.Run(ServerProcess.Executable, "--pidfile", precious, "--target", "--unix", _folder.File("s"), _image);
+        Assert.Equal(1, notOurs.ExitCode);
+        Assert.Contains("is no pid file", notOurs.Errors, StringComparison.Ordinal);
+        Assert.Equal(before, File.ReadAllBytes(precious)); // before: it was emptied, and removed
         ToolResult folder = await Tool.Run(ServerProcess.Executable, "--pidfile", _folder.Path, "--target", "--unix", _folder.File("s"), _image);
         Assert.Equal((1, $"xnbd-server: the pid file '{_folder.Path}' is no regular file\n"), (folder.ExitCode, folder.Errors));
         string fifo = _folder.File("fifo");

@@ -182,6 +182,31 @@ public sealed class LimitTests : IDisposable
         }
     }
 
+    [Fact]
+    public void Clients_that_wait_for_a_lost_remote_leave_it_the_descriptors_to_come_back()
+    {
+        Assert.SkipWhen(Tool.Find("prlimit") is null, "prlimit is absent");
+        string origin = _folder.File("o"), socket = _folder.File("p");
+        ServerProcess first = StartOrigin(origin);
+        using (first)
+        {
+            using ServerProcess proxy = ServerProcess.StartCommand(
+                socket, ["prlimit", "--nofile=100:100", ServerProcess.Executable, .. ProxyArguments(socket, origin)]);
+            ConnectUntilRefused(() => NbdTestClient.Connect(socket), 100);
+            _clients[^1].Dispose(); // the one that was refused
+            _clients.RemoveAt(_clients.Count - 1);
+            first.Kill();
+            Wait.Until(() => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
+
+            // Each session that waits for slow requests would like to have a descriptor by which it is woken.
+            for (int i = 0; i < _clients.Count; i++)
+                _clients[i].SendRequest(NbdCommand.Read, (ulong)i << 16, 4096);
+            Wait.Until(() => Query().Result.GetProperty("requests-in-flight").GetInt32() == _clients.Count, "all of them wait");
+            using ServerProcess second = StartOrigin(origin);
+            Assert.All(_clients, client => Assert.Equal(NbdError.None, client.ReceiveReply().Error)); // before: EIO, after 30 s
+        }
+    }
+
     /// <summary>
     /// A connect takes no longer than it may, and needs nothing of the runtime's: the server's queue is full.
     /// </summary>

@@ -1,0 +1,46 @@
+namespace Xnbd.Storage.Tests;
+
+/// <summary>Disk threads on a system that has no thread to give.</summary>
+public sealed class DiskThreadsTests
+{
+    private static readonly TimeSpan s_deadline = TimeSpan.FromSeconds(30);
+
+    private sealed class Job(Action work) : IDiskWork
+    {
+        public void Run() => work();
+    }
+
+    [Fact]
+    public void Without_threads_all_is_done_that_several_hand_over_at_once()
+    {
+        const int count = 4;
+        using var all = new Barrier(count); // each has handed its work over before one has learned that there is no thread
+        var threads = new DiskThreads("none", 16, (_, _) =>
+        {
+            Assert.True(all.SignalAndWait(s_deadline));
+            return null;
+        });
+        using var done = new CountdownEvent(count);
+        Thread[] callers = [.. Enumerable.Range(0, count).Select(_ => new Thread(() => threads.Enqueue(new Job(() => done.Signal()))))];
+        Array.ForEach(callers, caller => caller.Start());
+        Array.ForEach(callers, caller => caller.Join());
+        Assert.Equal(0, done.CurrentCount); // before: one was done, and three waited for ever
+    }
+
+    [Fact]
+    public void Without_threads_work_that_gives_its_place_up_goes_on_and_no_deeper()
+    {
+        var threads = new DiskThreads("none", 16, (_, _) => null);
+        int left = 100, depth = 0, deepest = 0;
+        Job? job = null;
+        job = new Job(() =>
+        {
+            deepest = Math.Max(deepest, ++depth);
+            if (--left > 0)
+                threads.Enqueue(job!); // as long zeroes do
+            depth--;
+        });
+        threads.Enqueue(job);
+        Assert.Equal((0, 1), (left, deepest)); // before: each piece lay upon the last one, up to the end of the stack
+    }
+}
