@@ -55,8 +55,11 @@ public static class ServerLimits
     /// <summary>Replies are gathered up to this length: a batch of 60 small reads and their data, or four of 64 KiB.</summary>
     public const int GatheredReplies = 256 * 1024;
 
-    /// <summary>They are gathered in a buffer of this size, which a single reply may fill further.</summary>
-    public const int OutputBuffer = 1024 * 1024;
+    /// <summary>
+    /// They are gathered in a buffer of this size, of which a single reply of the longest read that is copied takes a
+    /// little more than half. A client that receives nothing keeps that much, whatever the others need.
+    /// </summary>
+    public const int OutputBuffer = 512 * 1024;
 
     /// <summary>Up to this length a write is received in the input buffer; a longer one gets a buffer of its own.</summary>
     public const int MaxBatchedWrite = 64 * 1024;
@@ -71,7 +74,7 @@ public static class ServerLimits
     public const int ReadPiece = 128 * 1024;
 
     /// <summary>The longest read that may not be cut, and whose data are gathered in the output all the same.</summary>
-    public const int MaxCopiedRead = 512 * 1024;
+    public const int MaxCopiedRead = 256 * 1024;
 
     /// <summary>The pieces, data or hole, of one read: bounds the work for a badly fragmented range.</summary>
     public const int MaxReadChunks = 64;
