@@ -110,6 +110,15 @@ internal static unsafe partial class LibC
     internal static partial int FCntl(SafeHandle file, int command, nint argument);
 
     [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
+    internal static partial int FCntl(int descriptor, int command, nint argument);
+
+    [LibraryImport(Name, EntryPoint = "execv", SetLastError = true)]
+    internal static partial int ExecV(nint path, nint* arguments);
+
+    [LibraryImport(Name, EntryPoint = "getauxval")]
+    internal static partial nint GetAuxiliaryValue(nuint type);
+
+    [LibraryImport(Name, EntryPoint = "fcntl", SetLastError = true)]
     internal static partial int FCntl(SafeHandle file, int command, RecordLock* argument);
 
     [LibraryImport(Name, EntryPoint = "getrlimit64", SetLastError = true)]

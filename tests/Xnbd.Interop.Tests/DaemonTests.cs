@@ -183,6 +183,36 @@ public sealed class DaemonTests : IDisposable
         Assert.Equal("another's", File.ReadAllText(pidFile));
     }
 
+    /// <summary>
+    /// Without stderr, what is opened first gets its number, and the log would be written to the image. Without stdin,
+    /// the runtime's source of random numbers has its number, and what a daemon does with it must not empty that.
+    /// </summary>
+    [Fact]
+    public async Task Closed_standard_streams_harm_neither_the_image_nor_the_clients()
+    {
+        byte[] before = File.ReadAllBytes(_image);
+        foreach (string closed in (string[])["2>&-", "<&-", "<&- >&- 2>&-"])
+        {
+            string socket = _folder.File("closed");
+            using (ServerProcess server = ServerProcess.StartCommand(
+                socket, ["sh", "-c", $"exec \"$@\" {closed}", "sh", ServerProcess.Executable, "--target", "--unix", socket, _image]))
+            {
+                using (NbdTestClient client = server.Open())
+                    Assert.Equal(before[..4096], client.Read(0, 4096)); // before: the log
+                Assert.Equal(0, server.Stop());
+            }
+
+            string pidFile = _folder.File("closed.pid");
+            await Tool.Succeed("sh", "-c", $"exec \"$@\" {closed}", "sh", ServerProcess.Executable, "--daemonize", "--pidfile", pidFile, "--target", "--unix", socket, _image);
+            using (NbdTestClient client = NbdTestClient.Open(socket))
+                Assert.Equal(before[..4096], client.Read(0, 4096)); // before: the session never began
+            string process = File.ReadAllText(pidFile).Trim();
+            await Tool.Succeed("kill", process);
+            Wait.Until(() => !Directory.Exists($"/proc/{process}"), "the daemon has ended");
+            Assert.Equal(before, File.ReadAllBytes(_image));
+        }
+    }
+
     [Fact]
     public async Task A_pid_file_of_a_server_that_fails_is_gone_and_strange_ones_are_refused()
     {
