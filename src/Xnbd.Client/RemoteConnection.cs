@@ -326,6 +326,7 @@ internal sealed class RemoteConnection : IDisposable
     private bool TakeChunk(RemoteRequest request, NbdReplyHeader header)
     {
         const int mostErrorPayload = 6 + NbdSize.MaxString + 8;
+        const int maxErrors = 64; // real servers send one or two; without a bound, a reply might never end
         if (!_agreement.IsStructured)
             throw RemoteHandshake.Broken(_address, "a structured reply that was not agreed on");
         bool isLast = (header.Flags & NbdChunkFlags.Done) != 0;
@@ -333,6 +334,8 @@ internal sealed class RemoteConnection : IDisposable
         {
             if (header.Length is < 6 or > mostErrorPayload)
                 throw RemoteHandshake.Broken(_address, $"an error of {header.Length} bytes");
+            if (++request.ErrorChunks > maxErrors)
+                throw RemoteHandshake.Broken(_address, $"more than {maxErrors} errors in one reply");
             byte[] payload = new byte[header.Length];
             Receive(payload);
             int textLength = Math.Min(BinaryPrimitives.ReadUInt16BigEndian(payload.AsSpan(4)), payload.Length - 6);

@@ -29,6 +29,9 @@ internal sealed class RemoteRequest : IValueTaskSource
     /// <summary>An error chunk has arrived; more chunks may follow.</summary>
     public string? Failure { get; set; }
 
+    /// <summary>How many error chunks have arrived.</summary>
+    public int ErrorChunks { get; set; }
+
     /// <summary>When the request was made, in milliseconds of the system's clock.</summary>
     public long StartedAt { get; private set; }
 
@@ -69,6 +72,7 @@ internal sealed class RemoteRequest : IValueTaskSource
     {
         _covered.Clear();
         Failure = null;
+        ErrorChunks = 0;
     }
 
     /// <summary>Notes bytes that are about to arrive.</summary>

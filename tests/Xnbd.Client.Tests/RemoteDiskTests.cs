@@ -63,6 +63,12 @@ public sealed class RemoteDiskTests : IDisposable
         ["the status of blocks"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, new byte[12]),
         ["an error too short"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[3]),
         ["an error too long"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[10_000]),
+        ["errors without an end"] = (peer, request) =>
+        {
+            byte[] error = [0, 0, 0, (byte)NbdError.Io, 0, 0];
+            for (int i = 0; i < 100; i++)
+                peer.SendChunk(NbdChunkFlags.None, NbdChunkType.Error, request.Cookie, error);
+        },
         ["a simple reply"] = (peer, request) => SendSimple(peer, request),
     };
 
