@@ -52,8 +52,8 @@ public static class ServerLimits
     /// <summary>Requests are received into a buffer of this size: a batch of 32 small writes and their payload.</summary>
     public const int InputBuffer = 256 * 1024;
 
-    /// <summary>Replies are gathered up to this length: a batch of 60 small reads and their data, or four of 64 KiB.</summary>
-    public const int GatheredReplies = 256 * 1024;
+    /// <summary>Replies are gathered up to this length: a batch of 64 small reads and their data, or four of 64 KiB.</summary>
+    public const int GatheredReplies = 264 * 1024;
 
     /// <summary>
     /// They are gathered in a buffer of this size, of which a single reply of the longest read that is copied takes a
@@ -71,7 +71,7 @@ public static class ServerLimits
     /// A longer read whose data are in memory is copied to its client piece by piece: the piece that was read is still in
     /// the processor's cache when it is sent.
     /// </summary>
-    public const int ReadPiece = 128 * 1024;
+    public const int ReadPiece = 64 * 1024;
 
     /// <summary>The longest read that may not be cut, and whose data are gathered in the output all the same.</summary>
     public const int MaxCopiedRead = 256 * 1024;
