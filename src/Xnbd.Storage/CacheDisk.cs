@@ -122,19 +122,14 @@ public sealed class CacheDisk : IDisposable
 
     /// <summary>
     /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; only what waits for the
-    /// origin waits
-    /// for the end of the switch instead.
+    /// origin waits for the end of the switch instead.
     /// <para>
     /// The order. 1. The map is sealed: no block becomes zero any more but in the file itself. 2. What the map calls
-    /// zero is made zero
-    /// in the file. From then on all blocks are local, and stay so. So the cache does to the file what the image alone
-    /// would do, whatever
-    /// is still under way: nothing is fetched or stored, no block is completed from elsewhere, and the map's states do
-    /// not matter.
-    /// 3. Data and map are made durable. So after a death of the machine, too, the map calls every block local, and a
-    /// proxy that is
-    /// started on it never fetches or zeroes one that the image alone has written. 4. The header notes the switch. 5.
-    /// The disk is replaced.
+    /// zero is made zero in the file. From then on all blocks are local, and stay so. So the cache does to the file
+    /// what the image alone would do, whatever is still under way: nothing is fetched or stored, no block is
+    /// completed from elsewhere, and the map's states do not matter. 3. Data and map are made durable. So after a
+    /// death of the machine, too, the map calls every block local, and a proxy that is started on it never fetches or
+    /// zeroes one that the image alone has written. 4. The header notes the switch. 5. The disk is replaced.
     /// </para>
     /// </summary>
     /// <param name="force">Also if blocks are missing: they become zeroes.</param>
@@ -184,9 +179,8 @@ public sealed class CacheDisk : IDisposable
 
     /// <inheritdoc/>
     /// <remarks>
-    /// A switch that is under way is given up, or ends first. If the disk that it waits for does not answer, the files
-    /// stay open
-    /// until the end of the process.
+    /// A switch that is under way is given up, or ends first. If the disk that it waits for does not answer, the
+    /// files stay open until the end of the process.
     /// </remarks>
     public void Dispose()
     {

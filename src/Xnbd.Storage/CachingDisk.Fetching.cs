@@ -172,9 +172,8 @@ internal sealed partial class CachingDisk
     }
 
     /// <summary>
-    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the origin
-    /// that are
-    /// under way go on until it is closed; what they bring is not kept.
+    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the
+    /// origin that are under way go on until it is closed; what they bring is not kept.
     /// </summary>
     internal void LetGo()
     {

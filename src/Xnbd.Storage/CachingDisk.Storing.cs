@@ -8,10 +8,9 @@ namespace Xnbd.Storage;
 /// (the data are in its processor's cache), unless another one does; what is more than a little goes to a disk thread. And
 /// all of it does as long as the file is slow: so that no reply waits for it.
 /// <para>
-/// What was stored is made durable in steps. Otherwise a client's flush would have to write all that was fetched since
-/// the last
-/// one, which on a fast line takes seconds. Those who fetch without reading wait while two steps are not durable;
-/// readers never do.
+/// What was stored is made durable in steps. Otherwise a client's flush would have to write all that was fetched
+/// since the last one, which on a fast line takes seconds. Those who fetch without reading wait while two steps are
+/// not durable; readers never do.
 /// </para>
 /// </content>
 internal sealed partial class CachingDisk : IDiskWork

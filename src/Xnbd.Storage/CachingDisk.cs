@@ -214,8 +214,7 @@ internal sealed partial class CachingDisk : OverlayDisk
 
     /// <summary>
     /// Makes sure that the file itself holds zeroes where the map says zero, and says so in the map. If the map is
-    /// sealed, no block
-    /// is zero afterwards. Absent blocks become zeroes of the file, too, if they are to be given up.
+    /// sealed, no block is zero afterwards. Absent blocks become zeroes of the file, too, if they are to be given up.
     /// </summary>
     public Task Materialize(bool giveUpAbsent, CancellationToken cancel)
         => ForEachHeld(

@@ -5,9 +5,8 @@ namespace Xnbd.Storage;
 /// is held up.
 /// <para>
 /// Operations that are under way when the disk is replaced end on the old one. So from the moment of the replacement
-/// on, an operation
-/// of the old disk must do to the stored bytes what the same operation of the new disk would do: whoever replaces it
-/// sees to that.
+/// on, an operation of the old disk must do to the stored bytes what the same operation of the new disk would do:
+/// whoever replaces it sees to that.
 /// </para>
 /// <para>
 /// The old disk may fail what it cannot wait for as <see cref="DiskError.Replaced"/>. Such an operation waits until the
