@@ -2,6 +2,9 @@ using BenchmarkDotNet.Attributes;
 using BenchmarkDotNet.Running;
 using Xnbd.Protocol;
 using Xnbd.Storage;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Layers;
+using Xnbd.Storage.Maps;
 
 // script/bench --micro --filter '*'
 BenchmarkSwitcher.FromAssembly(typeof(ProtocolBenchmarks).Assembly).Run(args);

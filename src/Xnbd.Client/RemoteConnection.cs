@@ -2,7 +2,7 @@ using System.Buffers.Binary;
 using System.Net.Sockets;
 using Xnbd.Linux;
 using Xnbd.Protocol;
-using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Client;
 

@@ -5,6 +5,7 @@ using Microsoft.Extensions.Logging;
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Server;
 

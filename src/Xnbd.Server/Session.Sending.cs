@@ -1,6 +1,6 @@
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
-using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Server;
 

@@ -2,6 +2,7 @@ using System.Diagnostics;
 using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Server;
 

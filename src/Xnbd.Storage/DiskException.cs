@@ -21,7 +21,7 @@ public enum DiskError
     NotSupported,
 
     /// <summary>
-    /// The disk is being replaced. <see cref="SwitchableDisk"/> tries the operation again on the next disk.
+    /// The disk is being replaced. The disk that stands for both of them tries the operation again on the next disk.
     /// </summary>
     Replaced,
 }

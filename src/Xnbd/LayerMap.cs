@@ -1,4 +1,6 @@
 using Xnbd.Storage;
+using Xnbd.Storage.Layers;
+using Xnbd.Storage.Maps;
 
 namespace Xnbd.Programs;
 

@@ -5,6 +5,8 @@ using System.Runtime.InteropServices;
 using System.Text.Json;
 using Spectre.Console;
 using Xnbd.Storage;
+using Xnbd.Storage.Layers;
+using Xnbd.Storage.Maps;
 
 namespace Xnbd.Programs;
 

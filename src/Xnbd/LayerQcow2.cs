@@ -3,6 +3,7 @@ using System.Diagnostics;
 using Microsoft.Extensions.Logging.Abstractions;
 using Xnbd.Server;
 using Xnbd.Storage;
+using Xnbd.Storage.Layers;
 
 namespace Xnbd.Programs;
 

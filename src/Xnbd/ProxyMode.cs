@@ -4,6 +4,8 @@ using Microsoft.Extensions.Logging;
 using Xnbd.Client;
 using Xnbd.Control;
 using Xnbd.Storage;
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Images;
 
 namespace Xnbd.Programs;
 

@@ -1,7 +1,8 @@
 using System.CommandLine;
 using Xnbd.Client;
 using Xnbd.Server;
-using Xnbd.Storage;
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Layers;
 
 namespace Xnbd.Programs;
 

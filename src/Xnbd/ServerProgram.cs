@@ -5,6 +5,8 @@ using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Server;
 using Xnbd.Storage;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Layers;
 
 namespace Xnbd.Programs;
 

@@ -2,6 +2,7 @@ using System.Diagnostics;
 using Microsoft.Extensions.Logging;
 using Xnbd.Linux;
 using Xnbd.Storage;
+using Xnbd.Storage.Images;
 
 namespace Xnbd.Programs;
 

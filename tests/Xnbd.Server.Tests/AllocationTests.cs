@@ -1,6 +1,6 @@
 using System.Net.Sockets;
 using Xnbd.Protocol;
-using Xnbd.Storage;
+using Xnbd.Storage.Images;
 using Xnbd.TestKit;
 
 namespace Xnbd.Server.Tests;

@@ -1,4 +1,8 @@
 using Microsoft.Win32.SafeHandles;
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Maps;
+using Xnbd.Storage.Threads;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;

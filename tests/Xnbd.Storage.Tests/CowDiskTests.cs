@@ -1,3 +1,6 @@
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Layers;
+using Xnbd.Storage.Maps;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;

@@ -1,5 +1,10 @@
 using System.Globalization;
 using System.Runtime.InteropServices;
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Layers;
+using Xnbd.Storage.Maps;
+using Xnbd.Storage.Overlay;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Storage.Tests;
 

@@ -1,3 +1,5 @@
+using Xnbd.Storage.Threads;
+
 namespace Xnbd.Storage.Tests;
 
 /// <summary>Disk threads on a system that has no thread to give.</summary>

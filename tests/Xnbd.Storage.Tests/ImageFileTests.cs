@@ -1,3 +1,5 @@
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Threads;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;

@@ -1,3 +1,5 @@
+using Xnbd.Storage.Maps;
+
 namespace Xnbd.Storage.Tests;
 
 /// <summary>The machine, or the process, dies in the middle of an operation on a file.</summary>

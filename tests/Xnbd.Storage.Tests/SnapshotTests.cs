@@ -1,4 +1,5 @@
 using System.Buffers.Binary;
+using Xnbd.Storage.Images;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;

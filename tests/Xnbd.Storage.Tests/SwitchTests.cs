@@ -1,4 +1,7 @@
 using Microsoft.Win32.SafeHandles;
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Maps;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;

@@ -1,10 +1,11 @@
+using System.Text.RegularExpressions;
 using System.Xml.Linq;
 using Xnbd.TestKit;
 
 namespace Xnbd.Tests;
 
 /// <summary>The arrows between the projects point one way: see ARCHITECTURE.md.</summary>
-public class DependencyTests
+public partial class DependencyTests
 {
     [Theory]
     [InlineData("Xnbd.Protocol")]
@@ -51,6 +52,36 @@ public class DependencyTests
         string[] places = [.. Sources().Where(f => File.ReadAllText(f).Contains("new Thread(", StringComparison.Ordinal)).Select(f => Path.GetFileName(f))];
         Assert.Equal(["LinuxThread.cs"], places);
     }
+
+    /// <summary>The rooms of Xnbd.Storage: every room may use the top and the rooms that are listed here.</summary>
+    [Theory]
+    [InlineData("")]
+    [InlineData("Threads")]
+    [InlineData("Maps")]
+    [InlineData("Images", "Threads")]
+    [InlineData("Overlay", "Maps", "Threads")]
+    [InlineData("Layers", "Images", "Maps", "Overlay", "Threads")]
+    [InlineData("Cache", "Images", "Maps", "Overlay", "Threads")]
+    public void A_room_of_the_storage_uses_these_alone(string room, params string[] mayUse)
+    {
+        string folder = Path.Combine(Repository.Root, "src", "Xnbd.Storage", room);
+        foreach (string file in Directory.EnumerateFiles(folder, "*.cs"))
+        {
+            string text = File.ReadAllText(file);
+            string own = room.Length == 0 ? "Xnbd.Storage" : $"Xnbd.Storage.{room}";
+            Assert.True(
+                text.Contains($"namespace {own};", StringComparison.Ordinal) || !text.Contains("namespace ", StringComparison.Ordinal),
+                $"{file} is not in the namespace {own}");
+            foreach (Match used in RoomPattern().Matches(text))
+            {
+                string name = used.Groups[1].Value;
+                Assert.True(name == room || mayUse.Contains(name), $"{file} uses the room {name}");
+            }
+        }
+    }
+
+    [GeneratedRegex(@"\bXnbd\.Storage\.(?!Tests)([A-Z]\w*)")]
+    private static partial Regex RoomPattern();
 
     private static IEnumerable<string> Sources() => Directory
         .EnumerateFiles(Path.Combine(Repository.Root, "src"), "*.cs", SearchOption.AllDirectories)

@@ -1,0 +1,268 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Maps;
+
+namespace Xnbd.Storage.Cache;
+
+/// <summary>Bounds of what a cache has under way.</summary>
+/// <param name="Requests">Reads of the origin at once, at least 1.</param>
+/// <param name="Bytes">Of them, and of what they brought and is not in the file yet; at least 1 MiB.</param>
+public readonly record struct CacheLimits(int Requests, long Bytes);
+
+/// <summary>
+/// A cache of a far disk, from its files to the day when it needs that disk no more: opened, filled, and at last replaced by
+/// the image alone (<see cref="Switch"/>), with all that use it going on.
+/// </summary>
+public sealed class CacheDisk : IDisposable
+{
+    /// <summary>The end of the program waits so long for a switch that is under way.</summary>
+    private static readonly TimeSpan s_longestSwitch = TimeSpan.FromSeconds(5);
+
+    private readonly SwitchableDisk _disk;
+    private readonly CachingDisk _cache;
+    private readonly ImageFile _image;
+    private readonly SafeFileHandle _mapFile;
+    private readonly Disk _origin;
+    private readonly Lock _switching = new(); // held while the disk is switched, the origin's address or contents change, or all is closed
+    private readonly CancellationTokenSource _closing = new();
+    private bool _isClosed;
+
+    /// <summary>Composes it of open parts, which it owns from now on.</summary>
+    internal CacheDisk(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
+    {
+        _cache = cache;
+        _image = image;
+        _mapFile = mapFile;
+        _origin = origin;
+        _disk = new SwitchableDisk(cache);
+    }
+
+    /// <summary>What is served.</summary>
+    public Disk Disk => _disk;
+
+    /// <summary>It has been switched: the image, which alone is the disk now; null before.</summary>
+    public ImageFile? Image => ReferenceEquals(_disk.Current, _image) ? _image : null;
+
+    /// <summary>What has been done so far.</summary>
+    public CacheStatistics Statistics => _cache.Statistics;
+
+    /// <summary>Opens the cache's files, or makes them.</summary>
+    /// <param name="origin">The far disk; owned from now on, also when this fails.</param>
+    /// <param name="originName">Its address, by which it is known again.</param>
+    /// <param name="imagePath">The cache image.</param>
+    /// <param name="mapPath">Its map.</param>
+    /// <param name="opening">What to do with a map that is there.</param>
+    /// <param name="readOnly">Clients may not write.</param>
+    /// <param name="limits">Of what is under way.</param>
+    /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
+    /// <exception cref="DiskException">The files do not fit; they are untouched.</exception>
+    public static CacheDisk Open(
+        Disk origin,
+        string originName,
+        string imagePath,
+        string mapPath,
+        CacheOpening opening,
+        bool readOnly,
+        CacheLimits limits,
+        Action<DiskException> cannotStore)
+    {
+        try
+        {
+            (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(imagePath, mapPath, originName, origin.Length, opening);
+            var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
+            if (!map.IsCommitted)
+                cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says
+            return new CacheDisk(cache, image, mapFile, origin);
+        }
+        catch
+        {
+            origin.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Fetches all that is missing; see <see cref="CachingDisk.CacheAll"/>.</summary>
+    public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
+    {
+        const int parallel = 16; // enough for a line of 1 GB/s and 10 ms with requests of 1 MiB
+        await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, CachingDisk.MaxFetchBytes / BlockRange.BlockSize), parallel, cancel);
+    }
+
+    /// <summary>Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.</summary>
+    /// <exception cref="DiskException">The origin does not answer, or the map cannot be written, or the image alone is the disk now.</exception>
+    public void Invalidate()
+    {
+        lock (_switching)
+        {
+            ThrowIfClosed();
+            if (Image is not null)
+                throw new DiskException(DiskError.Permission, "this is a target now: nothing here is a copy");
+            _cache.Invalidate().GetAwaiter().GetResult();
+        }
+    }
+
+    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map.</summary>
+    /// <param name="mapPath">Its map.</param>
+    public static bool WasSwitched(string mapPath) => CacheFiles.WasSwitched(mapPath);
+
+    /// <summary>Whether an origin's address can be recorded.</summary>
+    /// <param name="originName">The address.</param>
+    public static bool CanRecord(string originName) => MapHeader.FitsPath(originName);
+
+    /// <summary>Records that the origin has another address now.</summary>
+    /// <exception cref="DiskException">It cannot be written.</exception>
+    public void Rebind(string originName)
+    {
+        lock (_switching)
+        {
+            ThrowIfClosed();
+            if (Image is not null)
+                throw new DiskException(DiskError.Permission, "this is a target now: there is no remote");
+            _cache.Map.ChangeHeader(header => header with { Source = header.Source with { Path = originName } });
+        }
+    }
+
+    /// <summary>
+    /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; only what waits for the
+    /// origin waits for the end of the switch instead.
+    /// <para>
+    /// The order. 1. The map is sealed: no block becomes zero any more but in the file itself. 2. What the map calls
+    /// zero is made zero in the file. From then on all blocks are local, and stay so. So the cache does to the file
+    /// what the image alone would do, whatever is still under way: nothing is fetched or stored, no block is
+    /// completed from elsewhere, and the map's states do not matter. 3. Data and map are made durable. So after a
+    /// death of the machine, too, the map calls every block local, and a proxy that is started on it never fetches or
+    /// zeroes one that the image alone has written. 4. The header notes the switch. 5. The disk is replaced.
+    /// </para>
+    /// </summary>
+    /// <param name="force">Also if blocks are missing: they become zeroes.</param>
+    /// <exception cref="DiskException">Blocks are missing, or the image cannot be made complete; it goes on as before. (With force, missing blocks may be zeroes already.)</exception>
+    public void Switch(bool force)
+    {
+        lock (_switching)
+        {
+            ThrowIfClosed();
+            if (Image is not null)
+                return;
+            RefuseIfIncomplete(force);
+            _disk.Switch(_ =>
+            {
+                bool mayHaveNoted = false;
+                try
+                {
+                    Complete(force);
+                    mayHaveNoted = true;
+                    _cache.Map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites | MapFlags.Switched });
+                    return _image;
+                }
+                catch (OperationCanceledException)
+                {
+                    GoOn(mayHaveNoted);
+                    throw Closed();
+                }
+                catch
+                {
+                    GoOn(mayHaveNoted);
+                    throw;
+                }
+            });
+            _image.ShareLock();
+            _origin.Dispose();
+            _cache.StopStoring(); // nothing is left to be stored; this gives memory back
+        }
+    }
+
+    /// <summary>Makes durable all that is cached, also of a disk that clients may not write, and what has just been fetched.</summary>
+    public async Task FlushAll()
+    {
+        if (Image is null)
+            await _cache.StoredAsync();
+        await (Image is null ? _cache.FlushAll() : _image.FlushAsync());
+    }
+
+    /// <inheritdoc/>
+    /// <remarks>
+    /// A switch that is under way is given up, or ends first. If the disk that it waits for does not answer, the
+    /// files stay open until the end of the process.
+    /// </remarks>
+    public void Dispose()
+    {
+        _closing.Cancel();
+        _origin.Dispose(); // who waits for it comes back
+        if (!_switching.TryEnter(s_longestSwitch))
+            return;
+        try
+        {
+            if (_isClosed)
+                return;
+            _isClosed = true;
+            _cache.StopStoring();
+            _image.Dispose();
+            Linux.LinuxFile.Unlock(_mapFile);
+            _mapFile.Dispose();
+        }
+        finally
+        {
+            _switching.Exit();
+        }
+    }
+
+    private void ThrowIfClosed()
+    {
+        if (_isClosed || _closing.IsCancellationRequested)
+            throw Closed();
+    }
+
+    private static DiskException Closed() => new(DiskError.Permission, "the server is ending");
+
+    /// <summary>The file holds every byte of the disk, and file and map are durable. Both stay so.</summary>
+    private void Complete(bool force)
+    {
+        CancellationToken cancel = _closing.Token;
+        _cache.Map.Seal();
+        if (force)
+        {
+            // All that may fail, or takes long, comes before anything is given up.
+            _cache.ZeroAbsent(cancel).GetAwaiter().GetResult();
+            _cache.FlushAll().AsTask().GetAwaiter().GetResult();
+            _cache.LetGo(); // a writer that waits for the origin holds its blocks
+        }
+
+        _cache.Materialize(giveUpAbsent: force, cancel).GetAwaiter().GetResult();
+        if (_cache.Map.Count(BlockState.Absent) + _cache.Map.Count(BlockState.Zero) is var left and > 0)
+            throw new DiskException(DiskError.Io, $"{left} blocks are not in the image"); // it cannot be: then it must not go on
+        _cache.Map.WriteBehind();
+        _cache.FlushAll().AsTask().GetAwaiter().GetResult();
+        cancel.ThrowIfCancellationRequested();
+        _cache.LetGo(); // a read that still waits for the origin, of blocks that were written meanwhile, has them here
+    }
+
+    /// <summary>
+    /// The switch has failed. As long as the header may say that the image is complete, the image stays so.
+    /// </summary>
+    private void GoOn(bool mayHaveNoted)
+    {
+        try
+        {
+            if (mayHaveNoted)
+                _cache.Map.ChangeHeader(header => header with { Flags = header.Flags & ~MapFlags.Switched });
+            _cache.Map.Unseal();
+        }
+        catch (DiskException)
+        {
+            // The map stays sealed.
+        }
+
+        _cache.TakeUpAgain();
+    }
+
+    private void RefuseIfIncomplete(bool force)
+    {
+        long absent = _cache.Statistics.AbsentBlocks;
+        if (absent == 0 || force)
+            return;
+        BlockRange first = _cache.Map.Runs().First(r => r.State == BlockState.Absent).Run;
+        throw new DiskException(
+            DiskError.Permission,
+            $"{absent} blocks of {BlockRange.BlockSize} bytes are not cached yet, the first at byte {first.Offset}: cache all first (xnbd-bgctl --cache-all)");
+    }
+}

@@ -1,0 +1,224 @@
+using System.Buffers.Binary;
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Maps;
+
+namespace Xnbd.Storage.Cache;
+
+/// <summary>What to do with a map that is there already.</summary>
+[Flags]
+public enum CacheOpening
+{
+    /// <summary>Go on where it was.</summary>
+    GoOn = 0,
+
+    /// <summary>Forget what is cached.</summary>
+    Clear = 1,
+
+    /// <summary>Take it although it is of another remote.</summary>
+    Rebind = 2,
+
+    /// <summary>Take over a bare bitmap of the original xNBD.</summary>
+    ImportBitmap = 4,
+}
+
+/// <summary>
+/// The two files of a cache: the image, and the map that says what of it is right (docs/formats.md). The map is bound to the
+/// disk's length and to the origin's address. Both are locked as long as they are open.
+/// </summary>
+internal static class CacheFiles
+{
+    /// <summary>Opens both, or makes them.</summary>
+    /// <param name="imagePath">The cache image.</param>
+    /// <param name="mapPath">Its map.</param>
+    /// <param name="origin">The origin's address, by which it is known again.</param>
+    /// <param name="length">The origin's length, in bytes.</param>
+    /// <param name="opening">What to do with a map that is there.</param>
+    /// <exception cref="DiskException">They do not fit, are damaged, or in use; nothing was touched.</exception>
+    public static (ImageFile Image, BlockMap Map, SafeFileHandle MapFile) Open(
+        string imagePath, string mapPath, string origin, long length, CacheOpening opening)
+    {
+        var source = new SourceIdentity(origin, length, 0, 0);
+        if (!MapHeader.FitsPath(origin))
+            throw new DiskException(DiskError.NotSupported, "the remote's address is too long to be recorded");
+        if (Path.GetFullPath(imagePath) == Path.GetFullPath(mapPath))
+            throw OneFile(imagePath);
+        Errno errno = LinuxFile.Open(mapPath, OpenMode.ReadWrite, out SafeFileHandle? old);
+        if (errno is not (Errno.None or Errno.ENOENT))
+            throw LockedFile.Failure(errno, "open the map", mapPath);
+        ImageFile? image = null;
+        SafeFileHandle? made = null;
+        try
+        {
+            long size = 0;
+            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out size);
+            bool[]? imported = null;
+            if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
+                imported = size > 0 ? ReadBitmap(mapPath, old!, length) : throw new DiskException(DiskError.Permission, $"there is no bitmap '{mapPath}' to be taken over");
+
+            // A map without its image would show zeroes where data were.
+            bool isFresh = imported is null && (map is null || map.Count(BlockState.Absent) == map.BlockCount);
+            // And an image without its map is somebody's, or what a map that was lost spoke of.
+            image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh, mayHoldData: size > 0 || (opening & CacheOpening.Clear) != 0);
+            if (LinuxFile.Status(imagePath, out FileStatus one) == Errno.None && LinuxFile.Status(mapPath, out FileStatus other) == Errno.None && one.IsSameFile(other))
+                throw OneFile(imagePath); // by another way through the folders
+            if (map is not null)
+            {
+                map.PrepareToWrite();
+                MapFlags flags = map.Header.Flags & ~MapFlags.Switched; // from now on blocks may be zero in the map alone
+                if (map.Header.Source != source || map.Header.Flags != flags)
+                    map.WriteHeader(map.Header with { Source = source, Flags = flags });
+                return (image, map, old!);
+            }
+
+            made = LockedFile.CreateBeside(Path.GetFullPath(mapPath), out string partial);
+            try
+            {
+                map = Make(partial, made, source);
+                for (long block = 0; block < imported?.Length;)
+                {
+                    long end = block;
+                    while (end < imported.Length && imported[end] == imported[block])
+                        end++;
+                    if (imported[block])
+                        map.Set(new BlockRange(block, end - block), BlockState.Written); // which were written nobody knows: then all are
+                    block = end;
+                }
+
+                if (imported is not null)
+                    image.FlushAsync().AsTask().GetAwaiter().GetResult(); // what the original has written may be in memory only
+                map.Commit();
+                errno = LinuxFile.Rename(partial, mapPath);
+                if (errno != Errno.None)
+                    throw LockedFile.Failure(errno, "put in place", mapPath);
+            }
+            catch
+            {
+                _ = LinuxFile.Unlink(partial);
+                throw;
+            }
+
+            LinuxFile.SyncDirectoryOf(mapPath);
+            old?.Dispose();
+            return (image, map, made);
+        }
+        catch
+        {
+            image?.Dispose();
+            made?.Dispose();
+            old?.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>
+    /// Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or
+    /// changed.
+    /// </summary>
+    /// <param name="mapPath">Its map.</param>
+    /// <returns>False also when that cannot be known.</returns>
+    public static bool WasSwitched(string mapPath)
+    {
+        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None
+            || status.Kind != FileKind.Regular
+            || status.Length < 2 * MapHeader.Size
+            || LinuxFile.Open(mapPath, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
+            return false;
+        using (file)
+        {
+            try
+            {
+                return BlockMap.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
+            }
+            catch (DiskException)
+            {
+                return false;
+            }
+        }
+    }
+
+    private static DiskException OneFile(string path) => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
+
+    /// <returns>Null when a new map is to be made in place of this file.</returns>
+    private static BlockMap? ReadMap(string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)
+    {
+        _ = LinuxFile.Status(file, out FileStatus status);
+        size = status.Length;
+        if (status.Kind != FileKind.Regular)
+            throw new DiskException(DiskError.Io, $"'{path}' is no regular file");
+        if (LinuxFile.TryLock(file) == Errno.EAGAIN)
+            throw new InUseException($"the map '{path}'", file, UseConflict.NeededAlone);
+        if (size == 0)
+            return null; // an empty file, such as mktemp makes
+        var store = new FileMapStore(path, file);
+        MapHeader? header = size < 2 * MapHeader.Size ? null : BlockMap.ReadHeader(store);
+        if (header is null)
+        {
+            if (size != BitmapLength(source.Length))
+                throw new DiskException(DiskError.Io, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
+            if ((opening & (CacheOpening.ImportBitmap | CacheOpening.Clear)) != 0)
+                return null;
+            throw new DiskException(
+                DiskError.Permission, $"'{path}' looks like a bitmap of the original xNBD; --import-bitmap takes it over, --clear-bitmap starts afresh");
+        }
+
+        if ((header.Flags & MapFlags.Cache) == 0)
+            throw new DiskException(DiskError.Permission, $"'{path}' is a copy-on-write layer, not a cache's map");
+        if ((opening & CacheOpening.Clear) != 0)
+            return null;
+        if (header.Source.Length != source.Length)
+        {
+            throw new DiskException(
+                DiskError.Permission, $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
+        }
+
+        if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
+        {
+            throw new DiskException(
+                DiskError.Permission, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}; if that is the same disk: --rebind");
+        }
+
+        if (size < BlockMap.FileLength(source.Length))
+            throw new DiskException(DiskError.Io, $"the map '{path}' is damaged: it is too short");
+        try
+        {
+            return BlockMap.Open(store, LinuxProcess.BootId);
+        }
+        catch (DiskException failure)
+        {
+            throw new DiskException(failure.Error, $"the map '{path}': {failure.Message}; it was left as it is");
+        }
+    }
+
+    private static BlockMap Make(string path, SafeFileHandle file, SourceIdentity source)
+    {
+        long length = BlockMap.FileLength(source.Length);
+        Errno errno = LinuxFile.Truncate(file, length);
+        if (errno == Errno.None)
+            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length); // on a full disk, a flush still finds room
+        if (errno is not (Errno.None or Errno.EOPNOTSUPP))
+            throw LockedFile.Failure(errno, "create", path);
+        return BlockMap.Create(new FileMapStore(path, file), new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = LinuxProcess.BootId,
+            Flags = MapFlags.Cache,
+            DataStart = 0,
+            Source = source,
+        });
+    }
+
+    /// <summary>Of the original's bitmap: an array of 64-bit words.</summary>
+    private static long BitmapLength(long diskLength) => (BlockRange.CountOf(diskLength) + 63) / 64 * 8;
+
+    private static bool[] ReadBitmap(string path, SafeFileHandle file, long length)
+    {
+        byte[] bytes = new byte[BitmapLength(length)];
+        new FileMapStore(path, file).Read(0, bytes);
+        bool[] blocks = new bool[BlockRange.CountOf(length)];
+        for (int i = 0; i < blocks.Length; i++)
+            blocks[i] = (BinaryPrimitives.ReadUInt64LittleEndian(bytes.AsSpan(i / 64 * 8)) >> (i % 64) & 1) != 0;
+        return blocks;
+    }
+}

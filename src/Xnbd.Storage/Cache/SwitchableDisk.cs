@@ -1,0 +1,136 @@
+namespace Xnbd.Storage.Cache;
+
+/// <summary>
+/// A disk that can be replaced by another one with the same contents, while it is in use. No session notices: nothing
+/// is held up.
+/// <para>
+/// Operations that are under way when the disk is replaced end on the old one. So from the moment of the replacement
+/// on, an operation of the old disk must do to the stored bytes what the same operation of the new disk would do:
+/// whoever replaces it sees to that.
+/// </para>
+/// <para>
+/// The old disk may fail what it cannot wait for as <see cref="DiskError.Replaced"/>. Such an operation waits until the
+/// replacement has ended, well or not, and is carried over to the disk that there is then. So is one that the old disk
+/// fails later.
+/// </para>
+/// </summary>
+/// <param name="first">The disk at first; owned, as all later ones.</param>
+public sealed class SwitchableDisk(Disk first) : Disk
+{
+    private readonly Lock _switching = new();
+    private volatile Disk _current = first;
+    private volatile Task _switched = Task.CompletedTask; // the last replacement: it has ended
+
+    /// <summary>The disk at present.</summary>
+    public Disk Current => _current;
+
+    /// <inheritdoc/>
+    public override long Length { get; } = first.Length;
+
+    /// <inheritdoc/>
+    public override DiskFeatures Features { get; } = first.Features;
+
+    /// <summary>Replaces the disk. All operations go on meanwhile.</summary>
+    /// <param name="make">Makes the new one of the old one. If it throws, the old one stays, and waits for nothing to
+    /// be replaced.</param>
+    public void Switch(Func<Disk, Disk> make)
+    {
+        lock (_switching)
+        {
+            var ended = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+            _switched = ended.Task;
+            try
+            {
+                _current = make(_current);
+            }
+            finally
+            {
+                ended.SetResult();
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public override bool TryRead(long offset, Span<byte> buffer) => _current.TryRead(offset, buffer);
+
+    /// <inheritdoc/>
+    public override bool TryWrite(long offset, ReadOnlySpan<byte> data) => _current.TryWrite(offset, data);
+
+    /// <inheritdoc/>
+    /// <remarks>The file stays open: the new disk has the same one.</remarks>
+    public override FileRange TryLocate(long offset, int length, bool findHoles) => _current.TryLocate(offset, length, findHoles);
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+        => Run((offset, buffer), static (disk, read) => disk.ReadAsync(read.offset, read.buffer));
+
+    /// <inheritdoc/>
+    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+        => Run((offset, data, durable), static (disk, write) => disk.WriteAsync(write.offset, write.data, write.durable));
+
+    /// <inheritdoc/>
+    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+        => Run((offset, length, mode, durable), static (disk, zero) => disk.ZeroAsync(zero.offset, zero.length, zero.mode, zero.durable));
+
+    /// <inheritdoc/>
+    public override ValueTask TrimAsync(long offset, long length, bool durable)
+        => Run((offset, length, durable), static (disk, trim) => disk.TrimAsync(trim.offset, trim.length, trim.durable));
+
+    /// <inheritdoc/>
+    public override ValueTask FlushAsync() => Run(0, static (disk, _) => disk.FlushAsync());
+
+    /// <inheritdoc/>
+    public override async ValueTask PrefetchAsync(long offset, long length)
+    {
+        try
+        {
+            await _current.PrefetchAsync(offset, length);
+        }
+        catch (DiskException failure) when (failure.Error == DiskError.Replaced)
+        {
+            // Where everything is local, there is nothing to fetch.
+        }
+    }
+
+    /// <inheritdoc/>
+    public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
+        => Run((offset, length, extents), static (disk, question) =>
+        {
+            question.extents.Clear(); // of an earlier disk
+            return disk.GetExtentsAsync(question.offset, question.length, question.extents);
+        });
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+            _current.Dispose();
+    }
+
+    private ValueTask Run<T>(T arguments, Func<Disk, T, ValueTask> start)
+    {
+        Disk disk = _current;
+        ValueTask operation = start(disk, arguments);
+        return operation.IsCompletedSuccessfully ? operation : CarryOver(disk, operation, arguments, start);
+    }
+
+    private async ValueTask CarryOver<T>(Disk disk, ValueTask operation, T arguments, Func<Disk, T, ValueTask> start)
+    {
+        while (true)
+        {
+            try
+            {
+                await operation;
+                return;
+            }
+            catch (DiskException failure) when (failure.Error == DiskError.Replaced || !ReferenceEquals(disk, _current))
+            {
+                // Carried over.
+            }
+
+            await _switched;
+            disk = _current;
+            operation = start(disk, arguments);
+        }
+    }
+}

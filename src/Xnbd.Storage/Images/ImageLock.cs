@@ -1,0 +1,90 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage.Images;
+
+/// <summary>
+/// The locks of an open image, which keep others out who would do harm. The kernel lets go of them when the file is
+/// closed. Where there are no locks (some network file systems), nobody is kept out.
+/// <para>
+/// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as
+/// QEMU does, so that its programs and this one respect each other: one by who writes the file, the other one by who
+/// does not tolerate that somebody else writes it. Each looks whether somebody holds the byte that excludes it.
+/// </para>
+/// <para>
+/// To look first keeps two from excluding each other when one has been there for long. To look again, after both bytes
+/// were locked, keeps two that start at the same moment from missing each other. Then both give their bytes back, and
+/// try again after a random time: one of them comes first.
+/// </para>
+/// </summary>
+internal static class ImageLock
+{
+    /// <summary>QEMU's byte of those who write (<c>BLK_PERM_WRITE</c>).</summary>
+    private const long Writes = 100 + 1;
+
+    /// <summary>QEMU's byte of those who tolerate no other writer.</summary>
+    private const long ToleratesNoWriter = 200 + 1;
+
+    /// <summary>So often two give way to each other. Each time one of them comes first, more likely than not.</summary>
+    private const int MaxTries = 20;
+
+    private const int MaxPauseMilliseconds = 20;
+
+    /// <summary>Takes the locks.</summary>
+    /// <param name="path">The file's name, for messages.</param>
+    /// <param name="file">The open file; its owner closes it, also if this fails.</param>
+    /// <param name="readOnly">It is only read.</param>
+    /// <param name="use">What it is opened for.</param>
+    /// <exception cref="InUseException">Another program excludes this use, or would be excluded.</exception>
+    public static void Take(string path, SafeFileHandle file, bool readOnly, ImageUse use)
+    {
+        if (LinuxFile.TryLock(file, shared: use != ImageUse.Alone) == Errno.EAGAIN)
+        {
+            const string reason = "another program needs it, or has it, alone";
+            throw new InUseException($"'{path}'", file, UseConflict.NeededAlone, reason);
+        }
+
+        bool toleratesNoWriter = use == ImageUse.Base || (!readOnly && use != ImageUse.Shared);
+        for (int attempt = 1; attempt <= MaxTries; attempt++)
+        {
+            ThrowIfExcluded(path, file, readOnly, toleratesNoWriter);
+            bool isLocked = (readOnly || LinuxFile.TryLockByte(file, Writes) != Errno.EAGAIN)
+                & (!toleratesNoWriter || LinuxFile.TryLockByte(file, ToleratesNoWriter) != Errno.EAGAIN);
+            if (isLocked && !IsExcluded(file, readOnly, toleratesNoWriter))
+                return;
+            LinuxFile.UnlockByte(file, Writes);
+            LinuxFile.UnlockByte(file, ToleratesNoWriter);
+            Thread.Sleep(Random.Shared.Next(1, MaxPauseMilliseconds));
+        }
+
+        ThrowIfExcluded(path, file, readOnly, toleratesNoWriter);
+        throw new InUseException($"'{path}'", file, UseConflict.NeededAlone, "others keep locking it", Writes);
+    }
+
+    /// <summary>From now on others may read the file as well, and nobody else may write it.</summary>
+    public static void Share(SafeFileHandle file) => _ = LinuxFile.TryLock(file, shared: true);
+
+    /// <summary>Somebody else may write the file at present.</summary>
+    public static bool IsWritten(SafeFileHandle file) => LinuxFile.IsByteLocked(file, Writes);
+
+    private static bool IsExcluded(SafeFileHandle file, bool readOnly, bool toleratesNoWriter)
+        => (!readOnly && LinuxFile.IsByteLocked(file, ToleratesNoWriter))
+            || (toleratesNoWriter && LinuxFile.IsByteLocked(file, Writes));
+
+    private static void ThrowIfExcluded(string path, SafeFileHandle file, bool readOnly, bool toleratesNoWriter)
+    {
+        bool isRefused = !readOnly && LinuxFile.IsByteLocked(file, ToleratesNoWriter);
+        bool isWritten = (isRefused || toleratesNoWriter) && LinuxFile.IsByteLocked(file, Writes);
+        if (isWritten)
+        {
+            string reason = "another program writes it" + (isRefused ? ", and tolerates no other writer" : "");
+            throw new InUseException($"'{path}'", file, UseConflict.AnotherWriter, reason, Writes);
+        }
+
+        if (isRefused)
+        {
+            const string reason = "another program relies on its staying as it is";
+            throw new InUseException($"'{path}'", file, UseConflict.MustNotChange, reason, ToleratesNoWriter);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage.Images;
+
+/// <summary>
+/// A copy of an image as it stood at one moment, made while the image goes on changing: a block is saved before it is
+/// overwritten (by the writer, who waits for that one block), and all others by <see cref="CopyAll"/>.
+/// <para>
+/// States: a block is not saved or saved, once and for all; it is saved under the lock of its stripe. While this object
+/// is the image's current one (from one closing of the image's gate to the next), every writer calls <see cref="Save"/>
+/// inside the gate before it changes anything; hence a block that is not saved still stands as it did. A copy that has
+/// failed saves nothing any more: the image's service matters more than the copy.
+/// </para>
+/// </summary>
+internal sealed class SnapshotCopy
+{
+    /// <summary>What is saved at a time, in bytes: what a writer waits for at the longest.</summary>
+    public const int BlockSize = 64 * 1024;
+
+    private const int Stripes = 64;
+
+    private readonly SafeFileHandle _image;
+    private readonly SafeFileHandle _seeking; // the image, to look for data
+    private readonly SafeFileHandle _target;
+    private readonly long _length;
+    private readonly ulong[] _saved;
+    private readonly Lock[] _locks = new Lock[Stripes];
+    private volatile DiskException? _failure;
+
+    public SnapshotCopy(SafeFileHandle image, SafeFileHandle seeking, SafeFileHandle target, long length)
+    {
+        _image = image;
+        _seeking = seeking;
+        _target = target;
+        _length = length;
+        long blocks = (length + BlockSize - 1) / BlockSize;
+        _saved = new ulong[(blocks + 63) / 64];
+        for (int i = 0; i < Stripes; i++)
+            _locks[i] = new Lock();
+    }
+
+    /// <summary>Why the copy cannot be completed; null while it can.</summary>
+    public DiskException? Failure => _failure;
+
+    /// <summary>Whether nothing in the range needs to be saved any more.</summary>
+    public bool IsSaved(long offset, long length)
+    {
+        if (_failure is not null)
+            return true;
+        long last = (offset + length - 1) / BlockSize;
+        for (long block = offset / BlockSize; block <= last; block++)
+        {
+            if (!IsSaved(block))
+                return false;
+        }
+
+        return true;
+    }
+
+    /// <summary>Saves what is not saved yet of the blocks that the range touches.</summary>
+    public void Save(long offset, long length)
+    {
+        long last = (offset + length - 1) / BlockSize;
+        for (long block = offset / BlockSize; block <= last && _failure is null; block++)
+        {
+            if (IsSaved(block))
+                continue;
+            lock (_locks[block % Stripes])
+            {
+                if (!IsSaved(block))
+                {
+                    CopyBlock(block);
+                    Interlocked.Or(ref _saved[block / 64], 1UL << (int)(block % 64));
+                }
+            }
+        }
+    }
+
+    /// <summary>Saves all blocks that hold data, until it is done, has failed, or is cancelled.</summary>
+    /// <param name="progress">Is told how many bytes have been passed.</param>
+    /// <param name="cancel">Ends it early.</param>
+    public void CopyAll(Action<long> progress, CancellationToken cancel)
+    {
+        long offset = 0;
+        while (offset < _length && _failure is null)
+        {
+            cancel.ThrowIfCancellationRequested();
+            progress(offset);
+
+            // A hole that is passed over here is still a hole in the copy; whoever writes there later saves it first,
+            // and finds zeroes, which are not written.
+            long data = LinuxFile.NextData(_seeking, offset);
+            if (data == -(long)Errno.ENXIO || data >= _length)
+                break; // a hole to the end, or to what somebody has appended since
+            if (data > offset)
+                offset = data / BlockSize * BlockSize;
+            Save(offset, 1);
+            offset += BlockSize;
+        }
+    }
+
+    private bool IsSaved(long block) => (Volatile.Read(ref _saved[block / 64]) >> (int)(block % 64) & 1) != 0;
+
+    private void CopyBlock(long block)
+    {
+        long offset = block * BlockSize;
+        Span<byte> buffer = t_block ??= new byte[BlockSize];
+        buffer = buffer[..(int)Math.Min(BlockSize, _length - offset)];
+
+        long count = LinuxFile.Read(_image, buffer, offset);
+        if (count < buffer.Length)
+        {
+            _failure = new DiskException("read", "the image", offset, buffer.Length, count < 0 ? (Errno)(-count) : Errno.EIO);
+            return;
+        }
+
+        if (!buffer.ContainsAnyExcept((byte)0))
+            return; // the copy is sparse: what is not written is zero
+        count = LinuxFile.Write(_target, buffer, offset);
+        if (count < 0)
+            _failure = new DiskException("write", "the snapshot", offset, buffer.Length, (Errno)(-count));
+    }
+
+    [ThreadStatic]
+    private static byte[]? t_block;
+}

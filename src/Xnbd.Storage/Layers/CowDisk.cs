@@ -1,0 +1,54 @@
+using Xnbd.Storage.Maps;
+using Xnbd.Storage.Overlay;
+
+namespace Xnbd.Storage.Layers;
+
+/// <summary>A disk whose writes go to a layer, over a base that is never written.</summary>
+internal sealed class CowDisk : OverlayDisk
+{
+    private readonly LayerFile? _file;
+
+    /// <summary>Composes the disk; it owns its parts from now on.</summary>
+    /// <param name="baseDisk">The base; it is only read.</param>
+    /// <param name="layer">The layer's data, as long as the base.</param>
+    /// <param name="map">Which blocks the layer holds.</param>
+    /// <param name="readOnly">The disk is not to be written.</param>
+    public CowDisk(Disk baseDisk, Disk layer, BlockMap map, bool readOnly)
+        : base(layer, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim)) => Base = baseDisk;
+
+    /// <summary>Composes the disk of a base and a layer's file; it owns both from now on.</summary>
+    public CowDisk(Disk baseDisk, LayerFile file, bool readOnly)
+        : this(baseDisk, file.Data, file.Map, readOnly) => _file = file;
+
+    /// <summary>The layer's file.</summary>
+    internal LayerFile File => _file!;
+
+    /// <summary>What the layer stands on.</summary>
+    internal Disk Base { get; }
+
+    /// <inheritdoc/>
+    protected override bool TryReadAbsent(long offset, Span<byte> buffer) => Base.TryRead(offset, buffer);
+
+    /// <inheritdoc/>
+    protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer) => Base.ReadAsync(offset, buffer);
+
+    /// <inheritdoc/>
+    protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles) => Base.TryLocate(offset, length, findHoles);
+
+    /// <inheritdoc/>
+    protected override ValueTask PrefetchAbsentAsync(long offset, long length) => Base.PrefetchAsync(offset, length);
+
+    /// <inheritdoc/>
+    protected override ValueTask GetAbsentExtentsAsync(long offset, long length, ExtentList extents)
+        => Base.GetExtentsAsync(offset, length, extents);
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (!disposing)
+            return;
+        _file?.Dispose();
+        Local.Dispose();
+        Base.Dispose();
+    }
+}

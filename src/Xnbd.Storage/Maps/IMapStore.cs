@@ -1,0 +1,48 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage.Maps;
+
+/// <summary>
+/// Where a map is kept: bytes that survive the process as soon as they are written, and the machine as soon as they are
+/// synced. Failures are <see cref="DiskException"/>s.
+/// </summary>
+internal interface IMapStore
+{
+    /// <summary>Reads.</summary>
+    void Read(long offset, Span<byte> buffer);
+
+    /// <summary>Writes.</summary>
+    void Write(long offset, ReadOnlySpan<byte> data);
+
+    /// <summary>Makes durable all that was written.</summary>
+    void Sync();
+}
+
+/// <summary>A map in a file.</summary>
+/// <param name="path">The file's name, for messages.</param>
+/// <param name="file">The open file; its owner closes it.</param>
+internal sealed class FileMapStore(string path, SafeFileHandle file) : IMapStore
+{
+    public void Read(long offset, Span<byte> buffer)
+    {
+        long count = LinuxFile.Read(file, buffer, offset);
+        if (count < 0)
+            throw new DiskException("read", path, offset, buffer.Length, (Errno)(-count));
+        if (count < buffer.Length)
+            throw new DiskException(DiskError.Io, $"'{path}' is damaged: it is too short");
+    }
+
+    public void Write(long offset, ReadOnlySpan<byte> data)
+    {
+        long count = LinuxFile.Write(file, data, offset);
+        if (count < 0)
+            throw new DiskException("write", path, offset, data.Length, (Errno)(-count));
+    }
+
+    public void Sync()
+    {
+        if (LinuxFile.SyncData(file) is var errno and not Errno.None)
+            throw new DiskException(DiskException.Classify(errno), $"sync of '{path}': {errno.Describe()}");
+    }
+}

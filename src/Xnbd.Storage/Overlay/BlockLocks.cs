@@ -1,0 +1,70 @@
+namespace Xnbd.Storage.Overlay;
+
+/// <summary>
+/// Exclusive use of ranges of blocks, first come, first served: a range is entered when no range that overlaps it and
+/// came earlier is still inside or waiting. Few ranges are in use at a time (those of writes to absent blocks that are
+/// under way), so they stand in a list. No thread waits: who cannot enter gets a task.
+/// </summary>
+internal sealed class BlockLocks
+{
+    private readonly Lock _lock = new();
+    private readonly List<(BlockRange Range, TaskCompletionSource? Waiter)> _entries = []; // in order of arrival
+
+    /// <summary>Enters, if that is possible at once.</summary>
+    public bool TryEnter(BlockRange range)
+    {
+        lock (_lock)
+        {
+            if (IsTaken(range, _entries.Count))
+                return false;
+            _entries.Add((range, null));
+            return true;
+        }
+    }
+
+    /// <summary>Enters; the task completes when the range is free.</summary>
+    public ValueTask EnterAsync(BlockRange range)
+    {
+        lock (_lock)
+        {
+            // Its continuation must not run inside Leave of somebody else.
+            TaskCompletionSource? waiter = IsTaken(range, _entries.Count)
+                ? new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)
+                : null;
+            _entries.Add((range, waiter));
+            return waiter is null ? ValueTask.CompletedTask : new ValueTask(waiter.Task);
+        }
+    }
+
+    /// <summary>Leaves a range that was entered.</summary>
+    public void Leave(BlockRange range)
+    {
+        lock (_lock)
+        {
+            int left = 0;
+            while (_entries[left].Range != range || _entries[left].Waiter is not null)
+                left++;
+            _entries.RemoveAt(left);
+            for (int i = 0; i < _entries.Count; i++)
+            {
+                (BlockRange waiting, TaskCompletionSource? waiter) = _entries[i];
+                if (waiter is null || IsTaken(waiting, i))
+                    continue;
+                _entries[i] = (waiting, null);
+                waiter.SetResult();
+            }
+        }
+    }
+
+    /// <summary>Whether one of the first entries overlaps a range.</summary>
+    private bool IsTaken(BlockRange range, int count)
+    {
+        for (int i = 0; i < count; i++)
+        {
+            if (_entries[i].Range.Overlaps(range))
+                return true;
+        }
+
+        return false;
+    }
+}
