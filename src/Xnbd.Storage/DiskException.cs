@@ -2,10 +2,13 @@ using Xnbd.Linux;
 
 namespace Xnbd.Storage;
 
-/// <summary>Why an operation on a disk failed, as far as a client is told.</summary>
+/// <summary>
+/// The kind of a failure: what the caller may decide on. Code never looks into a message. Of the kinds, a client of the
+/// server is told those for which NBD has an error value.
+/// </summary>
 public enum DiskError
 {
-    /// <summary>The medium, a file system or a peer failed.</summary>
+    /// <summary>The medium, a file system or a peer failed, and no other kind fits.</summary>
     Io,
 
     /// <summary>No space is left, or a quota or size limit is reached.</summary>
@@ -17,13 +20,31 @@ public enum DiskError
     /// <summary>Memory is short.</summary>
     NoMemory,
 
-    /// <summary>It cannot be done as fast as was asked.</summary>
+    /// <summary>This disk cannot do it, or cannot do it as fast as was asked.</summary>
     NotSupported,
 
     /// <summary>
     /// The disk is being replaced. The disk that stands for both of them tries the operation again on the next disk.
     /// </summary>
     Replaced,
+
+    /// <summary>Another program uses the file in a way that excludes this use; see <see cref="InUseException"/>.</summary>
+    InUse,
+
+    /// <summary>
+    /// Two things do not belong together: a layer or a map was made for another disk, or the disk has another length or
+    /// other contents than it had then.
+    /// </summary>
+    Mismatch,
+
+    /// <summary>A file breaks its own format: a checksum is wrong, or the file is too short.</summary>
+    Damaged,
+
+    /// <summary>A peer did not answer in time.</summary>
+    TimedOut,
+
+    /// <summary>There is no connection to a peer, and none can be made.</summary>
+    Unreachable,
 }
 
 /// <summary>A disk's operation failed, or a disk could not be opened. The message names operation, place and cause.</summary>
