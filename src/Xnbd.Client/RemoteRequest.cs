@@ -1,5 +1,6 @@
 using System.Threading.Tasks.Sources;
 using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Client;
 
@@ -11,7 +12,7 @@ internal sealed class RemoteRequest : IValueTaskSource
 {
     private const int MaxSpare = 256;
 
-    private static readonly Stack<RemoteRequest> Spare = new();
+    private static readonly Pool<RemoteRequest> s_pool = new(() => new RemoteRequest(), MaxSpare);
 
     private readonly List<(int Start, int End)> _covered = []; // what has arrived of a structured reply, in order of offset
     private ManualResetValueTaskSourceCore<bool> _completion;
@@ -37,13 +38,7 @@ internal sealed class RemoteRequest : IValueTaskSource
 
     public static RemoteRequest Rent(long offset, Memory<byte> buffer)
     {
-        RemoteRequest? request;
-        lock (Spare)
-        {
-            if (!Spare.TryPop(out request))
-                request = new RemoteRequest();
-        }
-
+        RemoteRequest request = s_pool.Rent();
         request.Offset = offset;
         request.Buffer = buffer;
         request.Length = buffer.Length;
@@ -115,11 +110,7 @@ internal sealed class RemoteRequest : IValueTaskSource
             Buffer = default;
             Extents = null;
             _completion.Reset();
-            lock (Spare)
-            {
-                if (Spare.Count < MaxSpare)
-                    Spare.Push(this);
-            }
+            s_pool.Return(this);
         }
     }
 

@@ -2,6 +2,7 @@ using System.Runtime.CompilerServices;
 using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 
 namespace Xnbd.Server;
 
@@ -15,7 +16,7 @@ internal sealed class SlowRequest
 {
     private const int MaxSpare = 256;
 
-    private static readonly Stack<SlowRequest> Spare = new();
+    private static readonly Pool<SlowRequest> s_pool = new(() => new SlowRequest(), MaxSpare);
 
     private readonly Action _onCompleted;
     private readonly byte[] _smallReply = new byte[NbdReply.MaxErrorChunk];
@@ -45,13 +46,7 @@ internal sealed class SlowRequest
 
     public static SlowRequest Rent(Session session, in NbdRequest request)
     {
-        SlowRequest? slow;
-        lock (Spare)
-        {
-            if (!Spare.TryPop(out slow))
-                slow = new SlowRequest();
-        }
-
+        SlowRequest slow = s_pool.Rent();
         slow._session = session;
         slow.Request = request;
         return slow;
@@ -65,11 +60,7 @@ internal sealed class SlowRequest
         ClaimedBytes = 0;
         Extents = null;
         IsFinished = false;
-        lock (Spare)
-        {
-            if (Spare.Count < MaxSpare)
-                Spare.Push(this);
-        }
+        s_pool.Return(this);
     }
 
     /// <summary>Waits for the disk's operation, on no thread; the session's <see cref="Session.Finish"/> comes next.</summary>

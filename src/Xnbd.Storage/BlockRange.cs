@@ -39,6 +39,10 @@ public readonly record struct BlockRange(long First, long Count)
     /// <param name="diskLength">The disk's length, in bytes.</param>
     public long LengthOn(long diskLength) => Math.Min(End * BlockSize, diskLength) - Offset;
 
+    /// <summary>The blocks behind a part of this range; none if the part reaches the range's end, or goes beyond it.</summary>
+    /// <param name="part">Begins within this range.</param>
+    public BlockRange After(BlockRange part) => new(part.End, Math.Max(0, End - part.End));
+
     /// <summary>Whether both have a block in common.</summary>
     public bool Overlaps(BlockRange other) => First < other.End && other.First < End;
 }

@@ -57,7 +57,7 @@ public sealed partial class ImageFile
         /// <summary>Kept for reuse at most: about as many as the disk threads and a few sessions have under way.</summary>
         private const int MaxSpare = 256;
 
-        private static readonly Stack<Work> Spare = new();
+        private static readonly Pool<Work> s_pool = new(() => new Work(), MaxSpare);
 
         private ManualResetValueTaskSourceCore<bool> _completion;
         private ImageFile? _image;
@@ -72,13 +72,7 @@ public sealed partial class ImageFile
 
         public static Work Rent(ImageFile image, Operation operation, long offset, long length, bool durable = false)
         {
-            Work? work;
-            lock (Spare)
-            {
-                if (!Spare.TryPop(out work))
-                    work = new Work();
-            }
-
+            Work work = s_pool.Rent();
             work._image = image;
             work._operation = operation;
             work._offset = offset;
@@ -153,11 +147,7 @@ public sealed partial class ImageFile
                 _data = default;
                 _extents = null;
                 _completion.Reset();
-                lock (Spare)
-                {
-                    if (Spare.Count < MaxSpare)
-                        Spare.Push(this);
-                }
+                s_pool.Return(this);
             }
         }
 

@@ -223,7 +223,7 @@ internal sealed class BlockMap
         {
             BlockRange run = Run(left, out BlockState state);
             yield return (run, state);
-            left = new BlockRange(run.End, left.End - run.End);
+            left = left.After(run);
         }
     }
 

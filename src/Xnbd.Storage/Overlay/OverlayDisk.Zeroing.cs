@@ -80,7 +80,7 @@ internal abstract partial class OverlayDisk
             BlockRange run = _map.Run(left, out BlockState state);
             if (IsLocal(state))
                 await _local.TrimAsync(run.Offset, run.LengthOn(Length), durable: false);
-            left = new BlockRange(run.End, left.End - run.End);
+            left = left.After(run);
         }
 
         if (_map.TrySetZero(range))

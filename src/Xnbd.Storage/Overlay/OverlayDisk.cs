@@ -28,8 +28,8 @@ internal abstract partial class OverlayDisk : Disk
     private readonly Disk _local;
     private readonly BlockMap _map;
     private readonly bool _isDisposable;
-    private readonly SharedRounds _commits;
-    private DiskException? _lost; // the sync that failed; only the round that runs touches it
+    private readonly GroupCommit _commits;
+    private DiskException? _lost; // the sync that failed; only the commit that runs touches it
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="local">The local file's data, as long as the source.</param>
@@ -40,7 +40,7 @@ internal abstract partial class OverlayDisk : Disk
         _local = local;
         _map = map;
         _isDisposable = (map.Header.Flags & MapFlags.Disposable) != 0;
-        _commits = new SharedRounds(Commit);
+        _commits = new GroupCommit(Commit);
         Features = features;
     }
 

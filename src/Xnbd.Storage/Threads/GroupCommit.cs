@@ -1,17 +1,21 @@
 namespace Xnbd.Storage.Threads;
 
 /// <summary>
-/// Work that many ask for and that needs to be done once for all who wait, such as a commit: who asks while a round is under
-/// way shares the next one, which starts after they asked, and so covers what they mean. A round that fails, fails for them.
+/// A commit that is done once for all who wait for one. Whoever asks while a commit runs shares the next one: it starts
+/// after they asked, so it covers what they mean. A commit that fails, fails for all who share it.
+/// <para>
+/// States: idle; a commit runs; a commit runs and others wait for the next one. <c>_lock</c> guards these; it is not
+/// held while a commit runs. Waiters go on through the thread pool, never on the thread that commits.
+/// </para>
 /// </summary>
-/// <param name="round">One round of the work; never two at the same time.</param>
-internal sealed class SharedRounds(Func<ValueTask> round)
+/// <param name="commit">One commit; two never run at the same time.</param>
+internal sealed class GroupCommit(Func<ValueTask> commit)
 {
     private readonly Lock _lock = new();
     private bool _isRunning;
-    private TaskCompletionSource? _next; // for those who asked during the present round
+    private TaskCompletionSource? _next; // completes for those who asked during the present commit
 
-    /// <summary>Runs a round that starts from now on.</summary>
+    /// <summary>Waits for a commit that starts from now on.</summary>
     public Task RunAsync()
     {
         var mine = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -22,18 +26,18 @@ internal sealed class SharedRounds(Func<ValueTask> round)
             _isRunning = true;
         }
 
-        _ = RunRounds(mine);
+        _ = Run(mine);
         return mine.Task;
     }
 
-    private async Task RunRounds(TaskCompletionSource? waiters)
+    private async Task Run(TaskCompletionSource? waiters)
     {
         while (waiters is not null)
         {
             Exception? failure = null;
             try
             {
-                await round();
+                await commit();
             }
             catch (Exception caught)
             {
