@@ -85,7 +85,7 @@ internal sealed class Handshake
                     ? handshake.Agree(export) with { InOrder = true }
                     : null;
             default:
-                Agreement? agreement = handshake.Greet() && handshake.Haggle() ? handshake._agreement : null;
+                Agreement? agreement = handshake.Greet() && handshake.Negotiate() ? handshake._agreement : null;
                 if (agreement is null && handshake._refusedName is { } name)
                     connection.AddToEndReason($"it asked for the export '{name}', which does not exist");
                 return agreement;
@@ -112,7 +112,7 @@ internal sealed class Handshake
     }
 
     /// <returns>True when a client has entered the transmission phase.</returns>
-    private bool Haggle()
+    private bool Negotiate()
     {
         Span<byte> headerBytes = stackalloc byte[NbdSize.OptionHeader];
         for (int count = 0; count < ServerLimits.MaxOptions; count++)

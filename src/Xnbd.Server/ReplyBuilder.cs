@@ -12,55 +12,55 @@ namespace Xnbd.Server;
 /// <param name="peer">Who the client is, for the log.</param>
 internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, string peer)
 {
-    /// <summary>Builds the reply of a slow request whose disk operation has ended; of a failed one, an error.</summary>
-    public void Build(SlowRequest slow)
+    /// <summary>Builds the reply of a pending request whose disk operation has ended; of a failed one, an error.</summary>
+    public void Build(PendingRequest pending)
     {
-        NbdRequest request = slow.Request;
+        NbdRequest request = pending.Request;
         try
         {
-            slow.GetResult();
+            pending.GetResult();
             switch (request.Command)
             {
                 case NbdCommand.Read:
-                    BuildRead(slow);
+                    BuildRead(pending);
                     break;
                 case NbdCommand.BlockStatus:
-                    BuildBlockStatus(slow);
+                    BuildBlockStatus(pending);
                     break;
                 default:
-                    slow.ReplySmall(NbdReply.WriteSimple(slow.SmallReply, NbdError.None, request.Cookie));
+                    pending.ReplySmall(NbdReply.WriteSimple(pending.SmallReply, NbdError.None, request.Cookie));
                     break;
             }
         }
         catch (Exception failure)
         {
             NbdError error = LogFailure(request, failure);
-            slow.ReplySmall(WriteError(slow.SmallReply, request, error, ErrorMap.Describe(error)));
+            pending.ReplySmall(WriteError(pending.SmallReply, request, error, ErrorMap.Describe(error)));
         }
     }
 
-    private void BuildRead(SlowRequest slow)
+    private void BuildRead(PendingRequest pending)
     {
-        NbdRequest request = slow.Request;
+        NbdRequest request = pending.Request;
         int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
-        Span<byte> buffer = slow.Buffer!.GetSpan();
+        Span<byte> buffer = pending.Buffer!.GetSpan();
         if (!agreement.StructuredReplies)
         {
             int start = headers - NbdSize.SimpleReply;
             NbdReply.WriteSimple(buffer[start..], NbdError.None, request.Cookie);
-            slow.ReplyFromBuffer(start, NbdSize.SimpleReply + length);
+            pending.ReplyFromBuffer(start, NbdSize.SimpleReply + length);
             return;
         }
 
         bool mayCut = (request.Flags & NbdCommandFlags.Df) == 0;
         (int at, int all) = ReadChunks.Write(buffer, headers, length, request.Offset, request.Cookie, mayCut, isLast: true);
-        slow.ReplyFromBuffer(at, all);
+        pending.ReplyFromBuffer(at, all);
     }
 
     /// <summary>One chunk for each context; in each, neighbours of equal status are one extent.</summary>
-    private void BuildBlockStatus(SlowRequest slow)
+    private void BuildBlockStatus(PendingRequest pending)
     {
-        Span<byte> buffer = slow.Buffer!.GetSpan();
+        Span<byte> buffer = pending.Buffer!.GetSpan();
         int at = 0;
         for (MetaContexts left = agreement.Contexts; left != MetaContexts.None;)
         {
@@ -69,7 +69,7 @@ internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, str
             int chunk = at, count = 0;
             at += NbdReply.BlockStatusLength(0);
             uint lastStatus = 0, lastLength = 0;
-            foreach (Extent extent in slow.Extents!.Extents)
+            foreach (Extent extent in pending.Extents!.Extents)
             {
                 uint status = context == MetaContexts.AllocationDepth ? (uint)extent.Depth
                     : (uint)(extent.IsHole ? NbdAllocation.Hole | NbdAllocation.Zero : NbdAllocation.Data);
@@ -84,10 +84,10 @@ internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, str
             }
 
             NbdChunkFlags flags = left == MetaContexts.None ? NbdChunkFlags.Done : NbdChunkFlags.None;
-            NbdReply.WriteBlockStatus(buffer[chunk..], flags, slow.Request.Cookie, (uint)context, count);
+            NbdReply.WriteBlockStatus(buffer[chunk..], flags, pending.Request.Cookie, (uint)context, count);
         }
 
-        slow.ReplyFromBuffer(0, at);
+        pending.ReplyFromBuffer(0, at);
     }
 
     /// <summary>Writes an error, in the form that was agreed on.</summary>

@@ -2,15 +2,16 @@ using Xnbd.Protocol;
 
 namespace Xnbd.Server;
 
-/// <summary>What makes a request valid, judged once, before anything is done (sections "Command flags", "Request types", "Error values").</summary>
+/// <summary>What makes a request valid. It is checked once, before anything is done (sections "Command flags", "Request types" and
+/// "Error values").</summary>
 internal static class RequestRules
 {
-    /// <summary>Judges a request.</summary>
+    /// <summary>Validates a request.</summary>
     /// <param name="request">The request.</param>
     /// <param name="agreement">What the handshake agreed on.</param>
     /// <param name="message">For people, when there is an error.</param>
     /// <returns><see cref="NbdError.None"/> when it may be carried out.</returns>
-    public static NbdError Judge(in NbdRequest request, Agreement agreement, out string message)
+    public static NbdError Validate(in NbdRequest request, Agreement agreement, out string message)
     {
         NbdCommandFlags allowed = NbdCommandFlags.Fua | request.Command switch
         {

@@ -61,6 +61,23 @@ public static class ServerLimits
     /// </summary>
     public const int OutputBuffer = 512 * 1024;
 
+    /// <summary>
+    /// Replies of finished pending requests are gathered up to this length, to be sent with one call: fifteen reads of
+    /// 4 KiB and their headers.
+    /// </summary>
+    public const int GatheredFinished = 64 * 1024;
+
+    /// <summary>Objects of pending requests that all sessions together keep for reuse; each takes about half a KiB.</summary>
+    public const int MaxSparePendingRequests = 256;
+
+    /// <summary>How often a session looks for replies that others could not send, if they have no way to wake it.</summary>
+    public const int LookAgainMilliseconds = 20;
+
+    /// <summary>
+    /// How often a send or receive that waits for its client comes back, to see whether it may go on waiting.
+    /// </summary>
+    public const int StallCheckMilliseconds = 1000;
+
     /// <summary>Up to this length a write is received in the input buffer; a longer one gets a buffer of its own.</summary>
     public const int MaxBatchedWrite = 64 * 1024;
 

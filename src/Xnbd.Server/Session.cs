@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Numerics;
 using Xnbd.Linux;
 using Xnbd.Protocol;
 using Xnbd.Storage;
@@ -7,40 +8,26 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Server;
 
 /// <summary>
-/// The transmission phase of one connection. One thread, the session's own, receives; it answers at once what needs no
-/// waiting, gathers the replies, and sends them with one call when its input is used up. What would wait for a disk
-/// becomes a <see cref="SlowRequest"/>, completes on another thread, and is sent from there or, when the socket is
-/// full, from here.
+/// The transmission phase of one connection. One thread, the session's own, runs everything here. It receives requests
+/// (<see cref="SessionInput"/>), answers at once what needs no waiting, gathers those replies (<see cref="ReplyOutput"/>),
+/// and sends them with one call when its input is used up. A request that would wait for a disk becomes a
+/// <see cref="PendingRequest"/>. It completes on another thread, and its reply is sent from there
+/// (<see cref="ReplySender"/>).
 /// <para>
-/// Owners: input, output and the poll's credit belong to the session's thread. The socket's sending side belongs to
-/// whoever holds <c>_sending</c>; <c>_finished</c>, <c>_inFlight</c> are guarded by themselves. Locks in their order of
-/// acquisition: <c>_sending</c>, then <c>_finished</c>.
+/// A session that waits for bytes of the budget holds none, and only its own thread waits for its client. Hence no client
+/// can hold up another.
 /// </para>
-/// <para>
-/// A session that waits for bytes of the budget holds none; nothing but its own thread waits for its client. Hence no
-/// client can hold up another.
-/// </para>
-/// The type's other files: <c>Session.Requests.cs</c> (what each request does), <c>Session.Sending.cs</c> (replies).
 /// </summary>
-internal sealed partial class Session
+internal sealed class Session
 {
     private readonly Connection _connection;
     private readonly Agreement _agreement;
     private readonly Disk _disk;
     private readonly SessionServices _services;
-    private readonly ReplyBuilder _replies;
-    private readonly bool _structured;
-
-    // Requests received and not yet handled: _input[_head.._tail].
-    private NativeBuffer? _input;
-    private int _head;
-    private int _tail;
-    private bool _expectsLargeWrite;
-
-    private volatile bool _isStopping;
-
-    /// <summary>How often a session looks for what others could not send, if they have no way to wake it.</summary>
-    private const int LookAgainMilliseconds = 20;
+    private readonly ReplySender _sender;
+    private readonly ReplyOutput _output;
+    private readonly SessionInput _input;
+    private readonly FastReads _fastReads;
 
     public Session(Connection connection, Agreement agreement, SessionServices services)
     {
@@ -48,13 +35,14 @@ internal sealed partial class Session
         _agreement = agreement;
         _disk = agreement.Export.Disk;
         _services = services;
-        _replies = new ReplyBuilder(agreement, services.Failures, connection.Peer);
-        _structured = agreement.StructuredReplies;
-        _isInOrder = agreement.InOrder;
-        _stall = new StallClock(services.Budget);
+        var builder = new ReplyBuilder(agreement, services.Failures, connection.Peer);
+        _sender = new ReplySender(connection, services, builder, agreement.InOrder);
+        _output = new ReplyOutput(_sender, builder, services.Buffers, agreement.StructuredReplies);
+        _input = new SessionInput(connection, services, _output, _sender);
+        _fastReads = new FastReads(_disk, _output, agreement.StructuredReplies);
     }
 
-    /// <summary>Requests answered so far.</summary>
+    /// <summary>Requests received so far.</summary>
     public long RequestCount { get; private set; }
 
     /// <summary>Bytes of data that the client has asked for so far.</summary>
@@ -69,7 +57,7 @@ internal sealed partial class Session
         AdaptivePoll.NoteAwake();
         try
         {
-            while (ServeBufferedRequests() && FlushReplies() && ReceiveMore())
+            while (ServeReceived() && _output.Flush() && _input.ReceiveMore())
             {
             }
         }
@@ -79,24 +67,26 @@ internal sealed partial class Session
         }
         finally
         {
-            if (WaitUntilFinished(mostInFlight: 0))
-                FlushReplies();
+            if (_sender.WaitUntilFinished(maxInFlight: 0))
+                _output.Flush();
             AdaptivePoll.NoteBlocked();
-            ReleaseBuffers();
-            _wakeUp?.Dispose();
+            _input.Release();
+            _output.Release();
+            _sender.Dispose();
         }
     }
 
     /// <summary>
-    /// Ends the session after the requests that have been received, from any thread. Who calls it signals
+    /// Ends the session after the requests that have been received. Any thread may call it, and signals
     /// <see cref="SessionServices.Stopping"/> afterwards.
     /// </summary>
-    public void Stop() => _isStopping = true;
+    public void Stop() => _input.Stop();
 
+    /// <summary>Serves the requests that have been received completely.</summary>
     /// <returns>False when the session is over.</returns>
-    private bool ServeBufferedRequests()
+    private bool ServeReceived()
     {
-        Batch.Begin(); // each wait in it comes after FlushReplies, which does what was put off
+        Batch.Begin(); // each wait in it comes after a flush of the output, which does what was put off
         try
         {
             return ServeBatch();
@@ -109,16 +99,16 @@ internal sealed partial class Session
 
     private bool ServeBatch()
     {
-        while (_tail - _head >= NbdSize.Request)
+        while (_input.Length >= NbdSize.Request)
         {
-            if (!NbdRequest.TryRead(_input!.Slice(_head, NbdSize.Request), out NbdRequest request))
+            if (!NbdRequest.TryRead(_input.Peek(NbdSize.Request), out NbdRequest request))
                 return _connection.End("no request where one was due");
 
             bool isBatchedWrite = request.Command == NbdCommand.Write && request.Length <= ServerLimits.MaxBatchedWrite;
-            if (isBatchedWrite && _tail - _head < NbdSize.Request + (int)request.Length)
+            if (isBatchedWrite && _input.Length < NbdSize.Request + (int)request.Length)
                 return true; // the rest of its payload is on its way
 
-            _head += NbdSize.Request;
+            _input.Take(NbdSize.Request);
             RequestCount++;
             if (!Serve(request))
                 return false;
@@ -127,163 +117,190 @@ internal sealed partial class Session
         return true;
     }
 
-    /// <summary>
-    /// Waits for more input: polls for a short time while that pays off; then blocks in the receive itself, the cheapest
-    /// way to wait; after a while without input, or when slow requests may need this thread, gives its buffers back and
-    /// waits for all that may happen.
-    /// </summary>
-    /// <returns>False when no more will come.</returns>
-    private bool ReceiveMore()
+    /// <returns>False when the session is over.</returns>
+    private bool Serve(in NbdRequest request)
     {
-        bool isIdle = false;
-        while (!_isStopping)
-        {
-            _input ??= _services.Buffers.Rent(ServerLimits.InputBuffer);
-            CompactInput();
-
-            // After a large write the next one is likely: its header alone first, so that its payload lands in place.
-            int room = _expectsLargeWrite && _tail < NbdSize.Request ? NbdSize.Request - _tail : _input.Length - _tail;
-            long count = Receive(_input.Slice(_tail, room), mayBlock: !isIdle && InFlight == 0);
-            if (count > 0)
-            {
-                _tail += (int)count;
-                return true;
-            }
-
-            if (count != -(long)Errno.EAGAIN)
-                return _connection.End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
-
-            isIdle = true;
-            _expectsLargeWrite = false;
-            ReleaseIdleBuffers();
-            if (!WaitForInput())
-                return false;
-        }
-
-        return _connection.End("server is stopping");
-    }
-
-    /// <returns>As <see cref="LinuxSocket.ReceiveNow"/>.</returns>
-    private long Receive(Span<byte> buffer, bool mayBlock)
-    {
-        if (_poll.IsWorthwhile)
-        {
-            long count = _poll.Poll(_connection.Handle, buffer);
-            if (count != -(long)Errno.EAGAIN)
-                return count;
-        }
-
-        if (!mayBlock)
-            return LinuxSocket.ReceiveNow(_connection.Handle, buffer);
-        long start = Stopwatch.GetTimestamp();
-        AdaptivePoll.NoteBlocked();
-        long received = LinuxSocket.Receive(_connection.Handle, buffer);
-        AdaptivePoll.NoteAwake();
-        _poll.NoteBlockedTime(Stopwatch.GetElapsedTime(start));
-        return received;
-    }
-
-    /// <summary>Blocks until the client sends; meanwhile sends what other threads could not.</summary>
-    private bool WaitForInput()
-    {
-        while (true)
-        {
-            bool canBeWoken = PrepareWakeUp();
-            bool isBlocked = _isSendBlocked;
-            AdaptivePoll.NoteBlocked();
-            Readiness ready = LinuxSocket.Wait(
-                _connection.Handle,
-                forReading: true,
-                forWriting: isBlocked,
-                isBlocked ? 1000 : canBeWoken ? -1 : LookAgainMilliseconds,
-                _wakeUp,
-                _services.Stopping);
-            AdaptivePoll.NoteAwake();
-            if ((ready & Readiness.Woken) != 0)
-                _wakeUp?.Reset();
-            if ((ready & Readiness.Writable) != 0)
-            {
-                _isSendBlocked = false;
-                SendFinished();
-            }
-
-            if (isBlocked && IsStalled())
-                return false;
-
-            if ((ready & (Readiness.Readable | Readiness.Broken)) != 0 || _isStopping)
-                return true; // the next receive tells what it is
-        }
-    }
-
-    /// <summary>Makes the event by which other threads wake this one if they may have to, else gives it back.</summary>
-    /// <returns>False when they may have to, and there is no event: no descriptor was to be had.</returns>
-    private bool PrepareWakeUp()
-    {
-        bool isNeeded = InFlight > 0;
-        if (isNeeded && _wakeUp is null)
-        {
-            Volatile.Write(ref _wakeUp, LinuxEvent.TryCreate());
-            Interlocked.MemoryBarrier(); // who did not see it has set _isSendBlocked before this thread looks
-        }
-        else if (!isNeeded && _wakeUp is { } idle)
-        {
-            lock (_sending)
-                _wakeUp = null;
-            idle.Dispose();
-        }
-
-        return !isNeeded || _wakeUp is not null;
-    }
-
-    private void CompactInput()
-    {
-        int length = _tail - _head;
-        if (length > 0 && _head > 0)
-            _input!.Slice(_head, length).CopyTo(_input.Slice(0, length));
-        _head = 0;
-        _tail = length;
-    }
-
-    private void ReleaseIdleBuffers()
-    {
-        if (_input is not null && _head == _tail)
-        {
-            _services.Buffers.Return(_input);
-            _input = null;
-            _head = _tail = 0;
-        }
-
-        if (_output is not null)
-        {
-            Debug.Assert(_outputLength == 0, "replies are sent before a session waits");
-            _services.Buffers.Return(_output);
-            _output = null;
-            _gathered.Clear();
-            _gathered.TrimExcess();
-        }
-    }
-
-    private void ReleaseBuffers()
-    {
-        _head = _tail = 0;
-        _outputLength = 0;
-        ReleaseIdleBuffers();
-    }
-
-    /// <summary>Whether a client that hardly moves bytes keeps others from theirs; then the connection is ended.</summary>
-    private bool IsStalled()
-    {
-        if (!_stall.IsStalled())
+        if (request.Command == NbdCommand.Disconnect)
+            return _connection.End("disconnected");
+        if (!_output.BeginRequest(request.Cookie))
             return false;
-        _isBroken = true;
-        _connection.Abort("too slow, while others wait for the memory that it holds");
+
+        NbdError error = RequestRules.Validate(request, _agreement, out string message);
+        if (error != NbdError.None)
+        {
+            return (request.Command != NbdCommand.Write || _input.DrainPayload(request.Length))
+                && _output.ReplyError(request, error, message);
+        }
+
+        bool isDurable = (request.Flags & NbdCommandFlags.Fua) != 0;
+        try
+        {
+            switch (request.Command)
+            {
+                case NbdCommand.Read:
+                    return ServeRead(request);
+                case NbdCommand.Write:
+                    return ServeWrite(request, isDurable);
+                case NbdCommand.Flush:
+                    return TryClaim(request, 0, out PendingRequest? flush) && Begin(flush, _disk.FlushAsync());
+                case NbdCommand.BlockStatus:
+                    return ServeBlockStatus(request);
+                default:
+                    break;
+            }
+
+            if (request.Length == 0)
+                return _output.ReplySuccess(request);
+            if (!TryClaim(request, 0, out PendingRequest? pending))
+                return false;
+            long offset = (long)request.Offset;
+            return Begin(pending, request.Command switch
+            {
+                NbdCommand.Trim => _disk.TrimAsync(offset, request.Length, isDurable),
+                NbdCommand.WriteZeroes => _disk.ZeroAsync(offset, request.Length, ZeroModeOf(request.Flags), isDurable),
+                NbdCommand.Cache => _disk.PrefetchAsync(offset, request.Length),
+                _ => throw new UnreachableException($"command {request.Command} passed the rules"),
+            });
+        }
+        catch (DiskException failure)
+        {
+            return _output.ReplyFailure(request, failure);
+        }
+    }
+
+    private static ZeroMode ZeroModeOf(NbdCommandFlags flags)
+        => ((flags & NbdCommandFlags.NoHole) == 0 ? ZeroMode.MayPunch : ZeroMode.None)
+            | ((flags & NbdCommandFlags.FastZero) != 0 ? ZeroMode.FastOnly : ZeroMode.None);
+
+    private bool ServeRead(NbdRequest request)
+    {
+        if (request.Length == 0)
+            return _output.ReplySuccess(request);
+
+        BytesRead += request.Length;
+        FastReadResult result = _output.MustQueue ? FastReadResult.MustWait : _fastReads.TryAnswer(ref request);
+        if (result != FastReadResult.MustWait)
+            return result == FastReadResult.Answered;
+
+        // Its data will stand behind room for the headers of as many chunks as it may be cut into.
+        int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
+        return TryClaim(request, headers + length, out PendingRequest? pending)
+            && Begin(pending, _disk.ReadAsync((long)request.Offset, pending.Buffer!.Memory.Slice(headers, length)));
+    }
+
+    private bool ServeWrite(in NbdRequest request, bool isDurable)
+    {
+        int length = (int)request.Length;
+        if (length == 0)
+            return _output.ReplySuccess(request);
+
+        bool isFast = !isDurable && !_output.MustQueue;
+        return length <= ServerLimits.MaxBatchedWrite
+            ? ServeBatchedWrite(request, length, isFast, isDurable)
+            : ServeLargeWrite(request, length, isFast, isDurable);
+    }
+
+    /// <summary>A write whose payload is in the input already.</summary>
+    private bool ServeBatchedWrite(in NbdRequest request, int length, bool isFast, bool isDurable)
+    {
+        long offset = (long)request.Offset;
+        Span<byte> payload = _input.Take(length);
+        BytesWritten += length;
+        if (isFast && _disk.TryWrite(offset, payload))
+            return _output.ReplySuccess(request);
+        if (!TryClaim(request, length, out PendingRequest? pending))
+            return false;
+        payload.CopyTo(pending.Buffer!.GetSpan());
+        return Begin(pending, _disk.WriteAsync(offset, pending.Buffer.Memory[..length], isDurable));
+    }
+
+    /// <summary>A write whose payload is received into a buffer of its own.</summary>
+    private bool ServeLargeWrite(in NbdRequest request, int length, bool isFast, bool isDurable)
+    {
+        long offset = (long)request.Offset;
+        if (!TryClaim(request, length, out PendingRequest? pending))
+            return false;
+        try
+        {
+            NativeBuffer buffer = pending.Buffer!;
+            if (!_input.ReceivePayload(buffer.Slice(0, length)))
+            {
+                pending.Return(_services);
+                return false;
+            }
+
+            BytesWritten += length;
+            if (!isFast || !_disk.TryWrite(offset, buffer.Slice(0, length)))
+                return Begin(pending, _disk.WriteAsync(offset, buffer.Memory[..length], isDurable));
+        }
+        catch (DiskException)
+        {
+            pending.Return(_services);
+            throw;
+        }
+
+        pending.Return(_services);
+        return _output.ReplySuccess(request);
+    }
+
+    private bool ServeBlockStatus(in NbdRequest request)
+    {
+        int maxExtents = (request.Flags & NbdCommandFlags.ReqOne) != 0 ? 1 : ServerLimits.MaxExtents;
+        int chunks = BitOperations.PopCount((uint)_agreement.Contexts);
+        if (!TryClaim(request, chunks * NbdReply.BlockStatusLength(maxExtents), out PendingRequest? pending))
+            return false;
+        pending.Extents = new ExtentList(maxExtents);
+        return Begin(pending, _disk.GetExtentsAsync((long)request.Offset, request.Length, pending.Extents));
+    }
+
+    /// <summary>
+    /// Makes a pending request. Waits until the bounds on requests and bytes allow it. Then it is begun
+    /// (<see cref="Begin"/>), or given back.
+    /// </summary>
+    /// <param name="request">The request's header.</param>
+    /// <param name="bufferLength">Length of its buffer in bytes; 0 when it needs none.</param>
+    /// <param name="pending">The pending request.</param>
+    /// <returns>False when the connection broke meanwhile.</returns>
+    private bool TryClaim(in NbdRequest request, int bufferLength, out PendingRequest pending)
+    {
+        pending = null!;
+        if (!_output.BeginPending(request.Cookie))
+            return false;
+        if (_sender.Pending.Count >= ServerLimits.MaxInFlight && !_output.Finish(ServerLimits.MaxInFlight - 1))
+            return false;
+
+        NativeBuffer? buffer = null;
+        if (bufferLength > 0)
+        {
+            if (!_services.Budget.TryAcquire(bufferLength))
+            {
+                // Who waits must hold nothing: first all that is under way here is finished and sent.
+                if (!_output.FinishAll())
+                    return false;
+                _services.Budget.Acquire(bufferLength);
+            }
+
+            try
+            {
+                buffer = _services.Buffers.Rent(bufferLength);
+            }
+            catch (OutOfMemoryException)
+            {
+                _services.Budget.Release(bufferLength);
+                throw;
+            }
+        }
+
+        pending = PendingRequest.Rent(_sender, request, buffer, bufferLength);
+        return true;
+    }
+
+    /// <summary>The request is in flight from now on. When its operation has ended, it is answered.</summary>
+    /// <returns>True.</returns>
+    private bool Begin(PendingRequest pending, ValueTask operation)
+    {
+        _sender.Pending.Add(pending);
+        pending.Await(operation);
         return true;
     }
 }
-
-/// <summary>What all sessions of a server share.</summary>
-/// <param name="Buffers">For requests and replies.</param>
-/// <param name="Budget">What may be in flight.</param>
-/// <param name="Failures">For requests that failed.</param>
-/// <param name="Stopping">Signalled, once and for all, when sessions are to end.</param>
-internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures, LinuxEvent Stopping);

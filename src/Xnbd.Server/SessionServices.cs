@@ -1,0 +1,11 @@
+using Xnbd.Linux;
+using Xnbd.Storage.Threads;
+
+namespace Xnbd.Server;
+
+/// <summary>What all sessions of a server share.</summary>
+/// <param name="Buffers">For requests and replies.</param>
+/// <param name="Budget">Bounds what is in flight.</param>
+/// <param name="Failures">Logs requests that failed.</param>
+/// <param name="Stopping">Signalled, once and for all, when sessions are to end.</param>
+internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures, LinuxEvent Stopping);
