@@ -27,7 +27,7 @@ public sealed class InUseException : DiskException
     /// <param name="lockedByte">The lock that the other one holds: a byte, or null for the whole file.</param>
     internal InUseException(
         string name, SafeFileHandle file, UseConflict conflict, string? reason = null, long? lockedByte = null)
-        : base(DiskError.Permission, Describe(name, LockHolder.Find(file, lockedByte), reason)) => Conflict = conflict;
+        : base(DiskError.InUse, Describe(name, LockHolder.Find(file, lockedByte), reason)) => Conflict = conflict;
 
     /// <summary>Why the other use excludes this one.</summary>
     public UseConflict Conflict { get; }

@@ -52,7 +52,7 @@ internal static class LayerProgram
         }
         catch (Exception failure) when (failure is FailureException or DiskException or IOException or UnauthorizedAccessException)
         {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            Console.Error.WriteLine($"{Name}: {Advice.Describe(failure)}");
             return ExitCode.Failure;
         }
         catch (OperationCanceledException)

@@ -71,7 +71,7 @@ internal sealed class ProxyMode : IDisposable
         catch (Exception failure)
         {
             // Nobody above would catch it: this is a thread of its own.
-            _log.LogError("not switched: {Cause}", failure is DiskException ? failure.Message : failure.ToString());
+            _log.LogError("not switched: {Cause}", failure is DiskException ? Advice.Describe(failure) : failure.ToString());
         }
     }
 
@@ -159,7 +159,7 @@ internal sealed class ProxyMode : IDisposable
         }
         catch (Exception failure) when (failure is DiskException or RemoteException)
         {
-            throw new ControlException(ControlException.Failed, failure.Message);
+            throw new ControlException(ControlException.Failed, Advice.Describe(failure));
         }
     }
 

@@ -88,7 +88,7 @@ internal sealed class ServerProgram
         }
         catch (Exception failure) when (failure is FailureException or DiskException)
         {
-            Report(failure.Message, log, isInetd);
+            Report(Advice.Describe(failure), log, isInetd);
             return ExitCode.Failure;
         }
         catch (OperationCanceledException)

@@ -501,7 +501,7 @@ public sealed class CachingDiskTests : IDisposable
 
         using CacheDisk again = OpenCache();
         Assert.Equal(0, again.Statistics.WrittenBlocks);
-        Assert.Contains("--clear-bitmap", Assert.Throws<DiskException>(again.Invalidate).Message, StringComparison.Ordinal);
+        Assert.Equal(Remedy.ClearMap, Assert.Throws<DiskException>(again.Invalidate).Remedy);
         byte[] seen = new byte[Block];
         await Soon(again.Disk.ReadAsync(0, seen));
         Assert.Equal(new byte[Block], seen);

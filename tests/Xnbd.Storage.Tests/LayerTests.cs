@@ -65,6 +65,8 @@ public sealed class LayerTests : IDisposable
 
         var failure = Assert.Throws<DiskException>(() => Open());
         Assert.Contains(message, failure.Message, StringComparison.Ordinal);
+        Assert.Equal(DiskError.Mismatch, failure.Error);
+        Assert.Equal(change == "length" ? Remedy.None : Remedy.BindToChangedBase, failure.Remedy);
         Assert.Equal(before, File.ReadAllBytes(Layer));
         if (change == "length")
         {
@@ -82,7 +84,12 @@ public sealed class LayerTests : IDisposable
         Open().Dispose();
         string top1 = _folder.File("top1"), top2 = _folder.File("top2");
         using (Open())
-            Assert.Contains("in use", Assert.Throws<InUseException>(() => Open()).Message, StringComparison.Ordinal);
+        {
+            var refused = Assert.Throws<InUseException>(() => Open());
+            Assert.Contains("in use", refused.Message, StringComparison.Ordinal);
+            Assert.Equal(DiskError.InUse, refused.Error);
+        }
+
         using Disk first = Open(layers: [Layer, top1]);
         using Disk second = Open(layers: [Layer, top2]);
         Assert.Throws<InUseException>(() => Open());
@@ -146,7 +153,9 @@ public sealed class LayerTests : IDisposable
         damaged[slot - 4096] ^= 1;
         damaged[slot] ^= 1;
         File.WriteAllBytes(Layer, damaged);
-        Assert.Contains("both copies of page 0", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+        var torn = Assert.Throws<DiskException>(() => Open());
+        Assert.Contains("both copies of page 0", torn.Message, StringComparison.Ordinal);
+        Assert.Equal(DiskError.Damaged, torn.Error);
         Assert.Equal(damaged, File.ReadAllBytes(Layer));
     }
 
@@ -209,8 +218,12 @@ public sealed class LayerTests : IDisposable
         file.Map.WriteHeader(file.Map.Header with { Flags = MapFlags.Discarding }); // it died here
         file.Map.Set(new BlockRange(0, 10), BlockState.Absent);
         file.Data.Dispose();
-        Assert.Contains("xnbd-layer discard", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
-        Assert.Contains("xnbd-layer discard", Assert.Throws<DiskException>(() => LayerWork.OpenMerged(Layer, null)).Message, StringComparison.Ordinal);
+        foreach (Action open in (Action[])[() => Open(), () => LayerWork.OpenMerged(Layer, null)])
+        {
+            var refused = Assert.Throws<DiskException>(open);
+            Assert.Equal((Remedy.CompleteDiscard, Layer), (refused.Remedy, refused.RemedyPath));
+        }
+
         LayerWork.Discard(Layer, null);
         using Disk empty = Open();
         byte[] seen = new byte[1 << 20];

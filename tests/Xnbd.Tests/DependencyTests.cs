@@ -80,6 +80,28 @@ public partial class DependencyTests
         }
     }
 
+    /// <summary>
+    /// What a person can do stands in <c>Advice</c> of the programs: the storage says the kind of a failure and its
+    /// remedy. (The string <c>xnbd-layer</c> alone is the name of a format.)
+    /// </summary>
+    [Fact]
+    public void Only_the_programs_know_the_names_of_programs_and_options()
+    {
+        foreach (string file in Sources().Where(f => !f.Contains("/src/Xnbd/", StringComparison.Ordinal)))
+        {
+            foreach (string line in File.ReadLines(file))
+            {
+                if (!line.TrimStart().StartsWith("//", StringComparison.Ordinal))
+                    Assert.False(OptionPattern().IsMatch(line), $"{file} names an option or a program: {line}");
+            }
+        }
+    }
+
+    [GeneratedRegex("""
+        "(?!xnbd-layer")[^"]*((?<![\w-])--[a-z]|xnbd-[a-z])
+        """)]
+    private static partial Regex OptionPattern();
+
     [GeneratedRegex(@"\bXnbd\.Storage\.(?!Tests)([A-Z]\w*)")]
     private static partial Regex RoomPattern();
 

@@ -263,6 +263,7 @@ public sealed class CacheDisk : IDisposable
         BlockRange first = _cache.Map.Runs().First(r => r.State == BlockState.Absent).Run;
         throw new DiskException(
             DiskError.Permission,
-            $"{absent} blocks of {BlockRange.BlockSize} bytes are not cached yet, the first at byte {first.Offset}: cache all first (xnbd-bgctl --cache-all)");
+            $"{absent} blocks of {BlockRange.BlockSize} bytes are not cached yet, the first at byte {first.Offset}",
+            Remedy.CacheAll);
     }
 }

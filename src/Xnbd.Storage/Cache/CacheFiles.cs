@@ -146,7 +146,7 @@ internal static class CacheFiles
         _ = LinuxFile.Status(file, out FileStatus status);
         size = status.Length;
         if (status.Kind != FileKind.Regular)
-            throw new DiskException(DiskError.Io, $"'{path}' is no regular file");
+            throw new DiskException(DiskError.Damaged, $"'{path}' is no regular file");
         if (LinuxFile.TryLock(file) == Errno.EAGAIN)
             throw new InUseException($"the map '{path}'", file, UseConflict.NeededAlone);
         if (size == 0)
@@ -156,31 +156,31 @@ internal static class CacheFiles
         if (header is null)
         {
             if (size != BitmapLength(source.Length))
-                throw new DiskException(DiskError.Io, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
+                throw new DiskException(DiskError.Damaged, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
             if ((opening & (CacheOpening.ImportBitmap | CacheOpening.Clear)) != 0)
                 return null;
             throw new DiskException(
-                DiskError.Permission, $"'{path}' looks like a bitmap of the original xNBD; --import-bitmap takes it over, --clear-bitmap starts afresh");
+                DiskError.Damaged, $"'{path}' looks like a bitmap of the original xNBD", Remedy.ImportOrClearMap);
         }
 
         if ((header.Flags & MapFlags.Cache) == 0)
-            throw new DiskException(DiskError.Permission, $"'{path}' is a copy-on-write layer, not a cache's map");
+            throw new DiskException(DiskError.Mismatch, $"'{path}' is a copy-on-write layer, not a cache's map");
         if ((opening & CacheOpening.Clear) != 0)
             return null;
         if (header.Source.Length != source.Length)
         {
             throw new DiskException(
-                DiskError.Permission, $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
+                DiskError.Mismatch, $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
         }
 
         if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
         {
             throw new DiskException(
-                DiskError.Permission, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}; if that is the same disk: --rebind");
+                DiskError.Mismatch, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}", Remedy.RebindMap);
         }
 
         if (size < BlockMap.FileLength(source.Length))
-            throw new DiskException(DiskError.Io, $"the map '{path}' is damaged: it is too short");
+            throw new DiskException(DiskError.Damaged, $"the map '{path}' is damaged: it is too short");
         try
         {
             return BlockMap.Open(store, LinuxProcess.BootId);

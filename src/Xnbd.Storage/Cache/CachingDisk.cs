@@ -203,7 +203,13 @@ internal sealed partial class CachingDisk : OverlayDisk
         }
 
         if ((Map.Header.Flags & MapFlags.MayHoldWrites) != 0)
-            throw new DiskException(DiskError.Permission, "blocks that were fetched may have been written here since: the disk was switched to, or the machine has died; --clear-bitmap gives up everything");
+        {
+            throw new DiskException(
+                DiskError.Permission,
+                "blocks that were fetched may have been written here since: the disk was switched to, or the machine has died",
+                Remedy.ClearMap);
+        }
+
         if (Map.Count(BlockState.Written) + Map.Count(BlockState.Zero) is var written and > 0)
             throw new DiskException(DiskError.Permission, $"{written} blocks were written here, and do not belong to other contents of the remote");
     }

@@ -102,10 +102,11 @@ public sealed partial class ImageFile : Disk
         if (errno != Errno.None)
         {
             file?.Dispose();
-            string hint = errno is Errno.EACCES or Errno.EROFS or Errno.EPERM && !readOnly
-                ? " (to serve it read-only, use --readonly)"
-                : "";
-            throw new DiskException(DiskException.Classify(errno), $"cannot open '{path}': {errno.Describe()}{hint}");
+            bool mayRead = !readOnly && errno is Errno.EACCES or Errno.EROFS or Errno.EPERM;
+            throw new DiskException(
+                DiskException.Classify(errno),
+                $"cannot open '{path}': {errno.Describe()}",
+                mayRead ? Remedy.OpenReadOnly : Remedy.None);
         }
 
         if (status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
@@ -159,7 +160,13 @@ public sealed partial class ImageFile : Disk
             else if (errno == Errno.None && status.Kind != FileKind.Regular)
                 throw new DiskException(DiskError.Io, $"'{path}' is neither a regular file nor a block device");
             if (errno == Errno.None && status.Kind == FileKind.Regular && !mayHoldData && LinuxFile.NextData(file!, 0) >= 0)
-                throw new DiskException(DiskError.Permission, $"'{path}' holds data, and there is no map that says which blocks are right; --clear-bitmap overwrites them all");
+            {
+                throw new DiskException(
+                    DiskError.Mismatch,
+                    $"'{path}' holds data, and there is no map that says which blocks are right",
+                    Remedy.OverwriteImage);
+            }
+
             if (errno == Errno.None && present < length && status.Kind == FileKind.Regular && mayGrow)
                 errno = LinuxFile.Truncate(file!, length);
             else if (errno == Errno.None && present < length)

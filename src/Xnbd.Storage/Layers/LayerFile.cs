@@ -101,7 +101,7 @@ internal sealed class LayerFile : IDisposable
         try
         {
             if (LinuxFile.Status(file!, out FileStatus kind) == Errno.None && kind.Kind != FileKind.Regular)
-                throw new DiskException(DiskError.Io, $"cannot open layer '{path}': it is no regular file");
+                throw new DiskException(DiskError.Damaged, $"cannot open layer '{path}': it is no regular file");
             isInUse = LinuxFile.TryLock(file!, shared: readOnly) == Errno.EAGAIN;
             if (isInUse && !mayBeInUse)
                 throw new InUseException($"layer '{path}'", file!, UseConflict.NeededAlone);
@@ -110,11 +110,11 @@ internal sealed class LayerFile : IDisposable
             try
             {
                 MapHeader header = ReadHeader(store, status, out string? problem)
-                    ?? throw new DiskException(DiskError.Io, problem!);
+                    ?? throw new DiskException(DiskError.Damaged, problem!);
                 var map = BlockMap.Open(store, LinuxProcess.BootId);
                 return new LayerFile(path, ImageFile.OfPart(path, file!, header.DataStart, header.Source.Length, readOnly), map);
             }
-            catch (DiskException failure) when (!failure.Message.Contains(path, StringComparison.Ordinal))
+            catch (DiskException failure)
             {
                 throw new DiskException(failure.Error, $"cannot open layer '{path}': {failure.Message}");
             }

@@ -30,7 +30,9 @@ public static class LayerStack
         if (directory is null && LinuxFile.Status(basePath, out FileStatus status) == Errno.None && status.Kind == FileKind.BlockDevice)
         {
             throw new DiskException(
-                DiskError.NotSupported, $"'{basePath}' is a device: say with --cow-dir in which directory its layer is to go");
+                DiskError.NotSupported,
+                $"'{basePath}' is a device: a layer cannot be made beside it",
+                Remedy.NameLayerDirectory);
         }
 
         ImageFile baseImage = ImageFile.Open(basePath, readOnly: true, ImageUse.Base);
@@ -223,7 +225,11 @@ public static class LayerStack
             if (isWritten && (flags & MapFlags.Disposable) != 0)
                 throw new DiskException(DiskError.Permission, $"layer '{path}' was made to be thrown away; it can only be exported or compared");
             if ((flags & MapFlags.Discarding) != 0)
-                throw new DiskException(DiskError.Permission, $"layer '{path}' was being emptied; complete that with: xnbd-layer discard {path}");
+            {
+                throw new DiskException(
+                    DiskError.Permission, $"layer '{path}' was being emptied", Remedy.CompleteDiscard, path);
+            }
+
             if (isWritten || (flags & MapFlags.Disposable) != 0)
                 return layer;
             if (!layer.Map.IsCommitted)
@@ -306,7 +312,7 @@ public static class LayerStack
         if (known.Length != disk.Length || known.Sample != SampleAbsent(layer.Map, disk))
         {
             throw new DiskException(
-                DiskError.Permission,
+                DiskError.Mismatch,
                 $"the commit of layer '{layer.Path}' that was interrupted had begun with another base than '{below}' is now; it began with '{known.Path}'");
         }
     }
@@ -320,13 +326,15 @@ public static class LayerStack
         {
             throw new DiskException(
                 DiskError.Permission,
-                $"a commit of layer '{layer.Path}' into its base was interrupted; complete it with: xnbd-layer commit {layer.Path}");
+                $"a commit of layer '{layer.Path}' into its base was interrupted",
+                Remedy.CompleteCommit,
+                layer.Path);
         }
 
         if (known.Length != actual.Length)
         {
             throw new DiskException(
-                DiskError.Permission,
+                DiskError.Mismatch,
                 $"layer '{layer.Path}' is of a disk of {known.Length} bytes; '{actual.Path}' has {actual.Length} bytes");
         }
 
@@ -347,7 +355,7 @@ public static class LayerStack
 
         string message = $"'{actual.Path}' is not as it was when layer '{layer.Path}' was made on it ({string.Join("; ", differences)})";
         if (!force)
-            throw new DiskException(DiskError.Permission, message + "; xnbd-server --force binds the layer to it as it is now");
+            throw new DiskException(DiskError.Mismatch, message, Remedy.BindToChangedBase);
         warn(message);
     }
 

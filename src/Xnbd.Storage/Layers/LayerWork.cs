@@ -181,7 +181,7 @@ public static class LayerWork
             bool isLayer = (header.Flags & MapFlags.BaseIsLayer) != 0;
             using Disk baseDisk = LayerStack.OpenBase(below, isLayer, isStackWritten: true);
             if (baseDisk.Length != header.Source.Length)
-                throw new DiskException(DiskError.Permission, $"'{below}' has {baseDisk.Length} bytes; '{path}' is of a disk of {header.Source.Length} bytes");
+                throw new DiskException(DiskError.Mismatch, $"'{below}' has {baseDisk.Length} bytes; '{path}' is of a disk of {header.Source.Length} bytes");
             layer.Map.PrepareToWrite();
             layer.Clear(LayerStack.Identify(below, baseDisk));
         }
@@ -298,7 +298,7 @@ public static class LayerWork
         BlockMap map = disk.File.Map;
         using Disk newBase = LayerStack.OpenBase(newBasePath, newBaseIsLayer, isStackWritten: true);
         if (newBase.Length != disk.Length)
-            throw new DiskException(DiskError.Permission, $"'{newBasePath}' has {newBase.Length} bytes; '{path}' is of a disk of {disk.Length} bytes");
+            throw new DiskException(DiskError.Mismatch, $"'{newBasePath}' has {newBase.Length} bytes; '{path}' is of a disk of {disk.Length} bytes");
         SourceIdentity source = LayerStack.Identify(newBasePath, newBase);
 
         // Until the header names the new base, a block that is taken in holds what the old base has: nothing has changed.

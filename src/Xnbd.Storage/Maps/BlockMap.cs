@@ -123,7 +123,7 @@ internal sealed class BlockMap
     public static BlockMap Open(IMapStore store, Guid bootId)
     {
         MapHeader header = ReadHeader(store)
-            ?? throw new DiskException(DiskError.Io, "its header is damaged");
+            ?? throw new DiskException(DiskError.Damaged, "its header is damaged");
         var map = new BlockMap(store, header) { _bootId = bootId };
         map.Load(isLive: header.BootId == bootId);
         return map;
@@ -474,7 +474,7 @@ internal sealed class BlockMap
         for (long block = BlockCount; block < (long)_words.Length * BlocksPerWord; block++)
         {
             if (this[block] != BlockState.Absent)
-                throw new DiskException(DiskError.Io, "its map is damaged: it speaks of blocks beyond the end of the disk");
+                throw new DiskException(DiskError.Damaged, "its map is damaged: it speaks of blocks beyond the end of the disk");
         }
     }
 
@@ -486,7 +486,7 @@ internal sealed class BlockMap
             _torn.Add(SlotOffset(page, evenSequence is null ? 0UL : 1));
         bool isEven = oddSequence is null || evenSequence > oddSequence;
         sequence = (isEven ? evenSequence : oddSequence)
-            ?? throw new DiskException(DiskError.Io, $"its map is damaged: both copies of page {page} have wrong checksums");
+            ?? throw new DiskException(DiskError.Damaged, $"its map is damaged: both copies of page {page} have wrong checksums");
         return MemoryMarshal.Cast<byte, ulong>(isEven ? even : odd)[(PageHead / sizeof(ulong))..].ToArray();
     }
 

@@ -30,7 +30,7 @@ internal sealed class FileMapStore(string path, SafeFileHandle file) : IMapStore
         if (count < 0)
             throw new DiskException("read", path, offset, buffer.Length, (Errno)(-count));
         if (count < buffer.Length)
-            throw new DiskException(DiskError.Io, $"'{path}' is damaged: it is too short");
+            throw new DiskException(DiskError.Damaged, $"'{path}' is damaged: it is too short");
     }
 
     public void Write(long offset, ReadOnlySpan<byte> data)

@@ -103,7 +103,7 @@ internal sealed record MapHeader
         uint version = BinaryPrimitives.ReadUInt32LittleEndian(copy[8..]);
         int pathLength = BinaryPrimitives.ReadInt32LittleEndian(copy[PathLengthAt..]);
         if (version != Version || pathLength is < 0 or > MaxPathBytes)
-            throw new DiskException(DiskError.Io, $"it has format version {version}; this program knows version {Version}");
+            throw new DiskException(DiskError.Damaged, $"it has format version {version}; this program knows version {Version}");
         return new MapHeader
         {
             Sequence = BinaryPrimitives.ReadUInt64LittleEndian(copy[16..]),
