@@ -18,11 +18,11 @@ public sealed class CrashTests
 {
     private const int Sector = LossyFile.Sector;
     private const int SectorsPerBlock = BlockRange.BlockSize / Sector;
-    private const long Blocks = (2L * BlockMap.BlocksPerPage) + 5;
+    private const long Blocks = (2L * MapLayout.BlocksPerPage) + 5;
     private const long Length = (Blocks * BlockRange.BlockSize) - (3 * Sector); // a short last block
 
     // Operations stay near the start, a border of the map's pages, and the end.
-    private static readonly long[] s_places = [0, (BlockMap.BlocksPerPage - 3) * SectorsPerBlock, (Length / Sector) - 40];
+    private static readonly long[] s_places = [0, (MapLayout.BlocksPerPage - 3) * SectorsPerBlock, (Length / Sector) - 40];
     private const int PlaceSectors = 40;
 
     private static readonly MemoryDisk s_base = MakeBase();
@@ -69,7 +69,7 @@ public sealed class CrashTests
         private readonly int _seed;
         private readonly Random _random;
         private readonly LossyFile _file;
-        private readonly long _start = (BlockMap.FileLength(Length) + 0xfffff) & ~0xfffffL;
+        private readonly long _start = (MapLayout.FileLength(Length) + 0xfffff) & ~0xfffffL;
         private readonly Dictionary<long, List<ulong>> _model = []; // what a sector may hold; the last one is what it holds
         private Guid _boot = Guid.NewGuid();
         private OverlayDisk _disk;

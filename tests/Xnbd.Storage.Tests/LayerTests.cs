@@ -145,7 +145,7 @@ public sealed class LayerTests : IDisposable
         Assert.Contains("too short", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
 
         // The durable map's only page: copy 0 was never written, copy 1 is the newest.
-        int slot = (int)(BlockMap.FileLength(1 << 20) - 4096);
+        int slot = (int)(MapLayout.FileLength(1 << 20) - 4096);
         damaged = [.. whole];
         damaged[slot + 40] ^= 1;
         File.WriteAllBytes(Layer, damaged);
@@ -215,9 +215,9 @@ public sealed class LayerTests : IDisposable
             await disk.WriteAsync(0, new byte[100_000], durable: true);
         LayerFile file = LayerFile.Open(Layer, readOnly: false);
         file.Map.PrepareToWrite();
-        file.Map.WriteHeader(file.Map.Header with { Flags = MapFlags.Discarding }); // it died here
+        file.Map.ChangeHeader(header => header with { Flags = MapFlags.Discarding }); // it died here
         file.Map.Set(new BlockRange(0, 10), BlockState.Absent);
-        file.Data.Dispose();
+        file.Dispose();
         foreach (Action open in (Action[])[() => Open(), () => LayerWork.OpenMerged(Layer, null)])
         {
             var refused = Assert.Throws<DiskException>(open);
@@ -240,12 +240,12 @@ public sealed class LayerTests : IDisposable
         killed.Map.PrepareToWrite();
         await killed.Data.WriteAsync(8192, new byte[4096], durable: false);
         killed.Map.Set(new BlockRange(2, 1), BlockState.Written);
-        killed.Data.Dispose();
+        killed.Dispose();
         using Disk top = Open(layers: [Layer, _folder.File("top")]);
         LayerFile lower = LayerFile.OpenUnlocked(Layer, out _);
         Assert.True(lower.Map.IsCommitted);
         Assert.Equal(BlockState.Written, lower.Map[2]);
-        lower.Data.Dispose();
+        lower.Dispose();
     }
 
     [Fact]
@@ -336,6 +336,30 @@ public sealed class LayerTests : IDisposable
     }
 
     [Fact]
+    public void A_disposable_layers_name_is_removed_once()
+    {
+        string name = $"{_base}.cow0.layer1";
+        Disk disk = LayerStack.OpenDisposable(_base, null, readOnly: false, _ => { });
+        LayerStack.Abandon(disk);
+        Assert.False(File.Exists(name));
+        Assert.True(disk.TryWrite(0, new byte[4096])); // the file lives until the disk is closed
+        File.WriteAllBytes(name, [1]); // somebody takes the name
+        disk.Dispose();
+        disk.Dispose();
+        Assert.Equal([1], File.ReadAllBytes(name));
+    }
+
+    [Fact]
+    public void A_closed_layer_can_be_opened_at_once()
+    {
+        for (int i = 0; i < 20; i++)
+        {
+            using Disk disk = Open();
+            Assert.True(disk.TryWrite(i * 4096, new byte[4096]));
+        }
+    }
+
+    [Fact]
     public void A_kept_layer_of_a_disposable_ones_name_is_not_cleaned_away()
     {
         string name = $"{_base}.cow0.layer1";
@@ -362,7 +386,7 @@ public sealed class LayerTests : IDisposable
     [InlineData(2)]
     public void The_map_equals_an_array_and_finds_itself_again(int seed)
     {
-        const long blocks = (3L * BlockMap.BlocksPerPage) + 77;
+        const long blocks = (3L * MapLayout.BlocksPerPage) + 77;
         var random = new Random(seed);
         var file = new LossyFile(random);
         Guid boot = Guid.NewGuid();

@@ -291,7 +291,7 @@ public sealed class SwitchTests : IDisposable
         Assert.Equal(model, await Soon(Read(again, 0, Length)));
         Linux.LinuxFile.Open(_folder.File("map"), Linux.OpenMode.ReadOnly, out SafeFileHandle? file);
         using (file)
-            Assert.Equal(MapFlags.MayHoldWrites, BlockMap.ReadHeader(new FileMapStore("map", file!))!.Flags & (MapFlags.Switched | MapFlags.MayHoldWrites));
+            Assert.Equal(MapFlags.MayHoldWrites, MapFile.ReadHeader(new FileMapStore("map", file!))!.Flags & (MapFlags.Switched | MapFlags.MayHoldWrites));
     }
 
     /// <summary>As SIGTERM amid a switch.</summary>

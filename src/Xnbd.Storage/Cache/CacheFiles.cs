@@ -68,7 +68,7 @@ internal static class CacheFiles
                 map.PrepareToWrite();
                 MapFlags flags = map.Header.Flags & ~MapFlags.Switched; // from now on blocks may be zero in the map alone
                 if (map.Header.Source != source || map.Header.Flags != flags)
-                    map.WriteHeader(map.Header with { Source = source, Flags = flags });
+                    map.ChangeHeader(header => header with { Source = source, Flags = flags });
                 return (image, map, old!);
             }
 
@@ -129,7 +129,7 @@ internal static class CacheFiles
         {
             try
             {
-                return BlockMap.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
+                return MapFile.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
             }
             catch (DiskException)
             {
@@ -152,7 +152,7 @@ internal static class CacheFiles
         if (size == 0)
             return null; // an empty file, such as mktemp makes
         var store = new FileMapStore(path, file);
-        MapHeader? header = size < 2 * MapHeader.Size ? null : BlockMap.ReadHeader(store);
+        MapHeader? header = size < 2 * MapHeader.Size ? null : MapFile.ReadHeader(store);
         if (header is null)
         {
             if (size != BitmapLength(source.Length))
@@ -179,7 +179,7 @@ internal static class CacheFiles
                 DiskError.Mismatch, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}", Remedy.RebindMap);
         }
 
-        if (size < BlockMap.FileLength(source.Length))
+        if (size < MapLayout.FileLength(source.Length))
             throw new DiskException(DiskError.Damaged, $"the map '{path}' is damaged: it is too short");
         try
         {
@@ -193,7 +193,7 @@ internal static class CacheFiles
 
     private static BlockMap Make(string path, SafeFileHandle file, SourceIdentity source)
     {
-        long length = BlockMap.FileLength(source.Length);
+        long length = MapLayout.FileLength(source.Length);
         Errno errno = LinuxFile.Truncate(file, length);
         if (errno == Errno.None)
             errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length); // on a full disk, a flush still finds room

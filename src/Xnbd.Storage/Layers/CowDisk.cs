@@ -6,19 +6,21 @@ namespace Xnbd.Storage.Layers;
 /// <summary>A disk whose writes go to a layer, over a base that is never written.</summary>
 internal sealed class CowDisk : OverlayDisk
 {
-    private readonly LayerFile? _file;
+    private readonly LayerFile? _file; // null in tests, which compose the disk of parts
+    private readonly IDisposable _layer; // the owner of data and map
 
     /// <summary>Composes the disk; it owns its parts from now on.</summary>
     /// <param name="baseDisk">The base; it is only read.</param>
-    /// <param name="layer">The layer's data, as long as the base.</param>
+    /// <param name="data">The layer's data, as long as the base.</param>
     /// <param name="map">Which blocks the layer holds.</param>
     /// <param name="readOnly">The disk is not to be written.</param>
-    public CowDisk(Disk baseDisk, Disk layer, BlockMap map, bool readOnly)
-        : base(layer, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim)) => Base = baseDisk;
+    public CowDisk(Disk baseDisk, Disk data, BlockMap map, bool readOnly)
+        : base(data, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim))
+        => (Base, _layer) = (baseDisk, data);
 
     /// <summary>Composes the disk of a base and a layer's file; it owns both from now on.</summary>
     public CowDisk(Disk baseDisk, LayerFile file, bool readOnly)
-        : this(baseDisk, file.Data, file.Map, readOnly) => _file = file;
+        : this(baseDisk, file.Data, file.Map, readOnly) => _layer = _file = file;
 
     /// <summary>The layer's file.</summary>
     internal LayerFile File => _file!;
@@ -47,8 +49,7 @@ internal sealed class CowDisk : OverlayDisk
     {
         if (!disposing)
             return;
-        _file?.Dispose();
-        Local.Dispose();
+        _layer.Dispose();
         Base.Dispose();
     }
 }

@@ -22,6 +22,7 @@ internal sealed class LayerFile : IDisposable
     private const long MaxDiskLength = 1L << 47;
 
     private readonly bool _isRemovedAtEnd;
+    private bool _isRemoved; // never remove a name twice: somebody else may have it by now
 
     private LayerFile(string path, ImageFile data, BlockMap map, bool isRemovedAtEnd = false)
     {
@@ -34,7 +35,7 @@ internal sealed class LayerFile : IDisposable
     /// <summary>Where it stands.</summary>
     public string Path { get; }
 
-    /// <summary>The blocks that it holds, each at its place. Closing this closes the file.</summary>
+    /// <summary>The blocks that it holds, each at its place. The layer closes it.</summary>
     public ImageFile Data { get; }
 
     /// <summary>Which blocks it holds.</summary>
@@ -45,9 +46,10 @@ internal sealed class LayerFile : IDisposable
     public static LayerFile Create(string path, SourceIdentity source, MapFlags flags)
     {
         SafeFileHandle file = LockedFile.CreateBeside(path, out string partial);
+        LayerFile? layer = null;
         try
         {
-            LayerFile layer = Fill(path, file, source, flags);
+            layer = Fill(path, file, source, flags);
             Errno errno = LinuxFile.RenameNoReplace(partial, path);
             if (errno != Errno.None)
                 throw LockedFile.Failure(errno, "create", path);
@@ -57,6 +59,7 @@ internal sealed class LayerFile : IDisposable
         catch
         {
             _ = LinuxFile.Unlink(partial);
+            layer?.Dispose();
             file.Dispose();
             throw;
         }
@@ -152,34 +155,49 @@ internal sealed class LayerFile : IDisposable
     /// </summary>
     public void Clear(SourceIdentity source)
     {
-        MapHeader header = Map.Header with
+        Map.ChangeHeader(header => header with
         {
-            Flags = (Map.Header.Flags & ~MapFlags.Committing) | MapFlags.Discarding,
+            Flags = (header.Flags & ~MapFlags.Committing) | MapFlags.Discarding,
             Source = source,
-            Generation = Map.Header.Generation + 1,
+            Generation = header.Generation + 1,
             CommitPosition = 0,
-        };
-        Map.WriteHeader(header);
+        });
 
         // The map before the data: at no time may it speak of data that is gone.
         Map.Set(new BlockRange(0, Map.BlockCount), BlockState.Absent);
         Map.Commit();
         Data.Discard();
-        Map.WriteHeader(header with { Flags = header.Flags & ~MapFlags.Discarding });
+        Map.ChangeHeader(header => header with { Flags = header.Flags & ~MapFlags.Discarding });
     }
 
-    /// <summary>The file goes away, if this object has made it as a disposable one; the data is closed by its owner.</summary>
+    /// <summary>
+    /// Takes a disposable layer's name away, if this object made the layer. Operations may be under way: the file itself lives
+    /// until it is closed.
+    /// </summary>
+    public void RemoveIfDisposable()
+    {
+        if (_isRemovedAtEnd && !_isRemoved)
+        {
+            _isRemoved = true;
+            _ = LinuxFile.Unlink(Path);
+        }
+    }
+
+    /// <summary>
+    /// Closes the file. A disposable layer is removed first, while its lock is held: once the lock is gone, another server may
+    /// take the name.
+    /// </summary>
     public void Dispose()
     {
-        if (_isRemovedAtEnd)
-            _ = LinuxFile.Unlink(Path);
+        RemoveIfDisposable();
+        Data.Dispose();
     }
 
     private static LayerFile Fill(string path, SafeFileHandle file, SourceIdentity source, MapFlags flags)
     {
         if (source.Length > MaxDiskLength)
             throw new DiskException(DiskError.NotSupported, $"'{source.Path}' is too long for a layer: {source.Length} bytes");
-        long mapLength = BlockMap.FileLength(source.Length);
+        long mapLength = MapLayout.FileLength(source.Length);
         long dataStart = (mapLength + DataAlignment - 1) / DataAlignment * DataAlignment;
         Errno errno = LinuxFile.Truncate(file, dataStart + source.Length);
 
@@ -207,7 +225,7 @@ internal sealed class LayerFile : IDisposable
         Span<byte> start = stackalloc byte[MapHeader.Size];
         if (status.Kind != FileKind.Regular || status.Length < 2 * MapHeader.Size)
             return null;
-        MapHeader? header = BlockMap.ReadHeader(store);
+        MapHeader? header = MapFile.ReadHeader(store);
         if (header is null)
         {
             store.Read(0, start);
@@ -218,7 +236,7 @@ internal sealed class LayerFile : IDisposable
 
         problem = "it is damaged: it is too short";
         long length = header.Source.Length;
-        return length is >= 0 and <= MaxDiskLength && header.DataStart >= BlockMap.FileLength(length)
+        return length is >= 0 and <= MaxDiskLength && header.DataStart >= MapLayout.FileLength(length)
             && status.Length >= header.DataStart && status.Length - header.DataStart >= length ? header : null;
     }
 }

@@ -100,7 +100,7 @@ public static class LayerStack
                 }
                 catch
                 {
-                    layer.Data.Dispose();
+                    layer.Dispose();
                     throw;
                 }
 
@@ -125,7 +125,7 @@ public static class LayerStack
     }
 
     /// <summary>Removes a disposable layer while operations may still be under way, for a process that ends at once.</summary>
-    public static void Abandon(Disk disk) => (disk as CowDisk)?.File.Dispose();
+    public static void Abandon(Disk disk) => (disk as CowDisk)?.File.RemoveIfDisposable();
 
     /// <summary>A layer and all that it stands on, as its header names it.</summary>
     /// <param name="path">The layer.</param>
@@ -162,7 +162,7 @@ public static class LayerStack
         catch
         {
             disk?.Dispose();
-            layer.Data.Dispose();
+            layer.Dispose();
             throw;
         }
     }
@@ -236,12 +236,12 @@ public static class LayerStack
             {
                 if (!isStackWritten && layer.IsOnReadOnlyFileSystem)
                     return layer;
-                layer.Data.Dispose();
+                layer.Dispose();
                 layer = LayerFile.Open(path, readOnly: false);
                 layer.Map.PrepareToWrite();
                 layer.Data.SyncContents();
                 layer.Map.Commit();
-                layer.Data.Dispose();
+                layer.Dispose();
                 layer = LayerFile.Open(path, readOnly: true);
             }
 
@@ -250,7 +250,7 @@ public static class LayerStack
         }
         catch
         {
-            layer.Data.Dispose();
+            layer.Dispose();
             throw;
         }
     }
@@ -258,8 +258,7 @@ public static class LayerStack
     private static void StartWriting(LayerFile layer, SourceIdentity source, MapFlags flags)
     {
         layer.Map.PrepareToWrite();
-        MapHeader header = layer.Map.Header;
-        layer.Map.WriteHeader(header with
+        layer.Map.ChangeHeader(header => header with
         {
             Source = source,
             Flags = (header.Flags & ~MapFlags.BaseIsLayer) | flags,

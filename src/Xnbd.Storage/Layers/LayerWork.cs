@@ -60,7 +60,7 @@ public static class LayerWork
     public static LayerInfo GetInfo(string path)
     {
         LayerFile layer = LayerFile.OpenUnlocked(path, out bool isInUse);
-        using (layer.Data)
+        using (layer)
         {
             BlockMap map = layer.Map;
             MapHeader header = map.Header;
@@ -107,16 +107,18 @@ public static class LayerWork
         if ((header.Flags & MapFlags.Committing) == 0)
         {
             // The base's time and contents will change; what the layer does not hold stays, and tells it from others.
-            header = header with
+            UInt128 sample = LayerStack.SampleAbsent(layer.Map, disk.Base);
+            layer.Map.ChangeHeader(h => h with
             {
-                Flags = header.Flags | MapFlags.Committing,
+                Flags = h.Flags | MapFlags.Committing,
                 CommitPosition = 0,
-                Source = header.Source with { Path = below, Sample = LayerStack.SampleAbsent(layer.Map, disk.Base) },
-            };
-            layer.Map.WriteHeader(header);
+                Source = h.Source with { Path = below, Sample = sample },
+            });
+            header = layer.Map.Header;
+
             // Who else stands on it will notice.
             if (disk.Base is CowDisk { File.Map: var lower })
-                lower.WriteHeader(lower.Header with { Generation = lower.Header.Generation + 1 });
+                lower.ChangeHeader(h => h with { Generation = h.Generation + 1 });
             else
                 (disk.Base as ImageFile)?.MarkChanged();
         }
@@ -147,8 +149,8 @@ public static class LayerWork
                 if (sinceCheckpoint < CheckpointBytes)
                     continue;
                 await disk.Base.FlushAsync();
-                header = header with { CommitPosition = offset };
-                layer.Map.WriteHeader(header);
+                long position = offset;
+                layer.Map.ChangeHeader(h => h with { CommitPosition = position });
                 sinceCheckpoint = 0;
             }
         }
@@ -165,7 +167,7 @@ public static class LayerWork
     public static void Discard(string path, string? basePath)
     {
         LayerFile layer = LayerFile.Open(path, readOnly: false);
-        using (layer.Data)
+        using (layer)
         {
             MapHeader header = layer.Map.Header;
             if ((header.Flags & MapFlags.Disposable) != 0)
@@ -309,10 +311,10 @@ public static class LayerWork
         });
         await disk.FlushAsync();
         (newBase as ImageFile)?.SyncContents(); // the layer will let go of what stands there; a layer was synced when it was opened
-        map.WriteHeader(map.Header with
+        map.ChangeHeader(header => header with
         {
             Source = source,
-            Flags = newBaseIsLayer ? map.Header.Flags | MapFlags.BaseIsLayer : map.Header.Flags & ~MapFlags.BaseIsLayer,
+            Flags = newBaseIsLayer ? header.Flags | MapFlags.BaseIsLayer : header.Flags & ~MapFlags.BaseIsLayer,
         });
 
         // From here on a block that equals the new base's may go: first from the map, and durably so, then its space.
