@@ -55,14 +55,8 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
 
     private static void CheckExportName(string exportName)
     {
-        try
-        {
-            _ = Protocol.NbdString.GetBytes(exportName);
-        }
-        catch (ArgumentException failure)
-        {
-            throw new FormatException($"the export's name: {failure.Message.Split(" (Parameter")[0]}");
-        }
+        if (Protocol.NbdString.FindFault(exportName) is { } fault)
+            throw new FormatException($"the export's name: {fault}");
     }
 
     /// <summary>As a URI, for people and logs; <see cref="RemoteUri"/> reads it.</summary>

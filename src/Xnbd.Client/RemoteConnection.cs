@@ -229,7 +229,7 @@ internal sealed class RemoteConnection : IDisposable
                 long count = LinuxSocket.Send(_socket.SafeHandle, left, more: false);
                 if (count <= 0)
                 {
-                    Break(((Errno)(-count)).Describe());
+                    Break(Errno.Of(count).Describe());
                     lock (_sending)
                     {
                         _isSending = false;
@@ -441,10 +441,10 @@ internal sealed class RemoteConnection : IDisposable
         Volatile.Write(ref _waitsSince, Environment.TickCount64);
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
         Volatile.Write(ref _waitsSince, long.MaxValue);
-        IsTimedOut = count == -(long)Errno.ETIMEDOUT;
+        IsTimedOut = Errno.Of(count) == Errno.ETIMEDOUT;
         return count > 0
             ? (int)count
-            : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : ((Errno)(-count)).Describe())}");
+            : throw new RemoteException($"{_address}: {(count == 0 ? "the server has closed the connection" : Errno.Of(count).Describe())}");
     }
 
     /// <summary>

@@ -163,7 +163,7 @@ internal sealed class RemoteHandshake
         {
             long count = LinuxSocket.Send(_socket.SafeHandle, data, more: false);
             if (count <= 0)
-                throw Gone((Errno)(-count));
+                throw Gone(Errno.Of(count));
             data = data[(int)count..];
         }
     }
@@ -176,7 +176,7 @@ internal sealed class RemoteHandshake
             _socket.ReceiveTimeout = (int)Math.Max(1, _deadline - Environment.TickCount64);
             long count = LinuxSocket.Receive(_socket.SafeHandle, data.AsSpan(done));
             if (count <= 0)
-                throw Gone((Errno)(-count));
+                throw Gone(Errno.Of(count));
             done += (int)count;
         }
 

@@ -96,9 +96,16 @@ public enum Errno
     EDQUOT = 122,
 }
 
-/// <summary>What an error number means, in words.</summary>
-public static class ErrnoText
+/// <summary>Reads error numbers.</summary>
+public static class ErrnoExtensions
 {
+    extension(Errno)
+    {
+        /// <summary>The error that a call answered with instead of a count; <see cref="Errno.None"/> for a count.</summary>
+        /// <param name="result">A count, or a negated error number.</param>
+        public static Errno Of(long result) => result < 0 ? (Errno)(-result) : Errno.None;
+    }
+
     /// <summary>The system's text for an error number, such as "No space left on device".</summary>
     public static string Describe(this Errno errno) => Marshal.GetPInvokeErrorMessage((int)errno);
 }

@@ -226,7 +226,7 @@ public static unsafe class LinuxFile
             while (done < buffer.Length)
             {
                 long count = LibC.Result(LibC.PRead(file, start + done, (nuint)(buffer.Length - done), offset + done));
-                if (count == -(long)Errno.EINTR)
+                if (Errno.Of(count) == Errno.EINTR)
                     continue;
                 if (count <= 0)
                     return count < 0 ? count : done;
@@ -249,7 +249,7 @@ public static unsafe class LinuxFile
             {
                 count = LibC.Result(LibC.PReadV2(file, &vector, 1, offset, RwfNoWait));
             }
-            while (count == -(long)Errno.EINTR);
+            while (Errno.Of(count) == Errno.EINTR);
             return count;
         }
     }
@@ -267,10 +267,10 @@ public static unsafe class LinuxFile
             while (done < buffer.Length)
             {
                 long count = LibC.Result(LibC.PWrite(file, start + done, (nuint)(buffer.Length - done), offset + done));
-                if (count == -(long)Errno.EINTR)
+                if (Errno.Of(count) == Errno.EINTR)
                     continue;
                 if (count <= 0)
-                    return count < 0 ? count : -(long)Errno.EIO;
+                    return count < 0 ? count : -(int)Errno.EIO;
                 done += (int)count;
             }
         }

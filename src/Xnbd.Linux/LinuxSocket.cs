@@ -68,7 +68,7 @@ public static unsafe class LinuxSocket
         {
             count = LibC.Result(LibC.SendFile(socket, file, &offset, (nuint)length));
         }
-        while (count == -(long)Errno.EINTR);
+        while (Errno.Of(count) == Errno.EINTR);
         return count;
     }
 
@@ -142,7 +142,7 @@ public static unsafe class LinuxSocket
             {
                 count = LibC.Result(LibC.Recv(socket, start, (nuint)buffer.Length, flags));
             }
-            while (count == -(long)Errno.EINTR);
+            while (Errno.Of(count) == Errno.EINTR);
             return count;
         }
     }
@@ -156,7 +156,7 @@ public static unsafe class LinuxSocket
             {
                 count = LibC.Result(LibC.Send(socket, start, (nuint)buffer.Length, flags));
             }
-            while (count == -(long)Errno.EINTR);
+            while (Errno.Of(count) == Errno.EINTR);
             return count;
         }
     }

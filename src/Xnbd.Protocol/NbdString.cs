@@ -6,7 +6,7 @@ namespace Xnbd.Protocol;
 /// <summary>Strings as the protocol has them: UTF-8, no NUL, at most 4096 bytes (section "Conventions").</summary>
 public static class NbdString
 {
-    private static readonly UTF8Encoding Strict = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
+    private static readonly UTF8Encoding s_strict = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
     /// <summary>Reads a string that fills <paramref name="source"/>.</summary>
     /// <returns>False when it is too long, holds a NUL, or is not UTF-8.</returns>
@@ -15,28 +15,29 @@ public static class NbdString
         text = null;
         if (source.Length > NbdSize.MaxString || source.Contains((byte)0) || !System.Text.Unicode.Utf8.IsValid(source))
             return false;
-        text = Strict.GetString(source);
+        text = s_strict.GetString(source);
         return true;
     }
 
-    /// <summary>The bytes of a string that is to be sent.</summary>
-    /// <exception cref="ArgumentException">It is no string of the protocol: too long, with a NUL, or with a lone surrogate.</exception>
-    public static byte[] GetBytes(string text)
+    /// <summary>Says why a text cannot be a string of the protocol.</summary>
+    /// <returns>The fault, for people; null when the text can be one.</returns>
+    public static string? FindFault(string text)
     {
-        byte[] bytes;
+        if (text.Contains('\0', StringComparison.Ordinal))
+            return "the text holds a NUL character";
         try
         {
-            bytes = Strict.GetBytes(text);
+            return s_strict.GetByteCount(text) > NbdSize.MaxString
+                ? $"the text is longer than {NbdSize.MaxString} bytes" : null;
         }
         catch (EncoderFallbackException)
         {
-            throw new ArgumentException("the text is not valid Unicode", nameof(text));
+            return "the text is not valid Unicode";
         }
-
-        if (bytes.Length > NbdSize.MaxString)
-            throw new ArgumentException($"the text is longer than {NbdSize.MaxString} bytes", nameof(text));
-        if (text.Contains('\0', StringComparison.Ordinal))
-            throw new ArgumentException("the text holds a NUL character", nameof(text));
-        return bytes;
     }
+
+    /// <summary>The bytes of a string that is to be sent.</summary>
+    /// <exception cref="ArgumentException"><see cref="FindFault"/> finds a fault.</exception>
+    public static byte[] GetBytes(string text)
+        => FindFault(text) is { } fault ? throw new ArgumentException(fault, nameof(text)) : s_strict.GetBytes(text);
 }

@@ -47,9 +47,9 @@ internal struct AdaptivePoll
         {
             count = LinuxSocket.ReceiveNow(socket, buffer);
         }
-        while (count == -(long)Errno.EAGAIN && Stopwatch.GetTimestamp() - start < s_pollTicks);
+        while (Errno.Of(count) == Errno.EAGAIN && Stopwatch.GetTimestamp() - start < s_pollTicks);
 
-        _credit = count == -(long)Errno.EAGAIN ? _credit - LossInVain : Math.Min(MaxCredit, _credit + 1);
+        _credit = Errno.Of(count) == Errno.EAGAIN ? _credit - LossInVain : Math.Min(MaxCredit, _credit + 1);
         return count;
     }
 

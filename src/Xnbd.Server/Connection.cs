@@ -74,7 +74,7 @@ internal sealed class Connection : IDisposable
         while (buffer.Length > 0)
         {
             long count = LinuxSocket.ReceiveNow(Handle, buffer);
-            if (count == -(long)Errno.EAGAIN)
+            if (Errno.Of(count) == Errno.EAGAIN)
             {
                 long left = deadline - Environment.TickCount64;
                 if (left <= 0)
@@ -84,7 +84,7 @@ internal sealed class Connection : IDisposable
             }
 
             if (count <= 0)
-                return End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
+                return End(count == 0 ? "closed by client" : Errno.Of(count).Describe());
             buffer = buffer[(int)count..];
         }
 
@@ -97,7 +97,7 @@ internal sealed class Connection : IDisposable
         while (data.Length > 0)
         {
             long count = LinuxSocket.Send(Handle, data, more: false);
-            if (count == -(long)Errno.EAGAIN)
+            if (Errno.Of(count) == Errno.EAGAIN)
             {
                 if (Environment.TickCount64 >= deadline)
                     return End("handshake took too long");
@@ -105,7 +105,7 @@ internal sealed class Connection : IDisposable
             }
 
             if (count < 0)
-                return End(((Errno)(-count)).Describe());
+                return End(Errno.Of(count).Describe());
             data = data[(int)count..];
         }
 
@@ -124,7 +124,7 @@ internal sealed class Connection : IDisposable
         while (Environment.TickCount64 - start < atMost.TotalMilliseconds)
         {
             long count = LinuxSocket.ReceiveNow(Handle, scratch);
-            if (count == -(long)Errno.EAGAIN)
+            if (Errno.Of(count) == Errno.EAGAIN)
                 LinuxSocket.Wait(Handle, forReading: true, forWriting: false, 50);
             else if (count <= 0)
                 return;

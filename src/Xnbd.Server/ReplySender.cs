@@ -251,10 +251,10 @@ internal sealed class ReplySender : IDisposable
     /// <returns>False when the socket is full.</returns>
     private bool NoteSent(PendingRequest pending, long count)
     {
-        if (count == -(long)Errno.EAGAIN)
+        if (Errno.Of(count) == Errno.EAGAIN)
             return false;
         if (count < 0)
-            Break((Errno)(-count));
+            Break(Errno.Of(count));
 
         Stall.Moved(count);
         pending.NoteSent(_isBroken ? pending.Unsent.Length : (int)count);
@@ -285,7 +285,7 @@ internal sealed class ReplySender : IDisposable
         while (data.Length > 0)
         {
             long count = LinuxSocket.Send(_connection.Handle, data, more);
-            if (count == -(long)Errno.EAGAIN)
+            if (Errno.Of(count) == Errno.EAGAIN)
             {
                 if (!MayWaitOn())
                     return false;
@@ -293,7 +293,7 @@ internal sealed class ReplySender : IDisposable
             }
 
             if (count < 0)
-                return Break((Errno)(-count));
+                return Break(Errno.Of(count));
             Stall.Moved(count);
             data = data[(int)count..];
         }
@@ -324,15 +324,15 @@ internal sealed class ReplySender : IDisposable
         while (missing > 0)
         {
             long count = LinuxSocket.SendFile(_connection.Handle, file, offset, missing);
-            if (count == -(long)Errno.EAGAIN)
+            if (Errno.Of(count) == Errno.EAGAIN)
             {
                 if (!MayWaitOn())
                     return false;
                 continue;
             }
 
-            if (count < 0 && LinuxSocket.IsOfSocket((Errno)(-count)))
-                return Break((Errno)(-count));
+            if (count < 0 && LinuxSocket.IsOfSocket(Errno.Of(count)))
+                return Break(Errno.Of(count));
             if (count <= 0)
                 return true; // the end of a file that became shorter, or a medium that failed
             Stall.Moved(count);

@@ -64,8 +64,8 @@ internal sealed class SessionInput(Connection connection, SessionServices servic
                 return true;
             }
 
-            if (count != -(long)Errno.EAGAIN)
-                return connection.End(count == 0 ? "closed by client" : ((Errno)(-count)).Describe());
+            if (Errno.Of(count) != Errno.EAGAIN)
+                return connection.End(count == 0 ? "closed by client" : Errno.Of(count).Describe());
 
             isIdle = true;
             _expectsLargeWrite = false;
@@ -146,7 +146,7 @@ internal sealed class SessionInput(Connection connection, SessionServices servic
         if (_poll.IsWorthwhile)
         {
             long count = _poll.Poll(connection.Handle, destination);
-            if (count != -(long)Errno.EAGAIN)
+            if (Errno.Of(count) != Errno.EAGAIN)
                 return count;
         }
 
@@ -194,8 +194,8 @@ internal sealed class SessionInput(Connection connection, SessionServices servic
     /// <param name="holdsBytes">The session holds bytes of the budget.</param>
     private bool MayReceiveOn(long count, bool holdsBytes)
     {
-        if (count == 0 || (count < 0 && count != -(long)Errno.EAGAIN))
-            return connection.End(count == 0 ? "closed by client amid a write" : ((Errno)(-count)).Describe());
+        if (count == 0 || Errno.Of(count) is not (Errno.None or Errno.EAGAIN))
+            return connection.End(count == 0 ? "closed by client amid a write" : Errno.Of(count).Describe());
         if (_isStopping)
             return connection.End("server is stopping");
         sender.Stall.Moved(Math.Max(0, count));

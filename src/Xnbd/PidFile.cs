@@ -73,7 +73,7 @@ internal sealed class PidFile : IDisposable
         long count = LinuxFile.Append(_file, line);
         if (count == line.Length)
             return;
-        string cause = count < 0 ? ((Errno)(-count)).Describe() : "no space";
+        string cause = count < 0 ? Errno.Of(count).Describe() : "no space";
         throw new FailureException($"cannot write the pid file '{_path}': {cause}");
     }
 

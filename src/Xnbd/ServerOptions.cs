@@ -264,14 +264,8 @@ internal sealed record ServerOptions
             throw new UsageException("--pidfile: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
             throw new UsageException("a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
-        try
-        {
-            _ = Protocol.NbdString.GetBytes(ExportName);
-        }
-        catch (ArgumentException failure)
-        {
-            throw new UsageException($"--export-name: {failure.Message.Split(" (Parameter")[0]}");
-        }
+        if (Protocol.NbdString.FindFault(ExportName) is { } fault)
+            throw new UsageException($"--export-name: {fault}");
     }
 }
 
@@ -323,9 +317,9 @@ internal sealed record ProxyOptions
                 ControlSocket = Path.GetFullPath(words[^1]),
             };
         }
-        catch (Exception failure) when (failure is FormatException or ArgumentException)
+        catch (FormatException failure)
         {
-            throw new UsageException(failure.Message.Split(" (Parameter")[0]);
+            throw new UsageException(failure.Message);
         }
     }
 }

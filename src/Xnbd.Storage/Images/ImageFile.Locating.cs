@@ -39,7 +39,7 @@ public sealed partial class ImageFile
             if (findHoles)
             {
                 long data = NextData(at);
-                if (data == -(long)Errno.ENXIO)
+                if (Errno.Of(data) == Errno.ENXIO)
                     data = FileEnd(at);
                 if (data > at) // a hole: it ends the data before it, or is the answer
                     return done > 0 ? new FileRange(_file, _start + offset, done) : FileRange.Hole((int)Math.Min(length, data - at));
@@ -74,7 +74,7 @@ public sealed partial class ImageFile
             if (dataEnd <= offset)
             {
                 long data = NextData(offset);
-                if (data == -(long)Errno.ENXIO)
+                if (Errno.Of(data) == Errno.ENXIO)
                     data = Math.Min(end, FileEnd(offset)); // nothing but a hole follows, if it has not just become shorter
                 if (data < 0)
                 {

@@ -64,7 +64,7 @@ public sealed partial class ImageFile : Disk
         if (kind == FileKind.Regular)
             _ = LinuxFile.OpenAgain(file, out _seeking); // without it, all goes on with one opening
         Span<byte> probe = stackalloc byte[1];
-        _canReadNoWait = !_inMemory && LinuxFile.ReadNoWait(file, probe, start) is >= 0 or -(long)Errno.EAGAIN;
+        _canReadNoWait = !_inMemory && Errno.Of(LinuxFile.ReadNoWait(file, probe, start)) is Errno.None or Errno.EAGAIN;
     }
 
     /// <summary>Where the image stands.</summary>
@@ -282,7 +282,7 @@ public sealed partial class ImageFile : Disk
         long count = LinuxFile.ReadNoWait(_file, buffer, _start + offset);
         if (count == buffer.Length)
             return true;
-        if (count < 0 && (Errno)(-count) is var errno and not (Errno.EAGAIN or Errno.EOPNOTSUPP))
+        if (count < 0 && Errno.Of(count) is var errno and not (Errno.EAGAIN or Errno.EOPNOTSUPP))
             throw new DiskException("read", Path, offset, buffer.Length, errno);
         return false;
     }
@@ -342,7 +342,7 @@ public sealed partial class ImageFile : Disk
     {
         long count = LinuxFile.Read(_file, buffer, _start + offset);
         if (count < 0)
-            throw new DiskException("read", Path, offset, buffer.Length, (Errno)(-count));
+            throw new DiskException("read", Path, offset, buffer.Length, Errno.Of(count));
         if (count < buffer.Length)
         {
             throw TooShort(offset + count, offset + count);
@@ -383,7 +383,7 @@ public sealed partial class ImageFile : Disk
     {
         long count = LinuxFile.Write(_file, data, _start + offset);
         if (count < 0)
-            throw new DiskException("write", Path, offset, data.Length, (Errno)(-count));
+            throw new DiskException("write", Path, offset, data.Length, Errno.Of(count));
     }
 
     /// <summary>

@@ -91,7 +91,7 @@ internal sealed class SnapshotCopy
             // A hole that is passed over here is still a hole in the copy; whoever writes there later saves it first,
             // and finds zeroes, which are not written.
             long data = LinuxFile.NextData(_seeking, offset);
-            if (data == -(long)Errno.ENXIO || data >= _length)
+            if (Errno.Of(data) == Errno.ENXIO || data >= _length)
                 break; // a hole to the end, or to what somebody has appended since
             if (data > offset)
                 offset = data / BlockSize * BlockSize;
@@ -111,7 +111,7 @@ internal sealed class SnapshotCopy
         long count = LinuxFile.Read(_image, buffer, offset);
         if (count < buffer.Length)
         {
-            _failure = new DiskException("read", "the image", offset, buffer.Length, count < 0 ? (Errno)(-count) : Errno.EIO);
+            _failure = new DiskException("read", "the image", offset, buffer.Length, count < 0 ? Errno.Of(count) : Errno.EIO);
             return;
         }
 
@@ -119,7 +119,7 @@ internal sealed class SnapshotCopy
             return; // the copy is sparse: what is not written is zero
         count = LinuxFile.Write(_target, buffer, offset);
         if (count < 0)
-            _failure = new DiskException("write", "the snapshot", offset, buffer.Length, (Errno)(-count));
+            _failure = new DiskException("write", "the snapshot", offset, buffer.Length, Errno.Of(count));
     }
 
     [ThreadStatic]

@@ -392,7 +392,7 @@ public static class LayerWork
             while (end < data.Length && data[end..Math.Min(end + BlockRange.BlockSize, data.Length)].ContainsAnyExcept((byte)0))
                 end = Math.Min(end + BlockRange.BlockSize, data.Length);
             if (end > at && LinuxFile.Write(file, data[at..end], offset + at) is < 0 and var failed)
-                throw new DiskException("write", path, offset + at, end - at, (Errno)(-failed));
+                throw new DiskException("write", path, offset + at, end - at, Errno.Of(failed));
             at = end + BlockRange.BlockSize;
         }
     }

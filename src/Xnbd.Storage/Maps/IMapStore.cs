@@ -28,7 +28,7 @@ internal sealed class FileMapStore(string path, SafeFileHandle file) : IMapStore
     {
         long count = LinuxFile.Read(file, buffer, offset);
         if (count < 0)
-            throw new DiskException("read", path, offset, buffer.Length, (Errno)(-count));
+            throw new DiskException("read", path, offset, buffer.Length, Errno.Of(count));
         if (count < buffer.Length)
             throw new DiskException(DiskError.Damaged, $"'{path}' is damaged: it is too short");
     }
@@ -37,7 +37,7 @@ internal sealed class FileMapStore(string path, SafeFileHandle file) : IMapStore
     {
         long count = LinuxFile.Write(file, data, offset);
         if (count < 0)
-            throw new DiskException("write", path, offset, data.Length, (Errno)(-count));
+            throw new DiskException("write", path, offset, data.Length, Errno.Of(count));
     }
 
     public void Sync()
