@@ -31,65 +31,6 @@ public enum OpenMode
     Direct = 1 << 29,
 }
 
-/// <summary>What kind of file stands behind a descriptor.</summary>
-public enum FileKind
-{
-    /// <summary>A regular file.</summary>
-    Regular,
-
-    /// <summary>A block device.</summary>
-    BlockDevice,
-
-    /// <summary>A directory.</summary>
-    Directory,
-
-    /// <summary>A socket.</summary>
-    Socket,
-
-    /// <summary>Anything else.</summary>
-    Other,
-}
-
-/// <summary>What <c>statx</c> tells of a file.</summary>
-/// <param name="Kind">What kind of file it is.</param>
-/// <param name="Length">A regular file's length in bytes.</param>
-/// <param name="AllocatedBytes">Space it takes on its file system, in bytes.</param>
-/// <param name="Inode">Its number within its file system.</param>
-/// <param name="Device">The file system's device, major and minor number.</param>
-/// <param name="Permissions">Who may do what, as <c>chmod</c> has it.</param>
-/// <param name="User">Its owner.</param>
-/// <param name="Group">Its group.</param>
-/// <param name="ModifiedNanoseconds">When its contents were last changed, since 1970.</param>
-/// <param name="BlockBytes">The unit in which its file system allocates and reads, in bytes (<c>st_blksize</c>).</param>
-/// <param name="Number">Which device it is, if it is one: its major and minor number.</param>
-public readonly record struct FileStatus(
-    FileKind Kind,
-    long Length,
-    long AllocatedBytes,
-    ulong Inode,
-    ulong Device,
-    uint Permissions,
-    uint User,
-    uint Group,
-    long ModifiedNanoseconds,
-    uint BlockBytes,
-    (uint Major, uint Minor) Number)
-{
-    /// <summary>The device as one number, as the C library's <c>stat</c> has it (<c>makedev</c>).</summary>
-    public ulong DeviceNumber
-    {
-        get
-        {
-            ulong major = Device >> 32, minor = Device & 0xffff_ffff;
-            return ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8)
-                | ((minor & 0xffff_ff00) << 12) | (minor & 0xff);
-        }
-    }
-
-    /// <summary>Whether both are one and the same file.</summary>
-    public bool IsSameFile(in FileStatus other) => (Inode, Device) == (other.Inode, other.Device);
-}
-
 /// <summary>How <see cref="LinuxFile.Allocate"/> changes a range.</summary>
 [Flags]
 public enum AllocateMode
@@ -109,18 +50,11 @@ public enum AllocateMode
 /// Methods that return a <c>long</c> answer with a count, or with a negated <see cref="Errno"/>. Interrupted calls
 /// are repeated.
 /// </summary>
-public static unsafe class LinuxFile
+public static unsafe partial class LinuxFile
 {
     private const int OpenCloseOnExec = 0x80000;
     private const int OpenNonBlocking = 0x800;
     private const int RwfNoWait = 8;
-
-    private const int LockShared = 1;
-    private const int LockExclusive = 2;
-    private const int LockNonBlocking = 4;
-    private const int LockRelease = 8;
-
-    private const short ReadLock = 0, WriteLock = 1, Unlocked = 2;
 
     private const int SeekData = 3;
     private const int SeekHole = 4;
@@ -128,8 +62,6 @@ public static unsafe class LinuxFile
     private const int AdviceWillNeed = 3;
 
     private const int CurrentDirectory = -100; // AT_FDCWD
-    private const uint StatXBasic = 0x7ff;
-    private const int StatXLength = 256;
 
     private const nuint IoctlBlockDeviceLength = 0x80081272; // BLKGETSIZE64
     private const nuint IoctlClone = 0x40049409; // FICLONE
@@ -328,55 +260,6 @@ public static unsafe class LinuxFile
     public static void AdviseWillNeed(SafeFileHandle file, long offset, long length)
         => _ = LibC.FAdvise(file, offset, length, AdviceWillNeed);
 
-    /// <summary>Takes a lock on the open file, without waiting; it ends with the last descriptor of this opening.</summary>
-    /// <param name="file">The file.</param>
-    /// <param name="shared">Others may hold it as well, if they share it too.</param>
-    /// <returns><see cref="Errno.EAGAIN"/> when somebody else holds it.</returns>
-    public static Errno TryLock(SafeFileHandle file, bool shared = false)
-        => LibC.Outcome(LibC.FLock(file, (shared ? LockShared : LockExclusive) | LockNonBlocking));
-
-    /// <summary>Takes a lock on one byte of the file (an open-file-description lock), without waiting.</summary>
-    /// <param name="file">The file; open for writing, if nobody else is to hold the lock.</param>
-    /// <param name="offset">The byte.</param>
-    /// <param name="shared">Others may hold it as well, if they share it too.</param>
-    /// <returns>
-    /// <see cref="Errno.EAGAIN"/> when somebody else's lock forbids it; another error where there are no such locks.
-    /// </returns>
-    public static Errno TryLockByte(SafeFileHandle file, long offset, bool shared = true)
-    {
-        const int setLock = 37; // F_OFD_SETLK
-        var range = new LibC.RecordLock { Type = shared ? ReadLock : WriteLock, Start = offset, Length = 1 };
-        return LibC.Outcome(LibC.FCntl(file, setLock, &range));
-    }
-
-    /// <summary>Lets go of a lock of <see cref="TryLockByte"/>.</summary>
-    public static void UnlockByte(SafeFileHandle file, long offset)
-    {
-        const int setLock = 37; // F_OFD_SETLK
-        var range = new LibC.RecordLock { Type = Unlocked, Start = offset, Length = 1 };
-        _ = LibC.FCntl(file, setLock, &range);
-    }
-
-    /// <summary>
-    /// Lets go of all locks of this opening of the file. Closing does that too; but a child that this process is starting at that
-    /// moment would hold them until it runs its own program.
-    /// </summary>
-    public static void Unlock(SafeFileHandle file)
-    {
-        const int setLock = 37; // F_OFD_SETLK
-        var all = new LibC.RecordLock { Type = Unlocked };
-        _ = LibC.FCntl(file, setLock, &all);
-        _ = LibC.FLock(file, LockRelease);
-    }
-
-    /// <summary>Whether somebody else holds a lock on one byte of the file.</summary>
-    public static bool IsByteLocked(SafeFileHandle file, long offset)
-    {
-        const int getLock = 36; // F_OFD_GETLK
-        var range = new LibC.RecordLock { Type = WriteLock, Start = offset, Length = 1 };
-        return LibC.FCntl(file, getLock, &range) == 0 && range.Type != Unlocked;
-    }
-
     /// <summary>Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).</summary>
     public static Errno Clone(SafeFileHandle source, SafeFileHandle target)
         => LibC.Outcome(LibC.IoCtl(target, IoctlClone, source.DangerousGetHandle()));
@@ -388,41 +271,6 @@ public static unsafe class LinuxFile
         Errno errno = LibC.Outcome(LibC.IoCtl(device, IoctlBlockDeviceLength, (nint)(&value)));
         length = value;
         return errno;
-    }
-
-    /// <summary>What kind of file it is, how long, and which.</summary>
-    public static Errno Status(SafeHandle file, out FileStatus status)
-    {
-        const int emptyPath = 0x1000;
-        byte* buffer = stackalloc byte[StatXLength];
-        Errno errno = LibC.Outcome(LibC.StatX(file, "", emptyPath, StatXBasic, buffer));
-        status = errno == Errno.None ? ReadStatX(buffer) : default;
-        return errno;
-    }
-
-    /// <summary>The same of what a path names; of a symbolic link, what it leads to.</summary>
-    public static Errno Status(string path, out FileStatus status)
-    {
-        byte* buffer = stackalloc byte[StatXLength];
-        Errno errno = LibC.Outcome(LibC.StatX(CurrentDirectory, path, 0, StatXBasic, buffer));
-        status = errno == Errno.None ? ReadStatX(buffer) : default;
-        return errno;
-    }
-
-    /// <summary>Whether the file lives in memory (tmpfs, ramfs), where no read ever waits for a disk.</summary>
-    public static bool IsInMemory(SafeFileHandle file)
-    {
-        const long tmpfs = 0x01021994, ramfs = 0x858458f6;
-        byte* buffer = stackalloc byte[256]; // f_type is the first word of struct statfs
-        return LibC.FStatFs(file, buffer) == 0 && (*(long*)buffer & 0xffffffff) is tmpfs or ramfs;
-    }
-
-    /// <summary>Whether the file can be read only because its file system, or its mount, is read-only.</summary>
-    public static bool IsOnReadOnlyFileSystem(SafeFileHandle file)
-    {
-        const int flagsAt = 10, readOnly = 1; // f_flags is the eleventh word of struct statfs; ST_RDONLY
-        byte* buffer = stackalloc byte[256];
-        return LibC.FStatFs(file, buffer) == 0 && (((long*)buffer)[flagsAt] & readOnly) != 0;
     }
 
     /// <summary>Makes the entries of the directory in which a file stands durable, as far as the file system can.</summary>
@@ -450,25 +298,4 @@ public static unsafe class LinuxFile
 
     /// <summary>Removes a file's name.</summary>
     public static Errno Unlink(string path) => LibC.Outcome(LibC.Unlink(path));
-
-    /// <summary>Reads <c>struct statx</c>, which has the same layout on every architecture.</summary>
-    private static FileStatus ReadStatX(byte* buffer)
-    {
-        FileKind kind = (*(ushort*)(buffer + 28) & 0xf000) switch
-        {
-            0x8000 => FileKind.Regular,
-            0x6000 => FileKind.BlockDevice,
-            0x4000 => FileKind.Directory,
-            0xc000 => FileKind.Socket,
-            _ => FileKind.Other,
-        };
-        ulong device = ((ulong)*(uint*)(buffer + 136) << 32) | *(uint*)(buffer + 140);
-        uint permissions = *(ushort*)(buffer + 28) & 0xfffu;
-        return new FileStatus(
-            kind, *(long*)(buffer + 40), *(long*)(buffer + 48) * 512, *(ulong*)(buffer + 32), device, permissions,
-            *(uint*)(buffer + 20), *(uint*)(buffer + 24),
-            (*(long*)(buffer + 112) * 1_000_000_000) + *(uint*)(buffer + 120),
-            *(uint*)(buffer + 4),
-            (*(uint*)(buffer + 128), *(uint*)(buffer + 132)));
-    }
 }

@@ -1,55 +1,10 @@
-using System.Runtime.InteropServices;
-using Microsoft.Win32.SafeHandles;
-
 namespace Xnbd.Linux;
 
-/// <summary>The process itself: session and standard descriptors.</summary>
+/// <summary>The process itself: its session and its name.</summary>
 public static class LinuxProcess
 {
     /// <summary>Tells this run of the machine from all others.</summary>
     public static Guid BootId { get; } = Guid.Parse(File.ReadAllText("/proc/sys/kernel/random/boot_id").Trim());
-
-    /// <summary>
-    /// Sees to it that stdin, stdout and stderr are open, as those of a program that was started with <c>2&gt;&amp;-</c>
-    /// are not. Otherwise the files that are opened first get their numbers: messages are then written to a disk image.
-    /// The runtime has opened files before the program begins, so the program is started anew in the same process, with
-    /// /dev/null in place of what was closed. To be called before anything else.
-    /// </summary>
-    public static unsafe void OpenStandardStreams()
-    {
-        const int getFlags = 1, setFlags = 2, closeOnExec = 1; // F_GETFD, F_SETFD, FD_CLOEXEC
-        const nuint pathOfProgram = 31; // AT_EXECFN
-
-        // What was inherited has no such flag, and what the runtime opens has it.
-        int[] missing = [.. Enumerable.Range(0, 3).Where(number => LibC.FCntl(number, getFlags, 0) is < 0 or closeOnExec)];
-        if (missing.Length == 0 || LinuxFile.Open("/dev/null", OpenMode.ReadWrite, out SafeFileHandle? nothing) != Errno.None)
-            return;
-        foreach (int number in missing)
-        {
-            _ = Duplicate(nothing!, number);
-            _ = LibC.FCntl(number, setFlags, 0); // it may be that number itself
-        }
-
-        byte[] words = File.ReadAllBytes("/proc/self/cmdline"); // each with a zero byte behind it
-        int count = words.Count(letter => letter == 0);
-        fixed (byte* first = words)
-        {
-            nint* arguments = stackalloc nint[count + 1];
-            byte* next = first;
-            for (int i = 0; i < count; i++)
-            {
-                arguments[i] = (nint)next;
-                while (*next++ != 0)
-                {
-                }
-            }
-
-            arguments[count] = 0;
-            _ = LibC.ExecV(LibC.GetAuxiliaryValue(pathOfProgram), arguments);
-        }
-
-        Environment.FailFast(null); // the runtime has lost its files, and nobody can be told
-    }
 
     /// <summary>Leaves the session of the terminal that started this process.</summary>
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
@@ -65,52 +20,4 @@ public static class LinuxProcess
         fixed (byte* start = text)
             _ = LibC.PrCtl(setName, start, 0, 0, 0);
     }
-
-    /// <summary>Makes descriptor <paramref name="to"/> another name for what <paramref name="from"/> stands for.</summary>
-    public static Errno Duplicate(SafeHandle from, int to)
-        => LibC.Outcome(LibC.Dup2((int)from.DangerousGetHandle(), to));
-
-    /// <summary>Makes standard descriptors read nothing and write nowhere.</summary>
-    /// <param name="descriptors">Which of 0, 1 and 2.</param>
-    public static void RedirectToNull(params ReadOnlySpan<int> descriptors)
-    {
-        if (LinuxFile.Open("/dev/null", OpenMode.ReadWrite, out SafeFileHandle? nothing) != Errno.None)
-            return;
-        using (nothing)
-        {
-            foreach (int descriptor in descriptors)
-                _ = Duplicate(nothing!, descriptor);
-        }
-    }
-}
-
-/// <summary>Severities of <see cref="LinuxSyslog"/>, with the numbers of <c>syslog.h</c>.</summary>
-public enum SyslogSeverity
-{
-    /// <summary>An error.</summary>
-    Error = 3,
-
-    /// <summary>A warning.</summary>
-    Warning = 4,
-
-    /// <summary>Informational.</summary>
-    Information = 6,
-
-    /// <summary>For those who look for a fault in the program.</summary>
-    Debug = 7,
-}
-
-/// <summary>The system log, facility <c>daemon</c>.</summary>
-public static class LinuxSyslog
-{
-    private const int LogWithProcessId = 1;
-    private const int FacilityDaemon = 3 << 3;
-
-    /// <summary>Names the program in all lines to come.</summary>
-    public static void Open(string program)
-        => LibC.OpenLog(Marshal.StringToCoTaskMemUTF8(program), LogWithProcessId, FacilityDaemon); // syslog keeps the pointer
-
-    /// <summary>Logs one line.</summary>
-    public static void Write(SyslogSeverity severity, string message)
-        => LibC.SysLog(FacilityDaemon | (int)severity, "%s", message);
 }

@@ -80,7 +80,7 @@ internal static class Daemon
     {
         Console.Out.WriteLine(Ready);
         Console.Out.Flush();
-        LinuxProcess.RedirectToNull(0, 1, 2);
+        StandardStreams.RedirectToNull(0, 1, 2);
         Environment.CurrentDirectory = "/";
     }
 }

@@ -1,7 +1,7 @@
 using Xnbd.Linux;
 using Xnbd.Programs;
 
-LinuxProcess.OpenStandardStreams();
+StandardStreams.OpenMissing();
 
 // One executable, called by several names: through a link named for the program, or with the program's name as the
 // first argument.

@@ -1,7 +1,5 @@
-using System.Net;
 using System.Net.Sockets;
 using Microsoft.Extensions.Logging;
-using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Server;
 using Xnbd.Storage;
@@ -10,27 +8,26 @@ using Xnbd.Storage.Layers;
 
 namespace Xnbd.Programs;
 
-/// <summary>The program <c>xnbd-server</c>: composes a disk, serves it, and minds the signals.</summary>
+/// <summary>The program <c>xnbd-server</c>: composes a disk and serves it.</summary>
 internal sealed class ServerProgram
 {
     /// <summary>The program's name.</summary>
     public const string Name = "xnbd-server";
 
     /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
-    private static readonly TimeSpan s_longestStop = TimeSpan.FromSeconds(8.5); // and a second for the log
+    private static readonly TimeSpan s_maxStop = TimeSpan.FromSeconds(8.5); // and a second for the log
 
     /// <summary>
     /// The same while it is starting, and may be waiting for a remote: nobody is served yet, and nothing is lost.
     /// </summary>
-    private static readonly TimeSpan s_longestBreak = TimeSpan.FromSeconds(1);
+    private static readonly TimeSpan s_maxBreak = TimeSpan.FromSeconds(1);
 
     private readonly ServerOptions _options;
     private readonly LogOutput _log;
     private readonly CancellationTokenSource _stop = new();
+    private readonly ServerSignals _signals;
+    private readonly ServerSockets _sockets;
     private volatile PidFile? _pidFile;
-    private volatile ProxyMode? _proxy; // null until it is open, and in the other modes
-    private volatile SnapshotSignal? _snapshots; // null until the disk is open
-    private volatile Thread? _switching; // the last switch by SIGUSR2
     private volatile Disk? _disk; // null until it is open
     private volatile bool _isServing;
     private volatile bool _isSynced;
@@ -39,10 +36,9 @@ internal sealed class ServerProgram
     {
         _options = options;
         _log = log;
+        _signals = new ServerSignals(log, _stop);
+        _sockets = new ServerSockets(options);
     }
-
-    private static readonly int[] s_signals =
-        [LinuxSignals.Terminate, LinuxSignals.Interrupt, LinuxSignals.Hangup, LinuxSignals.User1, LinuxSignals.User2];
 
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
@@ -51,17 +47,15 @@ internal sealed class ServerProgram
         bool isDaemon = Daemon.IsChild();
         bool isInetd = args.Contains("--inetd");
         if (isInetd)
-            KeepStdinClean(); // before the first word can be said
+            ServerSockets.KeepStdinClean(); // before the first word can be said
         LogOutput? log = null;
         try
         {
-            if (ServerOptions.Parse(args) is not { } options)
+            if (ServerCommandLine.Parse(args) is not { } options)
                 return ExitCode.Success;
             if (options.Daemonize && !isDaemon)
                 return Daemon.Start(Name, args);
-            bool isIgnored = LinuxSignals.IsIgnored(LinuxSignals.Interrupt); // in a shell's background job
-            int[] signals = [.. s_signals.Where(signal => signal != LinuxSignals.Interrupt || !isIgnored)];
-            LinuxSignals.BlockInAllThreads(signals); // before anything waits
+            int[] signals = ServerSignals.Block(); // before anything waits
             options = options with
             {
                 Image = Path.GetFullPath(options.Image),
@@ -117,26 +111,11 @@ internal sealed class ServerProgram
         }
     }
 
-    /// <summary>
-    /// An Internet super-server makes the connection stdout and stderr as well: a message there would corrupt the stream.
-    /// </summary>
-    private static void KeepStdinClean()
-    {
-        using var stdin = new SafeFileHandle(0, ownsHandle: false);
-        _ = LinuxFile.Status(stdin, out FileStatus connection);
-        foreach (int descriptor in (ReadOnlySpan<int>)[1, 2])
-        {
-            using var other = new SafeFileHandle(descriptor, ownsHandle: false);
-            if (LinuxFile.Status(other, out FileStatus status) != Errno.None || status.IsSameFile(connection))
-                LinuxProcess.RedirectToNull(descriptor);
-        }
-    }
-
     private void Serve(int[] signals)
     {
         LinuxDescriptors.RaiseLimit();
         var runtimeThreads = new RuntimeThreads(); // before the first socket
-        StartThread("signals", () => MindSignals(signals));
+        StartThread("signals", () => _signals.Run(signals));
         StartThread("end", WatchEnd);
         using PidFile? pidFile = _options.PidFile is null ? null : PidFile.Open(_options.PidFile);
         _pidFile = pidFile;
@@ -151,14 +130,13 @@ internal sealed class ServerProgram
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
         var snapshots = new SnapshotSignal(() => proxy is null ? disk as ImageFile : proxy.Image, _log, _stop.Token);
-        _snapshots = snapshots;
         if (proxy is not null)
         {
             proxy.CountClients = () => server.ConnectionCount;
             proxy.StartControl();
         }
 
-        _proxy = proxy;
+        _signals.BeginService(snapshots, proxy);
         _isServing = true;
         try
         {
@@ -171,15 +149,15 @@ internal sealed class ServerProgram
         }
 
         _stop.Token.WaitHandle.WaitOne();
-        End(server, proxy is null ? () => disk.FlushAsync().AsTask() : proxy.FlushAll, snapshots);
+        End(server, proxy is null ? () => disk.FlushAsync().AsTask() : proxy.FlushAll);
     }
 
     /// <summary>Opens the server to clients, or to the one that was handed over.</summary>
     private void Start(NbdServer server, Disk disk, RuntimeThreads runtimeThreads)
     {
-        Socket? connection = OpenConnection();
+        Socket? connection = _sockets.OpenConnection();
         if (connection is null)
-            OpenListeners(server);
+            _sockets.OpenListeners(server);
         _log.LogInformation(
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
@@ -289,7 +267,7 @@ internal sealed class ServerProgram
         }
     }
 
-    private void End(NbdServer server, Func<Task> sync, SnapshotSignal snapshots)
+    private void End(NbdServer server, Func<Task> sync)
     {
         server.Stop();
         try
@@ -302,8 +280,7 @@ internal sealed class ServerProgram
         }
 
         _isSynced = true;
-        snapshots.WaitUntilEnded();
-        _switching?.Join(); // it uses the disk; WatchEnd bounds all of this
+        _signals.WaitUntilEnded(); // WatchEnd bounds all of this
         _log.LogInformation("ended");
     }
 
@@ -315,10 +292,10 @@ internal sealed class ServerProgram
     {
         _stop.Token.WaitHandle.WaitOne();
         long start = Environment.TickCount64;
-        Thread.Sleep(s_longestBreak);
+        Thread.Sleep(s_maxBreak);
         bool wasServing = _isServing;
         if (wasServing)
-            Thread.Sleep(s_longestStop - TimeSpan.FromMilliseconds(Environment.TickCount64 - start));
+            Thread.Sleep(s_maxStop - TimeSpan.FromMilliseconds(Environment.TickCount64 - start));
         _log.LogWarning(!wasServing ? "ended amid the start"
             : _isSynced ? "not everything ended in time"
             : "the image was not synced in time; the kernel goes on writing what it holds of it");
@@ -327,122 +304,5 @@ internal sealed class ServerProgram
             LayerStack.Abandon(disk);
         _pidFile?.Dispose();
         Environment.Exit(_isSynced || !wasServing ? ExitCode.Success : ExitCode.Failure);
-    }
-
-    /// <summary>Takes signals, one after the other, from before the disk is opened until the process ends.</summary>
-    private void MindSignals(int[] signals)
-    {
-        while (true)
-        {
-            int signal = LinuxSignals.Wait(signals);
-            try
-            {
-                Mind(signal);
-            }
-            catch (Exception failure)
-            {
-                _log.LogError("a signal could not be carried out: {Cause}", failure.ToString()); // service goes on
-            }
-        }
-    }
-
-    private void Mind(int signal)
-    {
-        if (signal == LinuxSignals.Hangup)
-            _log.Reopen(); // SIGHUP
-        else if (signal is LinuxSignals.Terminate or LinuxSignals.Interrupt)
-            _stop.Cancel(); // SIGTERM, SIGINT
-        else if (_stop.IsCancellationRequested)
-            _log.LogInformation("the server ends: the signal is ignored");
-        else if (!_isServing)
-            _log.LogInformation("the server is starting: the signal is ignored");
-        else if (signal == LinuxSignals.User1)
-            _snapshots!.Take(); // SIGUSR1
-        else
-            SwitchBySignal(); // SIGUSR2
-    }
-
-    /// <summary>Starts a switch, since it may take a while.</summary>
-    private void SwitchBySignal()
-    {
-        if (_proxy is not { } proxy)
-            _log.LogInformation("SIGUSR2 has no meaning in this mode");
-        else if (_switching is { IsAlive: true })
-            _log.LogWarning("it is being switched already; the signal is ignored");
-        else if ((_switching = LinuxThread.TryStart("switch", () => Switch(proxy))) is null)
-            _log.LogError("not switched: the system has no thread to spare");
-    }
-
-    private void Switch(ProxyMode proxy)
-    {
-        try
-        {
-            proxy.SwitchBySignal();
-        }
-        catch (Exception failure)
-        {
-            _log.LogError("not switched: {Cause}", failure.ToString()); // service goes on
-        }
-    }
-
-    /// <summary>The connection that was handed over; null when the server is to listen.</summary>
-    private Socket? OpenConnection()
-    {
-        if (!_options.Inetd && _options.ConnectedDescriptor is null)
-            return null;
-        int number = _options.ConnectedDescriptor ?? 0;
-        string name = _options.Inetd ? "stdin" : $"descriptor {number}";
-        var handle = new SafeSocketHandle(number, ownsHandle: true);
-        if (LinuxFile.Status(handle, out FileStatus status) != Errno.None)
-            throw new FailureException($"{name} is not open");
-        if (status.Kind != FileKind.Socket)
-            throw new FailureException($"{name} is not a socket");
-        _ = LinuxSocket.SetBlocking(handle);
-        try
-        {
-            return new Socket(handle);
-        }
-        catch (SocketException failure)
-        {
-            throw new FailureException($"{name} cannot be used: {failure.Message}");
-        }
-    }
-
-    private void OpenListeners(NbdServer server)
-    {
-        if (_options.UnixPath is { } path)
-        {
-            try
-            {
-                server.Listen(path);
-            }
-            catch (Exception failure) when (failure is IOException or ArgumentException)
-            {
-                throw new FailureException($"cannot listen on '{path}': {failure.Message}");
-            }
-        }
-
-        if (_options.UnixPath is not null && _options.Port is null && _options.Address is null)
-            return;
-        int port = _options.Port ?? ServerOptions.DefaultPort;
-        string place = _options.Address is null ? $"port {port}" : $"address {_options.Address}, port {port}";
-        try
-        {
-            server.Listen(new IPEndPoint(Resolve(_options.Address), port));
-        }
-        catch (Exception failure) when (failure is SocketException or ArgumentException)
-        {
-            throw new FailureException($"cannot listen on {place}: {failure.Message}");
-        }
-    }
-
-    private static IPAddress Resolve(string? address)
-    {
-        if (address is null)
-            return IPAddress.IPv6Any;
-        if (IPAddress.TryParse(address, out IPAddress? parsed))
-            return parsed;
-        IPAddress[] found = Dns.GetHostAddresses(address);
-        return found.Length > 0 ? found[0] : throw new ArgumentException("the name has no address");
     }
 }

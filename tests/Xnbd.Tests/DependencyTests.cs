@@ -53,6 +53,14 @@ public partial class DependencyTests
         Assert.Equal(["LinuxThread.cs"], places);
     }
 
+    /// <summary>Failures are told apart by their kind: a message is for people alone.</summary>
+    [Fact]
+    public void No_code_looks_into_a_message()
+    {
+        foreach (string file in Sources())
+            Assert.False(LookIntoMessage().IsMatch(File.ReadAllText(file)), $"{file} looks into a message");
+    }
+
     /// <summary>The rooms of Xnbd.Storage: every room may use the top and the rooms that are listed here.</summary>
     [Theory]
     [InlineData("")]
@@ -101,6 +109,9 @@ public partial class DependencyTests
         "(?!xnbd-layer")[^"]*((?<![\w-])--[a-z]|xnbd-[a-z])
         """)]
     private static partial Regex OptionPattern();
+
+    [GeneratedRegex(@"Message\.(Contains|StartsWith|EndsWith|IndexOf|Split)\b")]
+    private static partial Regex LookIntoMessage();
 
     [GeneratedRegex(@"\bXnbd\.Storage\.(?!Tests)([A-Z]\w*)")]
     private static partial Regex RoomPattern();

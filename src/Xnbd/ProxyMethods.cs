@@ -1,0 +1,154 @@
+using System.Text.Json.Nodes;
+using Microsoft.Extensions.Logging;
+using Xnbd.Client;
+using Xnbd.Control;
+using Xnbd.Storage;
+using Xnbd.Storage.Cache;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its own.
+/// </summary>
+internal sealed class ProxyMethods(ProxyMode proxy, CacheDisk cache, RemoteDisk remote, ILogger log)
+{
+    private readonly ProxyMode _proxy = proxy;
+    private readonly CacheDisk _cache = cache;
+    private readonly RemoteDisk _remote = remote;
+    private readonly ILogger _log = log;
+    private readonly Lock _lock = new(); // guards the two fields below
+    private CacheAllJob? _job; // the last one
+    private int _jobs;
+    private readonly Lock _reconnecting = new();
+
+    /// <summary>Carries out a method.</summary>
+    /// <exception cref="ControlException">It failed; the message says why.</exception>
+    public JsonNode? Call(string method, JsonObject parameters)
+    {
+        try
+        {
+            switch (method)
+            {
+                case "query":
+                    return Query();
+                case "cache-all":
+                    return StartCacheAll(parameters["blocks-per-request"]?.GetValue<int>() ?? 256);
+                case "job.status":
+                    return FindJob(parameters).Status(parameters["wait-ms"]?.GetValue<int>() ?? 0);
+                case "job.cancel":
+                    CacheAllJob job = FindJob(parameters);
+                    job.Cancel();
+                    return job.Status(0);
+                case "switch":
+                    _proxy.Switch(parameters["force"]?.GetValue<bool>() ?? false);
+                    return Query();
+                case "reconnect":
+                    return Reconnect(parameters);
+                case "invalidate":
+                    return Invalidate();
+                default:
+                    throw new ControlException(ControlException.NoSuchMethod, $"there is no method '{method}'");
+            }
+        }
+        catch (Exception failure) when (failure is DiskException or RemoteException)
+        {
+            throw new ControlException(ControlException.Failed, Advice.Describe(failure));
+        }
+    }
+
+    private JsonObject Query()
+    {
+        CacheStatistics figures = _cache.Statistics;
+        long blocks = figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks, cached = blocks - figures.AbsentBlocks;
+        bool isTarget = _cache.Image is not null;
+        return new JsonObject
+        {
+            ["mode"] = isTarget ? "target" : "proxy",
+            ["remote"] = isTarget ? null : _remote.Address.ToString(),
+            ["remote-connections"] = isTarget ? 0 : _remote.ConnectionCount,
+            ["cache-image"] = _proxy.CacheImagePath,
+            ["size"] = _proxy.Disk.Length,
+            ["block-size"] = BlockRange.BlockSize,
+            ["blocks"] = blocks,
+            ["cached-blocks"] = cached,
+            ["cached-bytes"] = Math.Min(cached * BlockRange.BlockSize, _proxy.Disk.Length),
+            ["fetched-blocks"] = figures.FetchedBlocks,
+            ["written-blocks"] = figures.WrittenBlocks,
+            ["hits"] = figures.Hits,
+            ["misses"] = figures.Misses,
+            ["fetched-bytes"] = figures.FetchedBytes,
+            ["zero-bytes"] = figures.ZeroBytes,
+            ["requests-in-flight"] = figures.FetchesInFlight,
+            ["bytes-in-flight"] = figures.BytesInFlight,
+            ["store-failures"] = _proxy.StoreFailures,
+            ["clients"] = _proxy.CountClients(),
+            ["job"] = _job?.Status(0),
+        };
+    }
+
+    private JsonObject StartCacheAll(int blocksPerRequest)
+    {
+        if (blocksPerRequest is < 1 or > 256)
+            throw new ControlException(ControlException.InvalidParameters, "blocks-per-request: not a number from 1 to 256");
+        lock (_lock)
+        {
+            if (_job is not { IsRunning: true })
+                _job = new CacheAllJob(++_jobs, _cache, blocksPerRequest, _log);
+            return _job.Status(0); // the one that is running does the same
+        }
+    }
+
+    private CacheAllJob FindJob(JsonObject parameters)
+    {
+        int id = parameters["job"]?.GetValue<int>() ?? throw new ControlException(ControlException.InvalidParameters, "job: its id is missing");
+        lock (_lock)
+        {
+            return _job?.Id == id ? _job : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
+        }
+    }
+
+    private JsonObject Invalidate()
+    {
+        if (_job is { IsRunning: true })
+            throw new ControlException(ControlException.Failed, "all is being cached: end that first (xnbd-bgctl --cancel)");
+        _cache.Invalidate();
+        _log.LogInformation("invalidated: what was fetched is absent again");
+        return Query();
+    }
+
+    private JsonObject Reconnect(JsonObject parameters)
+    {
+        if (_cache.Image is not null)
+            throw new ControlException(ControlException.Failed, "this is a target now: there is no remote");
+        RemoteAddress address;
+        try
+        {
+            string? name = parameters["export-name"]?.GetValue<string>();
+            string host = parameters["host"]?.GetValue<string>() ?? "", port = parameters["port"]?.GetValue<string>() ?? "";
+            if (parameters["uri"]?.GetValue<string>() is not { } uri)
+                address = RemoteAddress.Parse(host, port, name ?? _remote.Address.ExportName);
+            else if (host.Length == 0 && port.Length == 0)
+                address = RemoteUri.Parse(uri, name);
+            else
+                throw new FormatException("the remote is named by uri, or by host and port");
+            if (!CacheDisk.CanRecord(address.ToString()))
+                throw new FormatException("the remote's address is too long to be recorded");
+        }
+        catch (FormatException failure)
+        {
+            throw new ControlException(ControlException.InvalidParameters, failure.Message);
+        }
+
+        lock (_reconnecting)
+            _remote.SwitchTo(address, known => _cache.Rebind(known.ToString()));
+
+        return Query();
+    }
+
+    /// <summary>Ends a job that is running, soon.</summary>
+    public void EndJob()
+    {
+        lock (_lock)
+            _job?.End();
+    }
+}

@@ -1,0 +1,60 @@
+using Xnbd.Client;
+using Xnbd.Server;
+using Xnbd.Storage.Cache;
+
+namespace Xnbd.Programs;
+
+/// <summary>What the proxy mode needs beyond all others.</summary>
+internal sealed record ProxyOptions
+{
+    public const int DefaultConnections = 4;
+    public const int DefaultRequests = 1024; // eight clients that ask for as much as a client may
+    public const int DefaultBytes = 64 << 20;
+
+    public required RemoteAddress Remote { get; init; }
+    public required string CacheImage { get; init; }
+    public required string Map { get; init; }
+    public required string ControlSocket { get; init; }
+    public int Connections { get; init; }
+    public int WaitSeconds { get; init; }
+    public CacheOpening Opening { get; init; }
+    public int MaxRequests { get; init; }
+    public int MaxBytes { get; init; }
+
+    /// <summary>Of what clients wait for; when they are reached, nobody's data requests are received before others have ended.</summary>
+    public RequestLimits ClientLimits => new(MaxRequests, MaxBytes / 2);
+
+    /// <summary>Of what the remote is asked for.</summary>
+    public CacheLimits FetchLimits => new(MaxRequests, MaxBytes / 2);
+
+    /// <summary>Reads the arguments: a remote's host and port, or its URI; two files; a socket.</summary>
+    public static ProxyOptions Parse(string[] words, string? exportName)
+    {
+        bool isUri = words.Length > 0 && RemoteUri.IsUri(words[0]);
+        if (words.Length != (isUri ? 4 : 5))
+        {
+            const string files = "CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH";
+            string wanted = isUri
+                ? $"four arguments, if the first one is a URI: URI {files}"
+                : $"five arguments, REMOTE_HOST REMOTE_PORT {files}";
+            throw new UsageException($"--proxy takes {wanted}; {words.Length} were given");
+        }
+
+        if (words.Contains(""))
+            throw new UsageException("an argument is empty");
+        try
+        {
+            return new ProxyOptions
+            {
+                Remote = isUri ? RemoteUri.Parse(words[0], exportName) : RemoteAddress.Parse(words[0], words[1], exportName ?? ""),
+                CacheImage = Path.GetFullPath(words[^3]),
+                Map = Path.GetFullPath(words[^2]),
+                ControlSocket = Path.GetFullPath(words[^1]),
+            };
+        }
+        catch (FormatException failure)
+        {
+            throw new UsageException(failure.Message);
+        }
+    }
+}
