@@ -198,7 +198,7 @@ internal sealed class RemoteConnection : IDisposable
             _isSending = true; // this thread, at the end of its batch
         }
 
-        if (!Batch.TryPutOff(_sendAll))
+        if (!DeferredWork.TryDefer(WorkPhase.Send, _sendAll))
             SendAll();
         return true;
     }
@@ -247,7 +247,7 @@ internal sealed class RemoteConnection : IDisposable
     private void ReceiveAll()
     {
         string reason;
-        Batch.Begin(); // of the replies that one receive brings
+        DeferredWork.Begin(); // of the replies that one receive brings
         try
         {
             while (true)
@@ -258,7 +258,7 @@ internal sealed class RemoteConnection : IDisposable
             reason = failure.Message;
         }
 
-        Batch.End();
+        DeferredWork.End();
         Break(reason);
         _input.Free();
         var left = new List<RemoteRequest>();
@@ -437,7 +437,7 @@ internal sealed class RemoteConnection : IDisposable
 
     private int ReceiveSome(Span<byte> buffer)
     {
-        Batch.Flush();
+        DeferredWork.Run();
         Volatile.Write(ref _waitsSince, Environment.TickCount64);
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
         Volatile.Write(ref _waitsSince, long.MaxValue);

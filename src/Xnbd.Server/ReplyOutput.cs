@@ -91,7 +91,7 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     /// <returns>False when the connection is broken.</returns>
     public bool Flush()
     {
-        Batch.Flush();
+        DeferredWork.Run();
         if (_length > 0)
             return sender.Send(TakeGathered());
         sender.SendFinished(); // what others left while this thread was sending
@@ -106,7 +106,7 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     /// <returns>False when the connection is broken.</returns>
     public bool FlushWithFile(SafeFileHandle file, long offset, int length, out int padded)
     {
-        Batch.Flush();
+        DeferredWork.Run();
         return sender.SendWithFile(TakeGathered(), file, offset, length, mayPad: structured, out padded);
     }
 

@@ -64,7 +64,7 @@ internal sealed class ReplySender : IDisposable
     {
         _builder.Build(pending);
         Pending.Finish(pending);
-        if (!Batch.TryPutOff(_sendFinished))
+        if (!DeferredWork.TryDefer(WorkPhase.Send, _sendFinished))
             SendFinished();
     }
 

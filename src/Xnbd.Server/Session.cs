@@ -86,14 +86,14 @@ internal sealed class Session
     /// <returns>False when the session is over.</returns>
     private bool ServeReceived()
     {
-        Batch.Begin(); // each wait in it comes after a flush of the output, which does what was put off
+        DeferredWork.Begin(); // each wait in it comes after a flush of the output, which runs what was deferred
         try
         {
             return ServeBatch();
         }
         finally
         {
-            Batch.End();
+            DeferredWork.End();
         }
     }
 

@@ -157,7 +157,7 @@ public sealed class CrashTests
                     Write(isDurable: false); // comes too late for the commit that is under way
             };
             return _isCache
-                ? new CachingDisk(s_base, local, map, readOnly: false, new CacheLimits(16, CachingDisk.MaxFetchBytes), _ => { }, _toStore.Add)
+                ? new CachingDisk(s_base, local, map, readOnly: false, new CacheLimits(16, Fetch.MaxBytes), _ => { }, _toStore.Add)
                 : new CowDisk(s_base, local, map, readOnly: false);
         }
 

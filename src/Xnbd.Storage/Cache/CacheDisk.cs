@@ -4,11 +4,6 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Storage.Cache;
 
-/// <summary>Bounds of what a cache has under way.</summary>
-/// <param name="Requests">Reads of the origin at once, at least 1.</param>
-/// <param name="Bytes">Of them, and of what they brought and is not in the file yet; at least 1 MiB.</param>
-public readonly record struct CacheLimits(int Requests, long Bytes);
-
 /// <summary>
 /// A cache of a far disk, from its files to the day when it needs that disk no more: opened, filled, and at last replaced by
 /// the image alone (<see cref="Switch"/>), with all that use it going on.
@@ -85,7 +80,7 @@ public sealed class CacheDisk : IDisposable
     public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
     {
         const int parallel = 16; // enough for a line of 1 GB/s and 10 ms with requests of 1 MiB
-        await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, CachingDisk.MaxFetchBytes / BlockRange.BlockSize), parallel, cancel);
+        await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), parallel, cancel);
     }
 
     /// <summary>Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.</summary>
@@ -175,7 +170,7 @@ public sealed class CacheDisk : IDisposable
     public async Task FlushAll()
     {
         if (Image is null)
-            await _cache.StoredAsync();
+            await _cache.WaitUntilStored();
         await (Image is null ? _cache.FlushAll() : _image.FlushAsync());
     }
 
@@ -224,7 +219,7 @@ public sealed class CacheDisk : IDisposable
             // All that may fail, or takes long, comes before anything is given up.
             _cache.ZeroAbsent(cancel).GetAwaiter().GetResult();
             _cache.FlushAll().AsTask().GetAwaiter().GetResult();
-            _cache.LetGo(); // a writer that waits for the origin holds its blocks
+            _cache.Detach(); // a writer that waits for the origin holds its blocks
         }
 
         _cache.Materialize(giveUpAbsent: force, cancel).GetAwaiter().GetResult();
@@ -233,7 +228,7 @@ public sealed class CacheDisk : IDisposable
         _cache.Map.WriteBehind();
         _cache.FlushAll().AsTask().GetAwaiter().GetResult();
         cancel.ThrowIfCancellationRequested();
-        _cache.LetGo(); // a read that still waits for the origin, of blocks that were written meanwhile, has them here
+        _cache.Detach(); // a read that still waits for the origin, of blocks that were written meanwhile, has them here
     }
 
     /// <summary>
@@ -252,7 +247,7 @@ public sealed class CacheDisk : IDisposable
             // The map stays sealed.
         }
 
-        _cache.TakeUpAgain();
+        _cache.Reattach();
     }
 
     private void RefuseIfIncomplete(bool force)

@@ -1,3 +1,5 @@
+using Xnbd.Storage.Maps;
+
 namespace Xnbd.Storage.Overlay;
 
 /// <summary>
@@ -7,6 +9,11 @@ namespace Xnbd.Storage.Overlay;
 /// </summary>
 internal sealed class BlockLocks
 {
+    /// <summary>
+    /// How many blocks are held at a time by long work: 64 MiB. Who writes there waits for these, not for all of it.
+    /// </summary>
+    public const int MaxHeldBlocks = 16 * 1024;
+
     private readonly Lock _lock = new();
     private readonly List<(BlockRange Range, TaskCompletionSource? Waiter)> _entries = []; // in order of arrival
 
@@ -52,6 +59,52 @@ internal sealed class BlockLocks
                     continue;
                 _entries[i] = (waiting, null);
                 waiter.SetResult();
+            }
+        }
+    }
+
+    /// <summary>Works on a range's blocks of some states while they are held: nobody stores or writes there meanwhile.</summary>
+    /// <param name="map">The states of the blocks.</param>
+    /// <param name="range">The blocks.</param>
+    /// <param name="isMeant">Tells the states that are worked on.</param>
+    /// <param name="work">What is done with blocks of one state.</param>
+    /// <param name="skipsHeld">Whether blocks that somebody else holds are left out; else they are waited for.</param>
+    /// <param name="cancel">Ends it.</param>
+    public async Task ForEachAsync(
+        BlockMap map,
+        BlockRange range,
+        Func<BlockState, bool> isMeant,
+        Func<BlockRange, ValueTask> work,
+        bool skipsHeld = false,
+        CancellationToken cancel = default)
+    {
+        for (BlockRange left = range; left.Count > 0;)
+        {
+            cancel.ThrowIfCancellationRequested();
+            BlockRange run = map.Run(left with { Count = Math.Min(left.Count, MaxHeldBlocks) }, out BlockState state);
+            left = left.After(run);
+            if (!isMeant(state))
+                continue;
+            if (!TryEnter(run))
+            {
+                if (skipsHeld)
+                    continue;
+                await EnterAsync(run);
+            }
+
+            try
+            {
+                for (BlockRange held = run; held.Count > 0;)
+                {
+                    BlockRange part = map.Run(held, out BlockState now);
+                    held = held.After(part);
+                    if (isMeant(now))
+                        await work(part);
+                }
+            }
+            finally
+            {
+                Leave(run);
             }
         }
     }

@@ -5,12 +5,6 @@ namespace Xnbd.Storage.Overlay;
 /// <content>Zeroes and trim: whole blocks are marked as zero, and their space in the local file is given back.</content>
 internal abstract partial class OverlayDisk
 {
-    /// <summary>
-    /// At most so many blocks are held at a time while they are made zero: 64 MiB. Who writes there waits that long, not for
-    /// the whole of a request.
-    /// </summary>
-    private const int BlocksAtOnce = 16 * 1024;
-
     private static readonly ReadOnlyMemory<byte> s_zeroBlock = new byte[BlockSize];
 
     /// <inheritdoc/>
@@ -21,9 +15,10 @@ internal abstract partial class OverlayDisk
 
         // The middle first: it is what may turn out not to be fast, and then nothing may have changed.
         BlockRange inside = BlockRange.Inside(offset, length, Length);
-        for (long block = inside.First; block < inside.End; block += BlocksAtOnce)
+        for (BlockRange left = inside; left.Count > 0;)
         {
-            var part = new BlockRange(block, Math.Min(BlocksAtOnce, inside.End - block));
+            BlockRange part = left with { Count = Math.Min(left.Count, BlockLocks.MaxHeldBlocks) };
+            left = left.After(part);
             await Changing.EnterAsync(part);
             try
             {

@@ -83,6 +83,7 @@ internal sealed class DiskThreads
     /// </summary>
     private void WorkHere()
     {
+        DeferredWork.Run(); // what follows may wait for a disk, or for others who wait for this thread
         (t_replaced ??= []).Add(this);
         try
         {

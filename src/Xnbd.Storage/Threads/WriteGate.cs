@@ -29,7 +29,6 @@ internal sealed class WriteGate
     {
         while (!TryEnter())
         {
-            Batch.Flush(); // those inside may wait for what this thread has put off
             lock (_changed)
             {
                 while (_closed)

@@ -1,0 +1,71 @@
+using Xnbd.Linux;
+
+namespace Xnbd.Storage.Cache;
+
+/// <summary>
+/// One read of the origin, and all who wait for it.
+/// <para>
+/// States: waiting for room; let in, and to be sent; sent; arrived, and to be stored; ended. Until it is sent, its range
+/// may grow. <see cref="FetchQueue"/> changes these states under its lock. <see cref="FetchStore"/> alone touches
+/// <see cref="IsHeldUp"/>. Everybody who waits for a fetch holds a reference, and so does the fetch itself until it has
+/// ended; the last one who leaves gives the buffer back.
+/// </para>
+/// </summary>
+internal sealed class Fetch(BlockRange range, bool mayGrow)
+{
+    /// <summary>The most that is fetched at once, in bytes.</summary>
+    public const int MaxBytes = 1 << 20;
+
+    /// <summary>The most that is fetched at once, in blocks.</summary>
+    public const int MaxBlocks = MaxBytes / BlockRange.BlockSize;
+
+    /// <summary>Completes when the data have arrived. Readers go on at once, on the thread that received them.</summary>
+    public TaskCompletionSource Arrived { get; } = new();
+
+    /// <summary>Completes when the data are in the file and in the map. Fails when they will not be.</summary>
+    public TaskCompletionSource Stored { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
+
+    /// <summary>The blocks that are fetched.</summary>
+    public BlockRange Range { get; set; } = range;
+
+    /// <summary>The fetch has not been sent, and blocks next to it may be added.</summary>
+    public bool MayGrow { get; set; } = mayGrow;
+
+    /// <summary>The data, from when the fetch is sent until the last reference has gone.</summary>
+    public NativeBuffer? Buffer { get; set; }
+
+    /// <summary>How many use the fetch: at first whoever makes it, and the fetch itself.</summary>
+    public int References { get; set; } = 2;
+
+    /// <summary>Its bytes take room: they are in flight, or have arrived and are not stored.</summary>
+    public bool IsCounted { get; set; }
+
+    /// <summary>It waits for writers, before it can be stored, and has its own room.</summary>
+    public bool IsHeldUp { get; set; }
+
+    private volatile bool _isSkipped;
+    private volatile bool _isStale;
+
+    /// <summary>Some of it was not stored, because writers held the blocks and too much waited for writers already.</summary>
+    public bool IsSkipped
+    {
+        get => _isSkipped;
+        set => _isSkipped = value;
+    }
+
+    /// <summary>The origin may have changed since, or the disk is switched: it must not be stored.</summary>
+    public bool IsStale
+    {
+        get => _isStale;
+        set => _isStale = value;
+    }
+
+    /// <summary>Fails all who wait for the fetch, or will.</summary>
+    public void Fail(DiskException failure)
+    {
+        Arrived.TrySetException(failure);
+        Stored.TrySetException(failure);
+        _ = Arrived.Task.Exception; // observed, also if nobody waits
+        _ = Stored.Task.Exception;
+    }
+}

@@ -1,0 +1,131 @@
+using Xnbd.Storage.Cache;
+using Xnbd.Storage.Maps;
+using Xnbd.Storage.Overlay;
+using Xnbd.TestKit;
+
+namespace Xnbd.Storage.Tests;
+
+/// <summary>Filling alone, with an origin that says of its zeroes what a test wants.</summary>
+public sealed class CacheFillTests
+{
+    private const int Block = BlockRange.BlockSize;
+    private const int Length = (8 << 20) + 100;
+
+    private readonly BlockMap _map = MemoryMap.Create(Length);
+    private readonly FaultDisk _origin = new(new MemoryDisk(Length));
+    private readonly MemoryDisk _local = new(Length);
+    private readonly BlockLocks _changing = new();
+    private readonly List<BlockRange> _fetched = [];
+    private readonly CacheFill _fill;
+
+    public CacheFillTests()
+    {
+        _local.TryWrite(0, [.. Enumerable.Repeat((byte)9, Length)]);
+        _fill = new CacheFill(_origin, _local, _map, _changing, Fetch);
+    }
+
+    private Task Fetch(BlockRange range)
+    {
+        lock (_fetched)
+            _fetched.Add(range);
+        _map.SetFetched(range);
+        return Task.CompletedTask;
+    }
+
+    private Task Run(int maxBlocks = 256, int parallel = 1, CancellationToken cancel = default)
+        => _fill.RunAsync(maxBlocks, parallel, cancel).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+
+    [Fact]
+    public async Task All_that_is_absent_is_fetched_in_order_and_in_requests_of_the_size_that_was_asked_for()
+    {
+        _map.Set(new BlockRange(100, 100), BlockState.Written);
+        _origin.Extents = (_, length, extents) => extents.Add(length, isHole: false);
+        await Run(maxBlocks: 64);
+        Assert.All(_fetched, range => Assert.InRange(range.Count, 1, 64));
+        long[] expected = [.. Enumerable.Range(0, 100), .. Enumerable.Range(200, (int)_map.BlockCount - 200)];
+        Assert.Equal(expected, _fetched.SelectMany(r => Enumerable.Range((int)r.First, (int)r.Count)).Select(b => (long)b));
+        Assert.Equal(0, _fill.ZeroBytes);
+    }
+
+    [Fact]
+    public async Task Long_zeroes_are_kept_as_zeroes_and_short_ones_are_fetched()
+    {
+        _origin.Extents = (offset, length, extents) =>
+        {
+            Assert.Equal(0, offset);
+            extents.Add((1 << 20) + 10, isHole: false);
+            extents.Add(2 << 20, isHole: true); // parts of blocks at both ends
+            extents.Add(1 << 20, isHole: false);
+            extents.Add(32 << 10, isHole: true);
+            extents.Add(length - (4 << 20) - 10 - (32 << 10), isHole: false);
+        };
+        await Run();
+        Assert.Equal(0, _map.Count(BlockState.Absent));
+        Assert.Equal((2 << 20) - Block, _fill.ZeroBytes);
+        byte[] zeroes = new byte[(2 << 20) - Block];
+        _local.TryRead((1 << 20) + Block, zeroes);
+        Assert.False(zeroes.AsSpan().ContainsAnyExcept((byte)0));
+        Assert.DoesNotContain(_fetched, range => range.Overlaps(new BlockRange(257, 511)));
+    }
+
+    /// <summary>An answer of a few bytes only, of a part of a block, and of no block at all.</summary>
+    [Theory]
+    [InlineData(1)]
+    [InlineData(Block - 1)]
+    [InlineData(Block)]
+    [InlineData((64 << 10) + 1)]
+    public async Task Answers_that_end_early_are_asked_for_again_from_there(int answered)
+    {
+        int asked = 0;
+        _origin.Extents = (_, length, extents) =>
+        {
+            asked++;
+            extents.Add(Math.Min(length, answered), isHole: true);
+        };
+        await Run();
+        Assert.Equal(0, _map.Count(BlockState.Absent));
+        Assert.InRange(asked, 100, _map.BlockCount);
+        Assert.Equal(answered > Block, _fill.ZeroBytes > 0);
+    }
+
+    [Fact]
+    public async Task Zeroes_where_somebody_writes_are_waited_for_and_not_kept()
+    {
+        _origin.Extents = (_, length, extents) => extents.Add(length, isHole: true);
+        var held = new BlockRange(10, 1);
+        Assert.True(_changing.TryEnter(held));
+        Task filling = Run();
+        await Task.Delay(50, TestContext.Current.CancellationToken);
+        Assert.False(filling.IsCompleted);
+        _map.Set(held, BlockState.Written);
+        _changing.Leave(held);
+        await filling;
+        byte[] data = new byte[Block];
+        _local.TryRead(10 * Block, data);
+        Assert.Equal((9, BlockState.Written), (data[0], _map[10]));
+        Assert.Equal(BlockState.Fetched, _map[11]);
+    }
+
+    [Fact]
+    public async Task An_answer_from_before_the_origin_changed_is_not_used()
+    {
+        _origin.Extents = (_, length, extents) =>
+        {
+            extents.Add(length, isHole: true);
+            _fill.Forget();
+        };
+        await Run();
+        Assert.Equal((0, _map.BlockCount), (_fill.ZeroBytes, _map.Count(BlockState.Absent)));
+    }
+
+    [Fact]
+    public async Task A_failure_and_a_cancellation_end_it()
+    {
+        _origin.Extents = (_, length, extents) => extents.Add(length, isHole: false);
+        using var cancel = new CancellationTokenSource();
+        await cancel.CancelAsync();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Run(cancel: cancel.Token));
+        var failing = new CacheFill(_origin, _local, _map, _changing, _ => throw new DiskException(DiskError.NoSpace, "full"));
+        await Assert.ThrowsAsync<DiskException>(() => failing.RunAsync(256, 4, CancellationToken.None));
+    }
+}
