@@ -152,7 +152,7 @@ internal static class CacheFiles
         if (size == 0)
             return null; // an empty file, such as mktemp makes
         var store = new FileMapStore(path, file);
-        MapHeader? header = size < 2 * MapHeader.Size ? null : MapFile.ReadHeader(store);
+        MapHeader? header = size < 2 * MapHeader.Size ? null : Named(path, () => MapFile.ReadHeader(store));
         if (header is null)
         {
             if (size != BitmapLength(source.Length))
@@ -181,9 +181,15 @@ internal static class CacheFiles
 
         if (size < MapLayout.FileLength(source.Length))
             throw new DiskException(DiskError.Damaged, $"the map '{path}' is damaged: it is too short");
+        return Named(path, () => BlockMap.Open(store, LinuxProcess.BootId));
+    }
+
+    /// <summary>Reads from a map; a failure names the file.</summary>
+    private static T Named<T>(string path, Func<T> read)
+    {
         try
         {
-            return BlockMap.Open(store, LinuxProcess.BootId);
+            return read();
         }
         catch (DiskException failure)
         {

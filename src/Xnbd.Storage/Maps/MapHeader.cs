@@ -124,7 +124,7 @@ internal sealed record MapHeader
 
     /// <summary>Reads one copy.</summary>
     /// <returns>Null when the copy is torn, or never was one.</returns>
-    /// <exception cref="DiskException">Its version is a later one.</exception>
+    /// <exception cref="DiskException">Its version is a later one, or its path is too long.</exception>
     public static MapHeader? TryRead(ReadOnlySpan<byte> copy)
     {
         if (!HasMagic(copy)
@@ -132,12 +132,14 @@ internal sealed record MapHeader
             return null;
         uint version = BinaryPrimitives.ReadUInt32LittleEndian(copy[At.FormatVersion..]);
         int pathLength = BinaryPrimitives.ReadInt32LittleEndian(copy[At.PathLength..]);
-        if (version != FormatVersion || pathLength is < 0 or > MaxPathBytes)
+        if (version != FormatVersion)
         {
             throw new DiskException(
                 DiskError.Damaged, $"it has format version {version}; this program knows version {FormatVersion}");
         }
 
+        if (pathLength is < 0 or > MaxPathBytes)
+            throw new DiskException(DiskError.Damaged, $"its header is damaged: its path has {pathLength} bytes");
         return new MapHeader
         {
             Sequence = BinaryPrimitives.ReadUInt64LittleEndian(copy[At.Sequence..]),
