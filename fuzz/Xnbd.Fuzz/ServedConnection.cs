@@ -1,0 +1,77 @@
+using System.Net.Sockets;
+using Microsoft.Extensions.Logging;
+using Xnbd.Server;
+
+namespace Xnbd.Fuzz;
+
+/// <summary>
+/// A server in this process, which serves one connection after the other on the calling thread. The client has
+/// sent all of its bytes, and the end of its stream, before. A thread of the pool receives what the server sends.
+/// </summary>
+internal sealed class ServedConnection
+{
+    /// <summary>The name of the only export; the empty name means it, too.</summary>
+    public const string ExportName = "disk";
+
+    /// <summary>Room for all that a client sends, in bytes: nobody receives while it is sent.</summary>
+    private const int SendBuffer = 1 << 20;
+
+    private readonly SocketPairs _sockets = new();
+    private readonly CrashLog _log = new();
+    private readonly NbdServer _server;
+
+    public ServedConnection(bool isReadOnly, HandshakeStyle style)
+    {
+        Disk = new FuzzDisk(isReadOnly);
+        _server = new NbdServer(new ExportTable(new Export(ExportName, "a disk of many kinds", Disk)), style, _log);
+    }
+
+    public FuzzDisk Disk { get; }
+
+    /// <summary>Serves a client that sends these bytes.</summary>
+    /// <returns>What the server has sent.</returns>
+    public byte[] Run(byte[] fromClient)
+    {
+        Disk.Reset();
+        _log.Crash = null;
+        (Socket client, Socket server) = _sockets.Make();
+        using (client)
+        {
+            client.SendBufferSize = SendBuffer;
+            client.TrySendAll(fromClient);
+            client.TryShutdownSend();
+            Task<byte[]> received = Task.Run(() =>
+            {
+                byte[] all = client.ReceiveAll();
+                client.Dispose(); // the server waits a moment for that
+                return all;
+            });
+            _server.Serve(server);
+            byte[] result = received.GetAwaiter().GetResult();
+            Check.That(_log.Crash is null, $"a session ends without an exception: {_log.Crash}");
+            return result;
+        }
+    }
+
+    /// <summary>Keeps what the server says of an exception that it did not expect.</summary>
+    private sealed class CrashLog : ILogger
+    {
+        public string? Crash { get; set; }
+
+        public IDisposable? BeginScope<TState>(TState state)
+            where TState : notnull => null;
+
+        public bool IsEnabled(LogLevel logLevel) => logLevel >= LogLevel.Error;
+
+        public void Log<TState>(
+            LogLevel logLevel,
+            EventId eventId,
+            TState state,
+            Exception? exception,
+            Func<TState, Exception?, string> formatter)
+        {
+            if (eventId.Name == "SessionCrashed")
+                Crash = formatter(state, exception);
+        }
+    }
+}
