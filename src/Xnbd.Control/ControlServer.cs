@@ -1,47 +1,32 @@
 using System.Net.Sockets;
-using System.Text;
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using Xnbd.Linux;
 
 namespace Xnbd.Control;
 
-/// <summary>A call failed; the message says why.</summary>
-/// <param name="code">JSON-RPC's number for the kind of failure.</param>
-/// <param name="message">For people.</param>
-public sealed class ControlException(int code, string message) : Exception(message)
-{
-    /// <summary>The method does not exist.</summary>
-    public const int NoSuchMethod = -32601;
-
-    /// <summary>The parameters are wrong.</summary>
-    public const int InvalidParameters = -32602;
-
-    /// <summary>The request is no JSON.</summary>
-    public const int ParseError = -32700;
-
-    /// <summary>It is JSON, but no request.</summary>
-    public const int InvalidRequest = -32600;
-
-    /// <summary>What was asked for could not be done.</summary>
-    public const int Failed = 1;
-
-    /// <summary>The kind of failure.</summary>
-    public int Code { get; } = code;
-}
-
 /// <summary>
 /// The server's end of the control channel (docs/control.md): a Unix socket, for its owner alone, on which each line is a
-/// request of JSON-RPC 2.0. Each client has a thread; who is silent, slow or malformed harms nobody else.
+/// request of JSON-RPC 2.0. Each client has a thread. A client that is silent, slow or malformed harms nobody else.
+/// <para>
+/// <c>_clients</c> guards itself, <c>_calling</c> and <c>_threads</c>; no call is made and nothing is sent while it is
+/// held. A client that leaves during a call keeps its thread until the call has ended.
+/// </para>
 /// </summary>
 public sealed class ControlServer : IDisposable
 {
-    /// <summary>The longest line, in bytes: a request has a few short parameters.</summary>
-    private const int MaxLine = 64 * 1024;
+    /// <summary>The longest line in bytes: a request has a few short parameters.</summary>
+    internal const int MaxLine = 64 * 1024;
 
     /// <summary>Clients at once; a further one pushes out the one that has been silent for longest.</summary>
-    private const int MaxClients = 16;
+    internal const int MaxClients = 16;
 
+    /// <summary>
+    /// Threads at once: clients, and calls whose clients have left. Beyond that new clients are refused until a call ends.
+    /// </summary>
+    internal const int MaxThreads = 2 * MaxClients;
+
+    /// <summary>How long a client may take to receive an answer.</summary>
     private static readonly TimeSpan s_sendTime = TimeSpan.FromSeconds(5);
 
     /// <summary>How long a client without a thread of its own may be silent; <c>xnbd-bgctl</c> asks at once.</summary>
@@ -53,44 +38,62 @@ public sealed class ControlServer : IDisposable
     private readonly UnixSocket _socket;
     private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
-    private readonly List<Socket> _clients = []; // who spoke last stands last
-    private readonly HashSet<Socket> _calling = []; // whose request is being carried out
+    private readonly Func<string, Action, bool> _startThread;
+    private readonly List<Socket> _clients = []; // the one that spoke last stands last
+    private readonly HashSet<Socket> _calling = []; // those whose request is being carried out
+    private int _threads; // that serve a client
     private volatile bool _isClosed;
 
-    private ControlServer(UnixSocket socket, Func<string, JsonObject, JsonNode?> call)
+    private ControlServer(
+        UnixSocket socket, Func<string, JsonObject, JsonNode?> call, Func<string, Action, bool> startThread)
     {
         _socket = socket;
         _listener = socket.Socket;
         _call = call;
+        _startThread = startThread;
     }
 
     /// <summary>Opens the channel. A socket that a killed process has left is replaced.</summary>
     /// <param name="path">The socket.</param>
     /// <param name="call">
-    /// Carries out a method with its parameters, on any thread; throws <see cref="ControlException"/>.
+    /// Carries out a method with its parameters, on any thread, and several at the same time; throws
+    /// <see cref="ControlException"/>.
     /// </param>
     /// <exception cref="IOException">It cannot be opened; the message says why.</exception>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static ControlServer Start(string path, Func<string, JsonObject, JsonNode?> call)
+        => Start(path, call, (name, work) => LinuxThread.TryStart(name, work) is not null);
+
+    /// <summary>As the other one, with the system's threads replaced.</summary>
+    /// <param name="path">The socket.</param>
+    /// <param name="call">Carries out a method.</param>
+    /// <param name="startThread">Starts a thread with a name; false when there is none to spare.</param>
+    internal static ControlServer Start(
+        string path, Func<string, JsonObject, JsonNode?> call, Func<string, Action, bool> startThread)
     {
-        var server = new ControlServer(UnixSocket.Listen(path, isPrivate: true), call);
-        if (LinuxThread.TryStart("control", server.Accept) is not null)
+        var server = new ControlServer(UnixSocket.Listen(path, isPrivate: true), call, startThread);
+        if (startThread("control", server.Accept))
             return server;
         server.Dispose();
         throw new IOException("the system has no thread to spare");
     }
 
-    /// <summary>Closes the channel, removes its socket, and waits a moment for the calls that are under way.</summary>
+    /// <summary>
+    /// Closes the channel, removes its socket, and waits a moment for the calls that are under way. Those that end in time
+    /// are answered.
+    /// </summary>
     public void Dispose()
     {
         _isClosed = true;
         _socket.Dispose();
         lock (_clients)
         {
-            _clients.ForEach(client => client.Dispose());
+            foreach (Socket client in _clients.Where(client => !_calling.Contains(client)))
+                client.Dispose();
             long end = Environment.TickCount64 + (long)s_endTime.TotalMilliseconds;
             while (_calling.Count > 0 && end - Environment.TickCount64 is > 0 and var left)
                 Monitor.Wait(_clients, (int)left);
+            _clients.ForEach(client => client.Dispose());
         }
     }
 
@@ -109,7 +112,7 @@ public sealed class ControlServer : IDisposable
             }
             catch (SocketException) when (!_isClosed)
             {
-                Thread.Sleep(100); // no descriptors, for example: that passes
+                Thread.Sleep(100); // no descriptor is left, for example: that passes
                 continue;
             }
             catch (SocketException)
@@ -117,7 +120,24 @@ public sealed class ControlServer : IDisposable
                 return;
             }
 
-            lock (_clients)
+            if (!TryAdd(client))
+                continue;
+
+            // Without a thread of its own a client is served here, as long as no other one comes.
+            if (!_startThread("control client", () => Serve(client, isGuest: false)))
+                Serve(client, isGuest: true);
+        }
+    }
+
+    /// <summary>Takes a client in, which may push out another one.</summary>
+    /// <returns>False when the client was refused.</returns>
+    private bool TryAdd(Socket client)
+    {
+        bool isRefused;
+        lock (_clients)
+        {
+            isRefused = _threads >= MaxThreads || _isClosed;
+            if (!isRefused)
             {
                 if (_clients.Count == MaxClients)
                 {
@@ -127,18 +147,35 @@ public sealed class ControlServer : IDisposable
                 }
 
                 _clients.Add(client);
+                _threads++;
             }
-
-            // Without a thread of its own a client is served here, as long as no other one comes.
-            if (LinuxThread.TryStart("control client", () => Serve(client, isGuest: false)) is null)
-                Serve(client, isGuest: true);
         }
+
+        if (isRefused)
+            Refuse(client);
+        return !isRefused;
+    }
+
+    private static void Refuse(Socket client)
+    {
+        try
+        {
+            client.Blocking = false; // a new client's socket has room
+            client.Send(ControlMessage.Error(null, ControlException.Failed, "too many calls are under way"));
+        }
+        catch (SocketException)
+        {
+            // It has gone.
+        }
+
+        client.Dispose();
     }
 
     /// <summary>Answers a client's requests until it leaves.</summary>
     /// <param name="client">The client.</param>
     /// <param name="isGuest">
-    /// It is served on the thread that accepts: when it is silent for a moment, or another one comes, it has to leave.
+    /// The client is served on the thread that accepts. It has to leave when it is silent for a moment, or when another
+    /// client comes.
     /// </param>
     private void Serve(Socket client, bool isGuest)
     {
@@ -147,32 +184,7 @@ public sealed class ControlServer : IDisposable
             if (isGuest)
                 client.ReceiveTimeout = (int)s_guestTime.TotalMilliseconds;
             client.SendTimeout = (int)s_sendTime.TotalMilliseconds;
-            byte[] buffer = new byte[MaxLine];
-            int length = 0;
-            while (true)
-            {
-                int count = client.Receive(buffer.AsSpan(length));
-                if (count == 0)
-                    return;
-                length += count;
-                NoteCall(client, isUnderWay: true);
-                int start = 0;
-                for (int end; (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0; start += end + 1)
-                {
-                    if (Answer(buffer.AsSpan(start, end)) is { } answer)
-                        client.Send(Encoding.UTF8.GetBytes(answer + "\n"));
-                }
-
-                NoteCall(client, isUnderWay: false);
-                buffer.AsSpan(start, length - start).CopyTo(buffer);
-                length -= start;
-                if (isGuest && start > 0 && _listener.Poll(0, SelectMode.SelectRead))
-                    return;
-                if (length < buffer.Length)
-                    continue;
-                client.Send(Encoding.UTF8.GetBytes(Error(null, ControlException.InvalidRequest, $"a line is longer than {MaxLine} bytes").ToJsonString() + "\n"));
-                return;
-            }
+            AnswerAll(client, isGuest);
         }
         catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
         {
@@ -184,10 +196,44 @@ public sealed class ControlServer : IDisposable
             {
                 _clients.Remove(client);
                 _calling.Remove(client);
+                _threads--;
                 Monitor.PulseAll(_clients);
             }
 
             client.Dispose();
+        }
+    }
+
+    private void AnswerAll(Socket client, bool isGuest)
+    {
+        byte[] buffer = new byte[MaxLine];
+        int length = 0;
+        while (true)
+        {
+            int count = client.Receive(buffer.AsSpan(length));
+            if (count == 0)
+                return;
+            length += count;
+            NoteCall(client, isUnderWay: true);
+            int start = 0;
+            for (int end; !_isClosed && (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0; start += end + 1)
+            {
+                if (Answer(buffer.AsSpan(start, end)) is { } answer)
+                    client.Send(answer);
+            }
+
+            NoteCall(client, isUnderWay: false);
+            if (_isClosed)
+                return;
+            buffer.AsSpan(start, length - start).CopyTo(buffer);
+            length -= start;
+            if (isGuest && start > 0 && _listener.Poll(0, SelectMode.SelectRead))
+                return;
+            if (length < buffer.Length)
+                continue;
+            client.Send(ControlMessage.Error(
+                null, ControlException.InvalidRequest, $"a line is longer than {MaxLine} bytes"));
+            return;
         }
     }
 
@@ -196,9 +242,8 @@ public sealed class ControlServer : IDisposable
     {
         lock (_clients)
         {
-            if (!_clients.Remove(client))
-                return; // pushed out meanwhile
-            _clients.Add(client);
+            if (_clients.Remove(client)) // otherwise it was pushed out meanwhile
+                _clients.Add(client);
             if (isUnderWay)
                 _calling.Add(client);
             else if (_calling.Remove(client))
@@ -206,49 +251,23 @@ public sealed class ControlServer : IDisposable
         }
     }
 
-    /// <returns>Null for a notification, which has no id, and gets no answer.</returns>
-    private string? Answer(ReadOnlySpan<byte> line)
+    /// <returns>The answer's line; null for a notification.</returns>
+    private byte[]? Answer(ReadOnlySpan<byte> line)
     {
-        JsonNode? id = null;
+        if (!ControlMessage.TryParse(line, out ControlRequest request, out byte[]? error))
+            return error;
         try
         {
-            JsonNode? node = JsonNode.Parse(line);
-            if (node is not JsonObject request
-                || request["jsonrpc"] is not JsonValue version || !version.TryGetValue(out string? text) || text != "2.0"
-                || request["method"] is not JsonValue method || !method.TryGetValue(out string? name)
-                || request["params"] is not (null or JsonObject))
-                return Error(null, ControlException.InvalidRequest, "no request of JSON-RPC 2.0 with named parameters").ToJsonString();
-            bool isNotification = !request.ContainsKey("id");
-            id = request["id"]?.DeepClone();
-            JsonNode? result = _call(name, request["params"] as JsonObject ?? []);
-            return isNotification ? null : new JsonObject { ["jsonrpc"] = "2.0", ["id"] = id, ["result"] = result }.ToJsonString();
-        }
-        catch (JsonException failure)
-        {
-            return Error(null, ControlException.ParseError, failure.Message).ToJsonString();
-        }
-        catch (ControlException failure)
-        {
-            return Error(id, failure.Code, failure.Message).ToJsonString();
+            JsonNode? result = _call(request.Method, request.Parameters);
+            return request.IsNotification ? null : ControlMessage.Result(request.Id, result);
         }
         catch (Exception failure)
         {
             // Whatever a client sends, and whatever goes wrong with it: the disk is served on.
-            try
-            {
-                return Error(id, ControlException.InvalidParameters, failure.Message).ToJsonString();
-            }
-            catch (Exception)
-            {
-                return Error(null, ControlException.InvalidParameters, failure.Message).ToJsonString(); // the id is what is wrong
-            }
+            int code = failure is ControlException known ? known.Code
+                : failure is InvalidOperationException or FormatException or JsonException ? ControlException.InvalidParameters
+                : ControlException.Failed;
+            return request.IsNotification ? null : ControlMessage.Error(request.Id, code, failure.Message);
         }
     }
-
-    private static JsonObject Error(JsonNode? id, int code, string message) => new()
-    {
-        ["jsonrpc"] = "2.0",
-        ["id"] = id,
-        ["error"] = new JsonObject { ["code"] = code, ["message"] = message },
-    };
 }
