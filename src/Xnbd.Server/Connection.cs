@@ -10,12 +10,6 @@ namespace Xnbd.Server;
 /// </summary>
 internal sealed class Connection : IDisposable
 {
-    /// <summary>A blocked send or receive comes back this often, to see whether it may go on waiting.</summary>
-    private const int PatienceMilliseconds = 1000;
-
-    /// <summary>On a Unix socket: room for two large reads. The kernel takes it down to what the system allows.</summary>
-    private const int SendBuffer = 1024 * 1024;
-
     private readonly Socket _socket;
     private string? _endReason;
 
@@ -31,10 +25,10 @@ internal sealed class Connection : IDisposable
         }
 
         if (socket.AddressFamily == AddressFamily.Unix)
-            socket.SendBufferSize = SendBuffer; // TCP's grows by itself
+            socket.SendBufferSize = ServerLimits.UnixSendBuffer; // TCP's grows by itself
 
-        socket.SendTimeout = PatienceMilliseconds;
-        socket.ReceiveTimeout = PatienceMilliseconds;
+        socket.SendTimeout = ServerLimits.StallCheckMilliseconds;
+        socket.ReceiveTimeout = ServerLimits.StallCheckMilliseconds;
     }
 
     /// <summary>For calls on the socket.</summary>
@@ -67,19 +61,19 @@ internal sealed class Connection : IDisposable
         Shutdown(SocketShutdown.Both);
     }
 
-    /// <summary>Receives exactly what fills the buffer, before a deadline (of <see cref="Environment.TickCount64"/>).</summary>
+    /// <summary>Receives exactly what fills the buffer, before a deadline.</summary>
     /// <returns>False when the stream or the time ended first.</returns>
-    public bool ReceiveExactly(Span<byte> buffer, long deadline)
+    public bool ReceiveExactly(Span<byte> buffer, Deadline deadline)
     {
         while (buffer.Length > 0)
         {
             long count = LinuxSocket.ReceiveNow(Handle, buffer);
             if (Errno.Of(count) == Errno.EAGAIN)
             {
-                long left = deadline - Environment.TickCount64;
-                if (left <= 0)
+                if (deadline.HasPassed)
                     return End("handshake took too long");
-                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, (int)left);
+                int wait = Math.Min((int)deadline.Left.TotalMilliseconds + 1, ServerLimits.StallCheckMilliseconds);
+                LinuxSocket.Wait(Handle, forReading: true, forWriting: false, wait);
                 continue;
             }
 
@@ -92,14 +86,14 @@ internal sealed class Connection : IDisposable
     }
 
     /// <summary>Sends all of a small message, before a deadline.</summary>
-    public bool SendExactly(ReadOnlySpan<byte> data, long deadline)
+    public bool SendExactly(ReadOnlySpan<byte> data, Deadline deadline)
     {
         while (data.Length > 0)
         {
             long count = LinuxSocket.Send(Handle, data, more: false);
             if (Errno.Of(count) == Errno.EAGAIN)
             {
-                if (Environment.TickCount64 >= deadline)
+                if (deadline.HasPassed)
                     return End("handshake took too long");
                 continue;
             }

@@ -52,7 +52,7 @@ internal sealed class Handshake
 
     private readonly Connection _connection;
     private readonly ExportTable _exports;
-    private readonly long _deadline = Environment.TickCount64 + (long)ServerLimits.HandshakeTime.TotalMilliseconds;
+    private readonly Deadline _deadline;
 
     // What has been negotiated so far; STARTTLS would forget it all.
     private bool _noZeroes;
@@ -62,17 +62,18 @@ internal sealed class Handshake
     private Agreement? _agreement;
     private string? _refusedName; // of the export that the client last wanted to enter and that does not exist
 
-    private Handshake(Connection connection, ExportTable exports)
+    private Handshake(Connection connection, ExportTable exports, TimeProvider time)
     {
+        _deadline = new Deadline(time, ServerLimits.HandshakeTime);
         _connection = connection;
         _exports = exports;
     }
 
     /// <summary>Runs the handshake.</summary>
     /// <returns>What was agreed on; null when the connection is to be closed (its end reason says why).</returns>
-    public static Agreement? Run(Connection connection, ExportTable exports, HandshakeStyle style)
+    public static Agreement? Run(Connection connection, ExportTable exports, HandshakeStyle style, TimeProvider time)
     {
-        var handshake = new Handshake(connection, exports);
+        var handshake = new Handshake(connection, exports, time);
         switch (style)
         {
             case HandshakeStyle.None:

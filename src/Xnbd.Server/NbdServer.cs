@@ -19,13 +19,20 @@ namespace Xnbd.Server;
 /// <param name="exports">What is served.</param>
 /// <param name="style">How clients are greeted.</param>
 /// <param name="logger">For what happens.</param>
-/// <param name="limits">Of what is in flight; <see cref="RequestLimits.Default"/> unless given.</param>
-public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger logger, RequestLimits? limits = null) : IDisposable
+/// <param name="limits">Bounds what is in flight; <see cref="RequestLimits.Default"/> unless given.</param>
+/// <param name="time">Tells how long clients take; the system's unless given.</param>
+public sealed class NbdServer(
+    ExportTable exports, HandshakeStyle style, ILogger logger, RequestLimits? limits = null, TimeProvider? time = null) : IDisposable
 {
+    private readonly TimeProvider _time = time ?? TimeProvider.System;
     private readonly SessionServices _services = new(
-        new BufferPool(ServerLimits.MaxSpareBuffers), new RequestBudget(limits ?? RequestLimits.Default), new FailureLog(logger), new LinuxEvent());
+        new BufferPool(ServerLimits.MaxSpareBuffers),
+        new RequestBudget(limits ?? RequestLimits.Default),
+        new FailureLog(logger, time ?? TimeProvider.System),
+        time ?? TimeProvider.System,
+        new LinuxEvent());
 
-    private readonly RefusalLog _refusals = new(logger);
+    private readonly RefusalLog _refusals = new(logger, time ?? TimeProvider.System);
     private readonly List<Socket> _listeners = [];
     private readonly int _descriptorLimit = LinuxDescriptors.Limit;
     private UnixSocket? _unixSocket;
@@ -256,7 +263,7 @@ public sealed class NbdServer(ExportTable exports, HandshakeStyle style, ILogger
 
         try
         {
-            return Handshake.Run(connection, exports, style);
+            return Handshake.Run(connection, exports, style, _time);
         }
         finally
         {

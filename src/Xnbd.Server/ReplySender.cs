@@ -39,7 +39,7 @@ internal sealed class ReplySender : IDisposable
         _builder = builder;
         _sendFinished = SendFinished;
         Pending = new PendingRequests(keepsOrder);
-        Stall = new StallClock(services.Budget);
+        Stall = new StallClock(services.Budget, services.Time);
     }
 
     /// <summary>The requests whose replies have not been sent.</summary>

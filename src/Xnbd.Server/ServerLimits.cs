@@ -35,13 +35,13 @@ public static class ServerLimits
 
     /// <summary>
     /// A client that holds bytes in flight while others wait for them is disconnected when it has been receiving or
-    /// sending for longer than this, and than its data would take at <see cref="SlowestRate"/>. As long as nobody waits,
+    /// sending for longer than this, and than its data would take at <see cref="MinStallRate"/>. As long as nobody waits,
     /// a slow or suspended client harms nobody, and stays.
     /// </summary>
     public static readonly TimeSpan StallTime = TimeSpan.FromSeconds(10);
 
     /// <summary>In bytes a second: the slowest client for which others wait.</summary>
-    public const long SlowestRate = 256 * 1024;
+    public const long MinStallRate = 256 * 1024;
 
     /// <summary>Connections at once: each has a thread. More than class rooms have machines; far below what a system allows.</summary>
     public const int MaxConnections = 10_000;
@@ -104,6 +104,18 @@ public static class ServerLimits
 
     /// <summary>How long a thread polls its socket before it blocks, while that has been paying off.</summary>
     public static readonly TimeSpan PollTime = TimeSpan.FromMicroseconds(50);
+
+    /// <summary>
+    /// A Unix socket's send buffer: room for two large reads. The kernel takes it down to what the system allows. That of
+    /// TCP grows by itself.
+    /// </summary>
+    public const int UnixSendBuffer = 1024 * 1024;
+
+    /// <summary>Failed requests that are logged in a second; further ones are counted.</summary>
+    public const int MaxLoggedFailures = 10;
+
+    /// <summary>Refused connections are logged once in this time; those in between are counted.</summary>
+    public static readonly TimeSpan RefusalLogPause = TimeSpan.FromSeconds(5);
 
     /// <summary>How long the end of the server waits for requests in flight; the sync of the image comes after.</summary>
     public static readonly TimeSpan StopTime = TimeSpan.FromSeconds(5);

@@ -7,5 +7,7 @@ namespace Xnbd.Server;
 /// <param name="Buffers">For requests and replies.</param>
 /// <param name="Budget">Bounds what is in flight.</param>
 /// <param name="Failures">Logs requests that failed.</param>
+/// <param name="Time">Tells how long clients let others wait.</param>
 /// <param name="Stopping">Signalled, once and for all, when sessions are to end.</param>
-internal sealed record SessionServices(BufferPool Buffers, RequestBudget Budget, FailureLog Failures, LinuxEvent Stopping);
+internal sealed record SessionServices(
+    BufferPool Buffers, RequestBudget Budget, FailureLog Failures, TimeProvider Time, LinuxEvent Stopping);

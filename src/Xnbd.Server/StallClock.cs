@@ -1,15 +1,13 @@
-using System.Diagnostics;
-
 namespace Xnbd.Server;
 
 /// <summary>
 /// Tells a client that keeps others waiting from one that is merely slow. The clock runs from the moment at which a
-/// session waits for its client while it holds bytes of the budget, until nothing of it waits for the client any more;
-/// single bytes do not wind it back. Any thread may use it; its figures need not agree to the byte.
+/// session waits for its client while it holds bytes of the budget, until nothing of the session waits for the client any
+/// more. Single bytes do not wind it back. Any thread may use it; its figures need not agree to the byte.
 /// </summary>
-internal sealed class StallClock(RequestBudget budget)
+internal sealed class StallClock(RequestBudget budget, TimeProvider time)
 {
-    private long _since;
+    private long _since; // a timestamp; 0 when the clock does not run
     private long _movedBytes;
 
     /// <summary>Notes that the client took or gave bytes.</summary>
@@ -29,11 +27,12 @@ internal sealed class StallClock(RequestBudget budget)
         if (since == 0)
         {
             Stop();
-            Volatile.Write(ref _since, Stopwatch.GetTimestamp());
+            Volatile.Write(ref _since, time.GetTimestamp());
             return false;
         }
 
-        double allowed = ServerLimits.StallTime.TotalSeconds + ((double)Volatile.Read(ref _movedBytes) / ServerLimits.SlowestRate);
-        return budget.IsContended && Stopwatch.GetElapsedTime(since).TotalSeconds > allowed;
+        double allowed = ServerLimits.StallTime.TotalSeconds
+            + ((double)Volatile.Read(ref _movedBytes) / ServerLimits.MinStallRate);
+        return budget.IsContended && time.GetElapsedTime(since).TotalSeconds > allowed;
     }
 }

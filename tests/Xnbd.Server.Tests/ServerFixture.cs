@@ -9,11 +9,12 @@ internal sealed class ServerFixture : IDisposable
 {
     private readonly TempFolder _folder = new();
 
-    public ServerFixture(Disk? disk = null, HandshakeStyle style = HandshakeStyle.FixedNewstyle, string name = "disk")
+    public ServerFixture(
+        Disk? disk = null, HandshakeStyle style = HandshakeStyle.FixedNewstyle, string name = "disk", TimeProvider? time = null)
     {
         Disk = disk ?? new MemoryDisk(1 << 20);
         Server = new NbdServer(
-            new ExportTable(new Export(name, "a test's disk", Disk)), style, new TestLog());
+            new ExportTable(new Export(name, "a test's disk", Disk)), style, new TestLog(), limits: null, time);
         Server.Listen(SocketPath);
         Server.Start();
     }
