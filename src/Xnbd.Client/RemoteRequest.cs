@@ -5,64 +5,80 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Client;
 
 /// <summary>
-/// A read of a remote disk that is under way, or a question for its zeroes, and the task that stands for it. Reused, so that a steady stream of reads
-/// allocates nothing. Whoever awaits goes on at once, on the thread that received the reply.
+/// A read of a remote disk that is under way, or a question where its zeroes are, and the task that stands for it.
+/// <para>
+/// States: rented; with a connection, or waiting for one; completed, once; returned by whoever awaits the task. One
+/// thread at a time owns it: the one that made it, then the connection's receiving thread. Whoever awaits goes on at
+/// once, on the thread that received the reply. Requests are reused, so that a steady stream of reads allocates nothing.
+/// </para>
 /// </summary>
 internal sealed class RemoteRequest : IValueTaskSource
 {
-    private const int MaxSpare = 256;
+    /// <summary>How many requests are kept for reuse: as many as two connections have under way.</summary>
+    private const int MaxKept = 256;
 
-    private static readonly Pool<RemoteRequest> s_pool = new(() => new RemoteRequest(), MaxSpare);
+    private static readonly Pool<RemoteRequest> s_pool = new(() => new RemoteRequest(), MaxKept);
 
-    private readonly List<(int Start, int End)> _covered = []; // what has arrived of a structured reply, in order of offset
+    private readonly List<(int Start, int End)> _covered = []; // what has arrived of a structured reply, in order
     private ManualResetValueTaskSourceCore<bool> _completion;
 
+    /// <summary>Offset of the range in bytes.</summary>
     public long Offset { get; private set; }
 
-    public Memory<byte> Buffer { get; private set; }
-
-    /// <summary>Where the answer of a question is gathered; null of a read.</summary>
-    public ExtentList? Extents { get; private set; }
-
-    /// <summary>Of the range, in bytes.</summary>
+    /// <summary>Length of the range in bytes.</summary>
     public int Length { get; private set; }
 
-    /// <summary>An error chunk has arrived; more chunks may follow.</summary>
+    /// <summary>Where the data of a read go; empty for a question.</summary>
+    public Memory<byte> Buffer { get; private set; }
+
+    /// <summary>Where the answer of a question is gathered; null for a read.</summary>
+    public ExtentList? Extents { get; private set; }
+
+    /// <summary>What the server says went wrong, when an error has arrived; more chunks may follow.</summary>
     public string? Failure { get; set; }
 
     /// <summary>How many error chunks have arrived.</summary>
     public int ErrorChunks { get; set; }
 
-    /// <summary>When the request was made, in milliseconds of the system's clock.</summary>
+    /// <summary>The time stamp at which the request was made.</summary>
     public long StartedAt { get; private set; }
 
-    public static RemoteRequest Rent(long offset, Memory<byte> buffer)
+    /// <summary>The task. It is taken before the request is handed to anybody.</summary>
+    public ValueTask Task => new(this, _completion.Version);
+
+    /// <summary>All data have arrived, or some of the answer.</summary>
+    public bool IsComplete
+        => Extents is null ? _covered.Count == 1 && _covered[0] == (0, Buffer.Length) : Extents.Length > 0;
+
+    /// <summary>Makes a read.</summary>
+    /// <param name="offset">In bytes.</param>
+    /// <param name="buffer">Where the data go.</param>
+    /// <param name="now">The time stamp of the present.</param>
+    public static RemoteRequest Rent(long offset, Memory<byte> buffer, long now)
     {
         RemoteRequest request = s_pool.Rent();
         request.Offset = offset;
         request.Buffer = buffer;
         request.Length = buffer.Length;
-        request.StartedAt = Environment.TickCount64;
+        request.StartedAt = now;
         request.Restart();
         return request;
     }
 
-    /// <summary>A question where zeroes are. It is not sent again: who asks can do without an answer.</summary>
-    public static RemoteRequest RentQuestion(long offset, int length, ExtentList extents)
+    /// <summary>Makes a question where zeroes are. It is not sent again: whoever asks can do without an answer.</summary>
+    /// <param name="offset">In bytes.</param>
+    /// <param name="length">In bytes.</param>
+    /// <param name="extents">Receives the answer.</param>
+    /// <param name="now">The time stamp of the present.</param>
+    public static RemoteRequest RentQuestion(long offset, int length, ExtentList extents, long now)
     {
-        RemoteRequest request = Rent(offset, default);
+        RemoteRequest request = Rent(offset, default, now);
         request.Length = length;
         request.Extents = extents;
         return request;
     }
 
-    /// <summary>The task. To be taken before the request is handed over to anybody.</summary>
-    public ValueTask Task => new(this, _completion.Version);
-
-    /// <summary>All bytes have arrived, or some of the answer.</summary>
-    public bool IsComplete => Extents is null ? _covered.Count == 1 && _covered[0] == (0, Buffer.Length) : Extents.Length > 0;
-
-    /// <summary>It will be sent again: nothing has arrived.</summary>
+    /// <summary>Forgets what has arrived, since the request is sent again.</summary>
     public void Restart()
     {
         _covered.Clear();
@@ -70,11 +86,13 @@ internal sealed class RemoteRequest : IValueTaskSource
         ErrorChunks = 0;
     }
 
-    /// <summary>Notes bytes that are about to arrive.</summary>
-    /// <returns>False when they are outside of the request, or have arrived already.</returns>
+    /// <summary>Notes data that are about to arrive.</summary>
+    /// <returns>False when they are outside of the range, or have arrived already.</returns>
     public bool TryCover(ulong offset, uint length)
     {
-        if (length == 0 || offset < (ulong)Offset || length > (uint)Buffer.Length || offset - (ulong)Offset > (uint)Buffer.Length - length)
+        if (length == 0 || offset < (ulong)Offset || length > (uint)Buffer.Length)
+            return false;
+        if (offset - (ulong)Offset > (uint)Buffer.Length - length)
             return false;
         int start = (int)(offset - (ulong)Offset), end = start + (int)length;
         int at = _covered.FindIndex(c => c.Start >= start);
@@ -95,9 +113,11 @@ internal sealed class RemoteRequest : IValueTaskSource
         return true;
     }
 
+    /// <summary>Completes it.</summary>
     public void Succeed() => _completion.SetResult(true);
 
-    public void Fail(string message) => _completion.SetException(new DiskException(DiskError.Io, message));
+    /// <summary>Fails it.</summary>
+    public void Fail(DiskError error, string message) => _completion.SetException(new DiskException(error, message));
 
     void IValueTaskSource.GetResult(short token)
     {
@@ -116,6 +136,7 @@ internal sealed class RemoteRequest : IValueTaskSource
 
     ValueTaskSourceStatus IValueTaskSource.GetStatus(short token) => _completion.GetStatus(token);
 
-    void IValueTaskSource.OnCompleted(Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags)
+    void IValueTaskSource.OnCompleted(
+        Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags)
         => _completion.OnCompleted(continuation, state, token, flags);
 }

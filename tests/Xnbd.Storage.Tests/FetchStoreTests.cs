@@ -18,7 +18,7 @@ public sealed class FetchStoreTests : IDisposable
     private readonly MemoryDisk _memory = new(Length);
     private readonly FaultDisk _local;
     private readonly BlockLocks _changing = new();
-    private readonly ManualClock _clock = new();
+    private readonly TestClock _clock = new();
     private readonly List<IDiskWork> _later = [];
     private readonly List<Fetch> _heldUp = [];
     private readonly List<(Fetch Fetch, DiskException? Failure)> _ended = [];
@@ -123,7 +123,7 @@ public sealed class FetchStoreTests : IDisposable
     {
         _local.Before = (_, _, _) =>
         {
-            _clock.Advance(TimeSpan.FromMilliseconds(11));
+            _clock.Turn(TimeSpan.FromMilliseconds(11));
             return Task.CompletedTask;
         };
         Receive(Arrived(0, 1));
@@ -133,11 +133,11 @@ public sealed class FetchStoreTests : IDisposable
         Assert.Single(_ended);
         RunLater();
         Assert.Equal(2, _ended.Count);
-        _clock.Advance(TimeSpan.FromMilliseconds(999));
+        _clock.Turn(TimeSpan.FromMilliseconds(999));
         Receive(Arrived(10, 1));
         Assert.Single(_later);
         RunLater();
-        _clock.Advance(TimeSpan.FromMilliseconds(1));
+        _clock.Turn(TimeSpan.FromMilliseconds(1));
         Receive(Arrived(15, 1));
         Assert.Empty(_later);
         Assert.Equal(4, _ended.Count);

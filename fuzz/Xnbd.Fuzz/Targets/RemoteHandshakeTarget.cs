@@ -18,7 +18,7 @@ public sealed class RemoteHandshakeTarget : FuzzTarget
         try
         {
             RemoteConnection connection = RemoteConnection.Connect(
-                _server.Address, s_timeout, _ => { }, (_, _, left) => End(left, broken));
+                _server.Address, s_timeout, () => { }, (_, _, left) => End(left, broken), TimeProvider.System);
             NbdExportInfo export = connection.Export;
             connection.Dispose();
             broken.Wait();

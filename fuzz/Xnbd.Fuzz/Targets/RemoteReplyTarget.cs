@@ -45,25 +45,26 @@ public sealed class RemoteReplyTarget : FuzzTarget
         RemoteConnection connection = RemoteConnection.Connect(
             _server.Address,
             s_timeout,
-            _ => freed++,
+            () => freed++,
             (_, _, left) =>
             {
                 handedBack = left.Count;
-                left.ForEach(request => request.Fail("handed back"));
+                left.ForEach(request => request.Fail(DiskError.Io, "handed back"));
                 broken.Set();
-            });
+            },
+            TimeProvider.System);
 
         var buffers = new byte[s_reads.Length][];
         var tasks = new Task[requests];
         for (int i = 0; i < s_reads.Length; i++)
         {
             buffers[i] = new byte[s_reads[i].Length];
-            tasks[i] = Submit(connection, RemoteRequest.Rent(s_reads[i].Offset, buffers[i]));
+            tasks[i] = Submit(connection, RemoteRequest.Rent(s_reads[i].Offset, buffers[i], now: 0));
         }
 
         var extents = new ExtentList(100);
         if (isStructured)
-            tasks[^1] = Submit(connection, RemoteRequest.RentQuestion(0, QuestionLength, extents));
+            tasks[^1] = Submit(connection, RemoteRequest.RentQuestion(0, QuestionLength, extents, now: 0));
         broken.Wait();
         served.GetAwaiter().GetResult();
         Check.That(tasks.All(task => task.IsCompleted), "each request comes to an end");
@@ -85,8 +86,10 @@ public sealed class RemoteReplyTarget : FuzzTarget
     private static Task Submit(RemoteConnection connection, RemoteRequest request)
     {
         Task task = request.Task.AsTask();
-        if (!connection.TrySubmit(request))
+        if (!connection.TryAdd(request, out bool mustSend))
             throw new CheckException("broken: a new connection takes requests");
+        if (mustSend)
+            connection.SendSoon();
         return task;
     }
 

@@ -1,0 +1,273 @@
+using Microsoft.Extensions.Logging;
+using Xnbd.Linux;
+using Xnbd.Storage;
+
+namespace Xnbd.Client;
+
+/// <summary>
+/// The connections to a remote, and the requests that wait for one. It chooses a connection for each request, makes
+/// connections anew that have broken, and hands their requests to others.
+/// <para>
+/// States: open; closed, once and for all. A request is at one place: with a connection, in the queue of those that
+/// wait, or completed. If requests wait, then every connection is full, or there is none. A request that has waited
+/// longer than the patience is failed: as <see cref="DiskError.Unreachable"/> where there is no connection, else as
+/// <see cref="DiskError.TimedOut"/>.
+/// </para>
+/// <para>
+/// Threads: any thread submits. Two threads belong to this type: one makes connections, which takes time, and one looks
+/// for silence. Each connection's receiving thread tells of room, and of its end.
+/// </para>
+/// <para>
+/// Locks: <c>_lock</c>, then a connection's own lock. While they are held, requests are only added to connections;
+/// they are sent, and completed, afterwards.
+/// </para>
+/// The type's other file: <c>RemoteConnections.Keeping.cs</c> (the two threads, and what they do).
+/// </summary>
+internal sealed partial class RemoteConnections
+{
+    /// <summary>From this size on, in bytes, a read is better sent alone, so that data are spread over connections.</summary>
+    private const int LargeRead = 64 * 1024;
+
+    private readonly object _lock = new(); // pulsed when a connection has left, and when all is closed
+    private readonly ILogger _log;
+    private readonly TimeProvider _time;
+    private readonly TimeSpan _patience;
+    private readonly int _maxConnections;
+    private readonly List<RemoteConnection> _connections = [];
+    private readonly Queue<RemoteRequest> _waiting = new();
+    private RemoteAddress _address;
+    private long? _length; // of the export; null before the first connection
+    private int _wanted;
+    private volatile uint _blockBytes; // reads are multiples of it,
+    private volatile int _maxReadBytes; // and no longer than this
+    private long? _lastBreak; // a time stamp
+    private volatile string? _down; // why the last connection could not be made
+    private bool _isClosed;
+
+    /// <summary>Makes a set without connections.</summary>
+    /// <param name="address">The server and its export.</param>
+    /// <param name="maxConnections">How many connections are made, if the server allows several.</param>
+    /// <param name="patience">How long a request waits for a server that is away or silent.</param>
+    /// <param name="log">Told when connections break and come back.</param>
+    /// <param name="time">The clock for patience and silence.</param>
+    public RemoteConnections(
+        RemoteAddress address, int maxConnections, TimeSpan patience, ILogger log, TimeProvider time)
+        => (_address, _maxConnections, _patience, _log, _time) = (address, maxConnections, patience, log, time);
+
+    /// <summary>Reads anew what was asked for in a way that the present server does not take.</summary>
+    public required Func<RemoteRequest, Task> ReadAnew { get; init; }
+
+    /// <summary>Reads begin and end at multiples of this, in bytes, or at the end of the export.</summary>
+    public uint BlockBytes => _blockBytes;
+
+    /// <summary>Reads are at most this long, in bytes.</summary>
+    public int MaxReadBytes => _maxReadBytes;
+
+    /// <summary>Where the server is.</summary>
+    public RemoteAddress Address
+    {
+        get
+        {
+            lock (_lock)
+                return _address;
+        }
+    }
+
+    /// <summary>Connections that are open.</summary>
+    public int Count
+    {
+        get
+        {
+            lock (_lock)
+                return _connections.Count;
+        }
+    }
+
+    /// <summary>Makes the first connection, and starts the threads.</summary>
+    /// <returns>The length of the export in bytes.</returns>
+    /// <exception cref="RemoteException">The server cannot be used.</exception>
+    public long Start()
+    {
+        RemoteConnection first = Open(_address);
+        lock (_lock)
+        {
+            _length = (long)first.Export.Length;
+            Adopt(first);
+        }
+
+        if (LinuxThread.TryStart("remote keeper", KeepConnected) is null
+            || LinuxThread.TryStart("remote watch", Watch) is null)
+        {
+            Close();
+            throw new RemoteException($"{_address}: cannot connect: the system has no thread to spare");
+        }
+
+        return _length.Value;
+    }
+
+    /// <summary>Uses another server from now on. Requests that are under way go there, too.</summary>
+    /// <param name="address">The server and its export.</param>
+    /// <param name="record">Records the address, when the server can be used. If it throws, nothing has changed.</param>
+    /// <exception cref="RemoteException">
+    /// It cannot be used, or its export has another length; nothing has changed.
+    /// </exception>
+    public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record)
+    {
+        RemoteConnection fresh = Open(address);
+        List<RemoteConnection> old;
+        try
+        {
+            if (fresh.IsBroken)
+                throw new RemoteException($"{address}: the server has closed the connection");
+            record?.Invoke(address);
+            lock (_lock)
+            {
+                if (_isClosed)
+                    throw new RemoteException("the remote is not needed any more");
+                _address = address;
+                old = [.. _connections];
+                _connections.Clear();
+                Adopt(fresh);
+                Monitor.PulseAll(_lock);
+            }
+        }
+        catch
+        {
+            fresh.Dispose();
+            throw;
+        }
+
+        LogSwitched(_log, address);
+        old.ForEach(connection => connection.Dispose());
+        SubmitWaiting();
+    }
+
+    /// <summary>Ends all connections; what waits fails.</summary>
+    public void Close()
+    {
+        List<RemoteConnection> open;
+        lock (_lock)
+        {
+            _isClosed = true;
+            open = [.. _connections];
+            _connections.Clear();
+            Monitor.PulseAll(_lock);
+        }
+
+        open.ForEach(connection => connection.Dispose());
+    }
+
+    /// <summary>Sends a request with some connection, now or as soon as there is room.</summary>
+    public void Submit(RemoteRequest request)
+    {
+        RemoteConnection? sender = null;
+        bool isClosed;
+        lock (_lock)
+        {
+            isClosed = _isClosed;
+            if (!isClosed && (_waiting.Count > 0 || !TryAdd(request, out sender)))
+                _waiting.Enqueue(request);
+        }
+
+        if (isClosed)
+            request.Fail(DiskError.Unreachable, ClosedMessage);
+        sender?.SendSoon();
+    }
+
+    /// <summary>Sends a question where zeroes are, if a connection can take it now.</summary>
+    public bool TryAsk(RemoteRequest question)
+    {
+        RemoteConnection? sender = null;
+        bool isAdded = false;
+        lock (_lock)
+        {
+            if (_waiting.Count > 0)
+                return false;
+            foreach (RemoteConnection connection in _connections)
+            {
+                if (!connection.TellsZeroes || !connection.TryAdd(question, out bool mustSend))
+                    continue;
+                isAdded = true;
+                sender = mustSend ? connection : null;
+                break;
+            }
+        }
+
+        sender?.SendSoon();
+        return isAdded;
+    }
+
+    /// <summary>
+    /// Adds a request to a connection that is about to send anyway; else to the one with the fewest under way. The lock
+    /// is held.
+    /// </summary>
+    /// <param name="request">The request.</param>
+    /// <param name="sender">The connection that this thread must let send, when it has left the lock.</param>
+    /// <returns>False when no connection has room.</returns>
+    private bool TryAdd(RemoteRequest request, out RemoteConnection? sender)
+    {
+        RemoteConnection? best = null;
+        foreach (RemoteConnection connection in _connections)
+        {
+            if (connection.IsBroken)
+                continue;
+            if (connection.IsGathering && request.Length < LargeRead && connection.TryAdd(request, out bool mustSend))
+            {
+                sender = mustSend ? connection : null;
+                return true;
+            }
+
+            if (best is null || connection.UnderWay < best.UnderWay)
+                best = connection;
+        }
+
+        sender = null;
+        if (best is null || !best.TryAdd(request, out bool mustSendBest))
+            return false;
+        sender = mustSendBest ? best : null;
+        return true;
+    }
+
+    /// <summary>Sends what waits, as far as there is room.</summary>
+    private void SubmitWaiting()
+    {
+        List<RemoteRequest>? misfits = null;
+        List<RemoteConnection>? senders = null;
+        lock (_lock)
+        {
+            while (_waiting.TryPeek(out RemoteRequest? request))
+            {
+                if (_connections.Count > 0 && !Fits(request))
+                    (misfits ??= []).Add(request);
+                else if (!TryAdd(request, out RemoteConnection? sender))
+                    break;
+                else if (sender is not null)
+                    (senders ??= []).Add(sender);
+                _waiting.Dequeue();
+            }
+        }
+
+        senders?.ForEach(sender => sender.SendSoon());
+        misfits?.ForEach(request => _ = ReadAnew(request));
+    }
+
+    /// <summary>Whether the present server takes a request that was made for another one.</summary>
+    private bool Fits(RemoteRequest request)
+        => request.Length <= _maxReadBytes
+            && request.Offset % _blockBytes == 0
+            && (request.Length % _blockBytes == 0 || request.Offset + request.Length == _length);
+
+    private const string ClosedMessage = "the remote disk is closed";
+
+    [LoggerMessage(Level = LogLevel.Warning, Message = "a connection to the remote has broken: {Reason}")]
+    private static partial void LogBroken(ILogger log, string reason);
+
+    [LoggerMessage(Level = LogLevel.Warning, Message = "the remote cannot be used; trying again: {Reason}")]
+    private static partial void LogUnreachable(ILogger log, string reason);
+
+    [LoggerMessage(Level = LogLevel.Information, Message = "connected to the remote again: {Address}")]
+    private static partial void LogBack(ILogger log, RemoteAddress address);
+
+    [LoggerMessage(Level = LogLevel.Information, Message = "the remote is now {Address}")]
+    private static partial void LogSwitched(ILogger log, RemoteAddress address);
+}
