@@ -77,12 +77,12 @@ internal static class LayerProgram
         {
             Sub("info", "Show what a layer stands on and what it holds", [s_file, s_json], r => Info(r)),
             Sub("commit", "Write a layer's changes into its base, and empty it", [s_file, s_base, s_json], r => Commit(r, cancel)),
-            Sub("discard", "Drop all changes: the layer is empty then", [s_file, s_base], r => LayerWork.Discard(File(r), r.GetValue(s_base))),
+            Sub("discard", "Drop all changes: the layer is empty then", [s_file, s_base], r => LayerDiscard.Run(File(r), r.GetValue(s_base))),
             Sub("diff", "List the ranges in which the disk differs from its base", [s_file, s_base, s_json], r => Diff(r, cancel)),
             Sub("export", "Write the whole disk, base and changes, into a new image", [s_file, output, format, s_base],
                 r => Export(r, r.GetValue(output)!, r.GetValue(format), cancel)),
             Sub("rebase", "Put a layer on another base; its disk reads as before", [s_file, newBase, isLayer, s_base],
-                r => Wait("rebasing", File(r), progress => LayerWork.Rebase(
+                r => Wait("rebasing", File(r), progress => LayerRebase.Run(
                     File(r), r.GetValue(s_base), r.GetValue(newBase)!, r.GetValue(isLayer), progress, cancel))),
         };
     }
@@ -131,7 +131,7 @@ internal static class LayerProgram
 
     private static void Info(ParseResult result)
     {
-        LayerInfo info = LayerWork.GetInfo(File(result));
+        LayerInfo info = LayerInfo.Read(File(result));
         string state = info.IsDiscarding ? "it was being emptied: complete that with 'xnbd-layer discard'"
             : info.IsCommitting ? "a commit was interrupted: complete it with 'xnbd-layer commit'"
             : info.IsInUse ? "in use" : "not in use";
@@ -158,7 +158,7 @@ internal static class LayerProgram
     private static void Commit(ParseResult result, CancellationToken cancel)
     {
         long committed = 0;
-        Wait("committing", File(result), async progress => committed = await LayerWork.Commit(File(result), result.GetValue(s_base), progress, cancel));
+        Wait("committing", File(result), async progress => committed = await LayerCommit.Run(File(result), result.GetValue(s_base), progress, cancel));
         if (result.GetValue(s_json))
             Console.WriteLine($"{{ \"committed-bytes\": {committed.ToString(CultureInfo.InvariantCulture)} }}");
         else
@@ -169,7 +169,7 @@ internal static class LayerProgram
     {
         using Utf8JsonWriter? json = result.GetValue(s_json) ? OpenJson() : null;
         json?.WriteStartArray();
-        LayerWork.Diff(File(result), result.GetValue(s_base), (offset, length, isZero) =>
+        LayerDiff.Run(File(result), result.GetValue(s_base), (offset, length, isZero) =>
         {
             string kind = isZero ? "zero" : "data";
             if (json is not null)
@@ -188,11 +188,11 @@ internal static class LayerProgram
         format ??= output.EndsWith(".qcow2", StringComparison.OrdinalIgnoreCase) ? "qcow2" : "raw";
         if (format is not ("raw" or "qcow2"))
             throw new UsageException($"--format {format}: raw and qcow2 are known");
-        using Disk disk = LayerWork.OpenMerged(File(result), result.GetValue(s_base));
+        using Disk disk = LayerStack.OpenMerged(File(result), result.GetValue(s_base));
         if (format == "qcow2")
             LayerQcow2.Export(disk, output, cancel);
         else
-            Wait("exporting", output, progress => LayerWork.ExportRaw(disk, output, progress, cancel));
+            Wait("exporting", output, progress => LayerExport.WriteRaw(disk, output, progress, cancel));
     }
 
     /// <summary>Does long work, and draws its progress on stderr, if that is a terminal.</summary>

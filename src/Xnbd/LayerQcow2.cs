@@ -21,7 +21,7 @@ internal static class LayerQcow2
         {
             server.Listen(socket);
             server.Start();
-            LayerWork.WriteNew(output, (partial, _) =>
+            NewFile.Write(output, (partial, _) =>
             {
                 List<string> arguments = ["convert", "-f", "raw", "-O", "qcow2", $"nbd+unix:///?socket={socket}", "file:" + partial];
                 if (!Console.IsOutputRedirected)

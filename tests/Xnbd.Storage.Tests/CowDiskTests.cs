@@ -300,7 +300,7 @@ public sealed class CowDiskTests : IDisposable
     {
         using ImageFile baseImage = OpenBase();
         return LayerFile.Create(
-            LayerPath, LayerStack.Identify(_basePath, baseImage), MapFlags.None);
+            LayerPath, BaseIdentity.Of(_basePath, baseImage), MapFlags.None);
     }
 
     private static async Task Operate(Disk disk, Random random, byte[] model, int size)

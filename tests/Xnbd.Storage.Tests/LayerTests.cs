@@ -197,14 +197,14 @@ public sealed class LayerTests : IDisposable
             await Tool.Succeed("cp", $"{_base}.cow0.layer1", left);
         }
 
-        await LayerWork.Diff(left, null, (_, _, _) => { }, default);
-        using (Disk merged = LayerWork.OpenMerged(left, null))
-            await LayerWork.ExportRaw(merged, output, _ => { }, default);
+        await LayerDiff.Run(left, null, (_, _, _) => { }, default);
+        using (Disk merged = LayerStack.OpenMerged(left, null))
+            await LayerExport.WriteRaw(merged, output, _ => { }, default);
         byte[] expected = File.ReadAllBytes(_base);
         new byte[] { 1, 2, 3 }.CopyTo(expected, 5);
         Assert.Equal(expected, File.ReadAllBytes(output));
         Assert.Throws<DiskException>(() => Open(layers: [left])); // it would not be durable
-        await Assert.ThrowsAsync<DiskException>(() => LayerWork.Commit(left, null, _ => { }, default));
+        await Assert.ThrowsAsync<DiskException>(() => LayerCommit.Run(left, null, _ => { }, default));
         Assert.True(File.Exists(left));
     }
 
@@ -218,13 +218,13 @@ public sealed class LayerTests : IDisposable
         file.Map.ChangeHeader(header => header with { Flags = MapFlags.Discarding }); // it died here
         file.Map.Set(new BlockRange(0, 10), BlockState.Absent);
         file.Dispose();
-        foreach (Action open in (Action[])[() => Open(), () => LayerWork.OpenMerged(Layer, null)])
+        foreach (Action open in (Action[])[() => Open(), () => LayerStack.OpenMerged(Layer, null)])
         {
             var refused = Assert.Throws<DiskException>(open);
             Assert.Equal((Remedy.CompleteDiscard, Layer), (refused.Remedy, refused.RemedyPath));
         }
 
-        LayerWork.Discard(Layer, null);
+        LayerDiscard.Run(Layer, null);
         using Disk empty = Open();
         byte[] seen = new byte[1 << 20];
         await empty.ReadAsync(0, seen);
@@ -257,7 +257,7 @@ public sealed class LayerTests : IDisposable
         Assert.Throws<DiskException>(() => Open(layers: [top]));
         Open(force: true, layers: [top]).Dispose();
         Open(layers: [top]).Dispose();
-        using Disk merged = LayerWork.OpenMerged(top, null);
+        using Disk merged = LayerStack.OpenMerged(top, null);
     }
 
     [Fact]

@@ -157,7 +157,7 @@ internal sealed class BlockMap
         {
             BlockRange run = Run(left, out BlockState state);
             yield return (run, state);
-            left = new BlockRange(run.End, left.End - run.End);
+            left = left.After(run);
         }
     }
 
@@ -289,15 +289,15 @@ internal sealed class BlockMap
         while (range.Count > 0)
         {
             long page = range.First / BlocksPerPage;
-            long count = Math.Min(range.Count, ((page + 1) * BlocksPerPage) - range.First);
+            var inPage = new BlockRange(range.First, Math.Min(range.Count, ((page + 1) * BlocksPerPage) - range.First));
             lock (_pageLocks[page % LockCount])
             {
                 if (state == BlockState.Zero && _isSealed)
                     return false;
-                SetInPage(page, range with { Count = count }, state, scratch, isWritten);
+                SetInPage(page, inPage, state, scratch, isWritten);
             }
 
-            range = new BlockRange(range.First + count, range.Count - count);
+            range = range.After(inPage);
         }
 
         return true;
