@@ -96,11 +96,8 @@ public enum DiskFeatures
     /// <summary>It cannot be written.</summary>
     ReadOnly = 1,
 
-    /// <summary>Trimming gives space back.</summary>
-    Trim = 2,
-
     /// <summary>Its extents are of several files: their depth is worth asking for.</summary>
-    Layered = 4,
+    Layered = 2,
 }
 
 /// <summary>How a range is made zero.</summary>

@@ -13,7 +13,7 @@ public sealed class MemoryDisk(int length) : Disk
     public override long Length => _bytes.Length;
 
     /// <inheritdoc/>
-    public override DiskFeatures Features => DiskFeatures.Trim;
+    public override DiskFeatures Features => DiskFeatures.None;
 
     /// <inheritdoc/>
     public override bool TryRead(long offset, Span<byte> buffer)

@@ -433,28 +433,6 @@ public sealed class ImageFileTests : IDisposable
         }
     }
 
-    [Fact]
-    public async Task Many_who_ask_for_a_sync_share_one()
-    {
-        string path = _disk.Random("image", 1 << 20);
-        using ImageFile image = ImageFile.Open(path, readOnly: false);
-        var writes = new List<Task>();
-        using (var hold = new ManualResetEventSlim())
-        {
-            // All threads are busy until all have asked: otherwise, on a busy machine, each may be done before the next one asks.
-            using var held = new CountdownEvent(16);
-            for (int i = 0; i < 16; i++)
-                DiskThreads.Writers.Enqueue(new Held(held, hold));
-            for (int i = 0; i < 200; i++)
-                writes.Add(image.WriteAsync(i * 4096, new byte[4096], durable: true).AsTask());
-            hold.Set();
-            held.Wait();
-        }
-
-        await Task.WhenAll(writes).WaitAsync(TimeSpan.FromSeconds(30));
-        Assert.InRange(image.SyncCount, 1, 150);
-    }
-
     /// <summary>Work that keeps a thread until it is let go.</summary>
     private sealed class Held(CountdownEvent ended, ManualResetEventSlim until) : IDiskWork
     {

@@ -148,7 +148,7 @@ internal sealed class LossyDisk(LossyFile file, long start, long length, bool is
 
     public override long Length => length;
 
-    public override DiskFeatures Features => DiskFeatures.Trim;
+    public override DiskFeatures Features => DiskFeatures.None;
 
     public override bool TryRead(long offset, Span<byte> buffer)
     {

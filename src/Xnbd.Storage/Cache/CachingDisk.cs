@@ -77,7 +77,7 @@ internal sealed class CachingDisk : OverlayDisk
         CacheLimits limits,
         Action<DiskException> cannotStore,
         Action<IDiskWork>? storeLater = null)
-        : base(cache, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim))
+        : base(cache, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.None))
     {
         _origin = origin;
         _readAhead = new ReadAhead(map.BlockCount);

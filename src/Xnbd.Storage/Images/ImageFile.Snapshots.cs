@@ -92,11 +92,11 @@ public sealed partial class ImageFile
     /// <returns>True when the file system shares the blocks; false when they were copied.</returns>
     private bool Fill(SafeFileHandle target, Action begun, Action<long> progress, CancellationToken cancel)
     {
-        var copy = new SnapshotCopy(_file, Seeking, target, Length);
+        var copy = new SnapshotCopy(_file, _finder.Opening, target, Length);
         Errno cloned = Errno.EOPNOTSUPP;
         _gate.RunClosed(() =>
         {
-            ThrowIfShorter();
+            _finder.ThrowIfShorter();
             cloned = LinuxFile.Clone(_file, target);
             if (cloned != Errno.None)
                 _saving = copy;
@@ -118,7 +118,7 @@ public sealed partial class ImageFile
 
         if (copy.Failure is not null)
             throw copy.Failure;
-        ThrowIfShorter(); // what is behind the end was taken for a hole
+        _finder.ThrowIfShorter(); // what is behind the end was taken for a hole
         return false;
     }
 

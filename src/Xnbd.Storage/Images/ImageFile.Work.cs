@@ -122,7 +122,7 @@ public sealed partial class ImageFile
                     case Operation.Trim: image.Trim(_offset, _length, _durable); break;
                     case Operation.Flush: image.Flush(); break;
                     case Operation.Prefetch: LinuxFile.AdviseWillNeed(image._file, image._start + _offset, _length); break;
-                    case Operation.Extents: image.GetExtents(_offset, _length, _extents!); break;
+                    case Operation.Extents: image._finder.GetExtents(_offset, _length, _extents!); break;
                 }
             }
             catch (Exception failure)

@@ -18,7 +18,8 @@ public sealed partial class ImageFile
     /// <returns>True when nothing is left of it, and it is durable if it has to be.</returns>
     private bool ZeroPart(ref long offset, ref long length, ZeroMode mode, bool durable)
     {
-        ThrowIfSyncFailed(durable);
+        if (durable)
+            _sync.ThrowIfFailed();
         _gate.Enter();
         try
         {
@@ -96,7 +97,8 @@ public sealed partial class ImageFile
 
     private void Trim(long offset, long length, bool durable)
     {
-        ThrowIfSyncFailed(durable);
+        if (durable)
+            _sync.ThrowIfFailed();
         (long start, long end) = WholeBlocks(offset, length);
         if (start < end)
         {
@@ -135,7 +137,7 @@ public sealed partial class ImageFile
     {
         if (Volatile.Read(ref isImpossible))
             return false;
-        ForgetRun(offset, length);
+        _finder.ForgetRun(offset, length);
         switch (LinuxFile.Allocate(_file, mode | AllocateMode.KeepSize, _start + offset, length))
         {
             case Errno.None:

@@ -15,7 +15,7 @@ internal sealed class CowDisk : OverlayDisk
     /// <param name="map">Which blocks the layer holds.</param>
     /// <param name="readOnly">The disk is not to be written.</param>
     public CowDisk(Disk baseDisk, Disk data, BlockMap map, bool readOnly)
-        : base(data, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.Trim))
+        : base(data, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.None))
         => (Base, _layer) = (baseDisk, data);
 
     /// <summary>Composes the disk of a base and a layer's file; it owns both from now on.</summary>
