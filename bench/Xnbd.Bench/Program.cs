@@ -18,9 +18,11 @@ Peer[] present = [.. Peer.All.Where(p => p.IsPresent)];
 foreach (Peer absent in Peer.All.Except(present))
     Console.Error.WriteLine($"absent: {absent.Name}");
 Peer[] PeersOf(Workload workload) => [.. present.Where(p => p.Mode == workload.Mode)];
-Workload[] workloads = [.. Workload.All.Where(w => (!isQuick || w.IsQuick) && (only is null || w.Name.Contains(only, StringComparison.Ordinal)))];
+bool IsChosen(Workload workload)
+    => (!isQuick || workload.IsQuick) && (only is null || workload.Name.Contains(only, StringComparison.Ordinal));
+Workload[] workloads = [.. Workload.All.Where(IsChosen)];
 
-// Round by round, workload by workload, server by server: what drifts on the machine drifts for all.
+// Round by round, workload by workload, server by server: a drift of the machine hits all.
 var results = new Dictionary<(Workload, Peer), List<Measurement>>();
 for (int round = 0; round < rounds; round++)
 {
@@ -44,7 +46,9 @@ for (int round = 0; round < rounds; round++)
                 if (workload.IsOfFreshFile && peer.IsReference)
                     image = files.Sparse("empty", new FileInfo(image).Length);
                 using ServerProcess? origin = workload.Mode == Mode.Proxy
-                    ? ServerProcess.Start(Peer.Origin(files.Path), ["--target", "--readonly", "--logpath", "/dev/null", "--unix", Peer.Origin(files.Path), image])
+                    ? ServerProcess.Start(
+                        Peer.Origin(files.Path),
+                        ["--target", "--readonly", "--logpath", "/dev/null", "--unix", Peer.Origin(files.Path), image])
                     : null;
                 using RunningPeer server = RunningPeer.Start(peer, image, files.Path);
                 Measurement measurement = await workload.Run(server, image, seconds);
@@ -69,7 +73,8 @@ else
     PrintTable();
 return 0;
 
-string? Value(string option) => Array.IndexOf(args, option) is >= 0 and var at && at + 1 < args.Length ? args[at + 1] : null;
+string? Value(string option)
+    => Array.IndexOf(args, option) is >= 0 and var at && at + 1 < args.Length ? args[at + 1] : null;
 
 string SparseImage()
 {
@@ -127,7 +132,7 @@ Dictionary<Peer, double[]> MeasureIdle()
         }
         catch (Exception failure) when (failure is IOException or System.Net.Sockets.SocketException)
         {
-            crowded = double.NaN; // it does not take so many
+            crowded = double.NaN; // it does not accept so many
         }
         finally
         {
@@ -143,10 +148,15 @@ Dictionary<Peer, double[]> MeasureIdle()
 static double Median(IEnumerable<double> values)
 {
     double[] sorted = [.. values.Order()];
-    return sorted.Length == 0 ? double.NaN : sorted.Length % 2 == 1 ? sorted[sorted.Length / 2] : (sorted[(sorted.Length / 2) - 1] + sorted[sorted.Length / 2]) / 2;
+    return sorted.Length == 0
+        ? double.NaN
+        : sorted.Length % 2 == 1
+            ? sorted[sorted.Length / 2]
+            : (sorted[(sorted.Length / 2) - 1] + sorted[sorted.Length / 2]) / 2;
 }
 
-Measurement? MedianOf(Workload workload, Peer peer) => results.TryGetValue((workload, peer), out List<Measurement>? list)
+Measurement? MedianOf(Workload workload, Peer peer)
+    => results.TryGetValue((workload, peer), out List<Measurement>? list)
     ? new Measurement(
         Median(list.Select(m => m.Rate)), Median(list.Select(m => m.P50)), Median(list.Select(m => m.P99)),
         Median(list.Select(m => m.CpuMicroseconds)), Median(list.Select(m => m.PeakKibibytes)))
@@ -164,10 +174,13 @@ void PrintTable()
         {
             if (MedianOf(workload, peer) is not { } m)
                 continue;
-            string latency = m.P50 == 0 ? "| | " : string.Create(CultureInfo.InvariantCulture, $"| {m.P50:0} | {m.P99:0} ");
+            string latency = m.P50 == 0
+                ? "| | "
+                : string.Create(CultureInfo.InvariantCulture, $"| {m.P50:0} | {m.P99:0} ");
             Console.WriteLine(string.Create(
                 CultureInfo.InvariantCulture,
-                $"| {name} | {peer.Name} | {m.Rate:#,0} {workload.Unit} {latency}| {m.CpuMicroseconds:0.0} | {m.PeakKibibytes / 1024:0} |"));
+                $"| {name} | {peer.Name} | {m.Rate:#,0} {workload.Unit} {latency}| {m.CpuMicroseconds:0.0} "
+                    + $"| {m.PeakKibibytes / 1024:0} |"));
             name = "";
         }
     }
@@ -178,12 +191,14 @@ void PrintTable()
     {
         if (Ratio(workload) is not { } ratio)
             continue;
+        string p99 = double.IsNaN(ratio.P99) ? "" : ratio.P99.ToString("0.00", CultureInfo.InvariantCulture);
         Console.WriteLine(string.Create(
             CultureInfo.InvariantCulture,
-            $"| {workload.Name} | {ratio.Best.Name} | {ratio.Rate:0.00} | {ratio.Cpu:0.00} | {(double.IsNaN(ratio.P99) ? "" : ratio.P99.ToString("0.00", CultureInfo.InvariantCulture))} |"));
+            $"| {workload.Name} | {ratio.Best.Name} | {ratio.Rate:0.00} | {ratio.Cpu:0.00} | {p99} |"));
     }
 
-    (Workload Workload, double Ratio)[] references = [.. workloads.Where(w => OfTarget(w) is not null).Select(w => (w, OfTarget(w)!.Value))];
+    (Workload Workload, double Ratio)[] references =
+        [.. workloads.Where(w => OfTarget(w) is not null).Select(w => (w, OfTarget(w)!.Value))];
     if (references.Length > 0)
     {
         Console.WriteLine("\n| workload | xnbd : its own target mode |\n|---|---:|");
@@ -196,7 +211,10 @@ void PrintTable()
     Console.WriteLine("\n| server | start to first connection, ms | idle, MiB | with 1,000 idle clients, MiB |");
     Console.WriteLine("|---|---:|---:|---:|");
     foreach ((Peer peer, double[] figures) in idle)
-        Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"| {peer.Name} | {figures[0]:0.0} | {figures[1]:0.0} | {figures[2]:0.0} |"));
+        Console.WriteLine(
+            string.Create(
+                CultureInfo.InvariantCulture,
+                $"| {peer.Name} | {figures[0]:0.0} | {figures[1]:0.0} | {figures[2]:0.0} |"));
 }
 
 (Peer Best, double Rate, double Cpu, double P99)? Ratio(Workload workload)
@@ -205,11 +223,16 @@ void PrintTable()
     if (MedianOf(workload, peers.First(p => p.IsOwn)) is not { } own)
         return null;
     (Peer Peer, Measurement M)[] others =
-        [.. peers.Where(p => !p.IsOwn && !p.IsReference).Select(p => (p, MedianOf(workload, p))).Where(p => p.Item2 is not null)!];
+        [
+            .. peers.Where(p => !p.IsOwn && !p.IsReference)
+                .Select(p => (p, MedianOf(workload, p)))
+                .Where(p => p.Item2 is not null)!
+        ];
     if (others.Length == 0)
         return null;
     (Peer best, Measurement m) = others.MaxBy(o => o.M.Rate);
-    return (best, own.Rate / m.Rate, own.CpuMicroseconds / m.CpuMicroseconds, m.P99 == 0 ? double.NaN : own.P99 / m.P99);
+    return (
+        best, own.Rate / m.Rate, own.CpuMicroseconds / m.CpuMicroseconds, m.P99 == 0 ? double.NaN : own.P99 / m.P99);
 }
 
 // The rate in this mode to the rate in the target mode.

@@ -5,7 +5,7 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Bench;
 
-/// <summary>What one run of a workload on one server came to.</summary>
+/// <summary>The result of one run of a workload on one server.</summary>
 /// <param name="Rate">Requests, or MiB, in a second.</param>
 /// <param name="P50">Median latency in microseconds; 0 when the client does not tell.</param>
 /// <param name="P99">99th percentile of the latency in microseconds; 0 when the client does not tell.</param>
@@ -19,23 +19,26 @@ public enum Medium
     /// <summary>In memory, on a tmpfs.</summary>
     Memory,
 
-    /// <summary>The same, of 8 GiB, of which a thirty-second part is data, in pieces of 4 MiB.</summary>
+    /// <summary>In memory: 8 GiB, of which one part in 32 is data, in pieces of 4 MiB.</summary>
     SparseMemory,
 
-    /// <summary>On the disk's file system, with nothing of it in memory.</summary>
+    /// <summary>On the disk's file system, and not in memory.</summary>
     ColdDisk,
 }
 
 /// <summary>Something that a client does with a server.</summary>
-/// <param name="Name">As it stands in the table.</param>
-/// <param name="Medium">Of the image.</param>
-/// <param name="Unit">Of the rate.</param>
+/// <param name="Name">Its name in the table.</param>
+/// <param name="Medium">Where the image is.</param>
+/// <param name="Unit">The unit of the rate.</param>
 /// <param name="IsQuick">Part of the short form.</param>
-/// <param name="Run">Does it: server, image, seconds.</param>
-/// <param name="Mode">Which servers it is for.</param>
-/// <param name="IsOfFreshFile">A layer, or a cache, is written first; the target mode, which it is measured against, then begins with an empty sparse image, too.</param>
+/// <param name="Run">Runs it; takes server, image, seconds.</param>
+/// <param name="Mode">The mode of the servers that run it.</param>
+/// <param name="IsOfFreshFile">
+/// A layer or a cache is written first. So that it can be compared, the target mode begins with an empty sparse image.
+/// </param>
 public sealed record Workload(
-    string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run, Mode Mode = Mode.Target, bool IsOfFreshFile = false)
+    string Name, Medium Medium, string Unit, bool IsQuick, Func<RunningPeer, string, double, Task<Measurement>> Run,
+    Mode Mode = Mode.Target, bool IsOfFreshFile = false)
 {
     public static readonly IReadOnlyList<Workload> All =
     [
@@ -79,52 +82,71 @@ public sealed record Workload(
 
     private static string Text(double number) => number.ToString(CultureInfo.InvariantCulture);
 
-    /// <param name="name">As it stands in the table, after "copy-on-write: ".</param>
-    /// <param name="pattern">As fio has it.</param>
-    /// <param name="blockSize">As fio has it.</param>
-    /// <param name="isFilled">The layer holds everything before.</param>
-    /// <param name="isOnce">Each block is touched once: the run ends when that is done.</param>
+    /// <param name="name">Its name in the table, after "copy-on-write: ".</param>
+    /// <param name="pattern">In fio's notation.</param>
+    /// <param name="blockSize">In fio's notation.</param>
+    /// <param name="isFilled">The layer is filled before the run.</param>
+    /// <param name="isOnce">The run touches each block once, and ends then.</param>
     /// <param name="quick">Part of the short form.</param>
     private static Workload Cow(
         string name, string pattern, string blockSize, bool isFilled = false, bool isOnce = false, bool quick = false)
-        => Fio("copy-on-write: " + name, pattern, blockSize, blockSize == "256k" ? 16 : 32, 1, quick: quick, isFilled: isFilled, isOnce: isOnce) with
+        => Fio(
+            "copy-on-write: " + name,
+            pattern,
+            blockSize,
+            blockSize == "256k" ? 16 : 32,
+            1,
+            quick: quick,
+            isFilled: isFilled,
+            isOnce: isOnce) with
         {
             Mode = Mode.CopyOnWrite,
             IsOfFreshFile = isOnce || isFilled,
         };
 
-    /// <param name="name">As it stands in the table, after "proxy: ".</param>
-    /// <param name="pattern">As fio has it.</param>
-    /// <param name="blockSize">As fio has it.</param>
+    /// <param name="name">Its name in the table, after "proxy: ".</param>
+    /// <param name="pattern">In fio's notation.</param>
+    /// <param name="blockSize">In fio's notation.</param>
     /// <param name="depth">Requests under way on each connection.</param>
     /// <param name="jobs">Connections.</param>
-    /// <param name="isFilled">The cache holds everything before.</param>
-    /// <param name="isOnce">Each block is touched once: the run ends when that is done.</param>
+    /// <param name="isFilled">The cache is filled before the run.</param>
+    /// <param name="isOnce">The run touches each block once, and ends then.</param>
     /// <param name="quick">Part of the short form.</param>
     private static Workload Proxy(
-        string name, string pattern, string blockSize, int depth, int jobs = 1, bool isFilled = false, bool isOnce = false, bool quick = false)
+        string name, string pattern, string blockSize, int depth, int jobs = 1, bool isFilled = false,
+        bool isOnce = false, bool quick = false)
         => Fio("proxy: " + name, pattern, blockSize, depth, jobs, quick: quick, isFilled: isFilled, isOnce: isOnce) with
         {
             Mode = Mode.Proxy,
             IsOfFreshFile = isFilled,
         };
 
-    /// <summary>Fetching everything; the target mode's figure is that of nbdcopy from the origin into a file on the same file system.</summary>
-    private static Workload CacheAll(string name, Medium medium) => new("proxy: " + name, medium, "MiB/s", IsQuick: true, async (server, image, _) =>
+    /// <summary>
+    /// Fetches everything. The figure of the target mode is that of nbdcopy from the origin into a file on the same
+    /// file system.
+    /// </summary>
+    private static Workload CacheAll(string name, Medium medium)
+        => new("proxy: " + name, medium, "MiB/s", IsQuick: true, async (server, image, _) =>
     {
         string folder = Path.GetDirectoryName(server.Socket)!;
         bool isProxy = File.Exists(Peer.ControlSocket(folder));
         if (!isProxy && !server.IsReference)
-            throw new InvalidOperationException("it has no such thing");
+            throw new InvalidOperationException("it has no cache");
         long length = new FileInfo(image).Length;
         double cpu = server.CpuSeconds;
         long start = Stopwatch.GetTimestamp();
         if (isProxy)
-            await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--cache-all", Peer.ControlSocket(folder));
+            await Tool.Succeed(
+                Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--cache-all", Peer.ControlSocket(folder));
         else
             await Tool.Succeed("nbdcopy", server.Uri, Path.Combine(folder, "copy"));
         double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
-        return new Measurement(length / seconds / (1 << 20), 0, 0, (server.CpuSeconds - cpu) * 1e6 / (length >> 18), server.Kibibytes("VmHWM"));
+        return new Measurement(
+            length / seconds / (1 << 20),
+            0,
+            0,
+            (server.CpuSeconds - cpu) * 1e6 / (length >> 18),
+            server.Kibibytes("VmHWM"));
     }, Mode.Proxy);
 
     private static Workload Fio(
@@ -144,23 +166,27 @@ public sealed record Workload(
         {
             List<string> args =
             [
-                "--name=bench", "--ioengine=nbd", $"--uri={server.Uri}", $"--rw={pattern}", $"--bs={blockSize}", $"--iodepth={depth}",
-                $"--numjobs={jobs}", "--thread", "--group_reporting", $"--size={new FileInfo(image).Length}", $"--runtime={Text(seconds)}",
+                "--name=bench", "--ioengine=nbd", $"--uri={server.Uri}", $"--rw={pattern}", $"--bs={blockSize}",
+                $"--iodepth={depth}",
+                $"--numjobs={jobs}", "--thread", "--group_reporting", $"--size={new FileInfo(image).Length}",
+                $"--runtime={Text(seconds)}",
                 "--randrepeat=0", "--output-format=json",
             ];
             if (isFilled)
             {
                 await Tool.Succeed(
-                    "fio", "--name=fill", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=write", "--bs=1m", "--iodepth=4", "--thread",
+                    "fio", "--name=fill", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=write", "--bs=1m",
+                    "--iodepth=4", "--thread",
                     $"--size={new FileInfo(image).Length}");
             }
 
             if (medium == Medium.Memory && !isOnce)
-                args.Add("--time_based"); // on the disk each block is read once: then it is no longer cold
+                args.Add("--time_based"); // on the disk each block is read once: after that, it is not cold
             if (ratePerSecond > 0)
                 args.Add($"--rate_iops={ratePerSecond}");
             if (blockSize == "512")
-                args.AddRange(isOnce ? ["--blockalign=4k"] : ["--blockalign=512", "--norandommap"]); // once: a part of each block
+                // once: a part of each block
+                args.AddRange(isOnce ? ["--blockalign=4k"] : ["--blockalign=512", "--norandommap"]);
 
             double cpu = server.CpuSeconds;
             long start = Stopwatch.GetTimestamp();
@@ -172,12 +198,15 @@ public sealed record Workload(
             JsonElement[] sides = [job.GetProperty("read"), job.GetProperty("write")];
             double requests = sides.Sum(s => s.GetProperty("total_ios").GetDouble());
 
-            // fio counts each job from that job's own start. Where a server keeps jobs waiting for their connection, so
-            // that the run takes far longer than it says, its rate is of the time that really passed.
+            // fio counts each job from that job's own start. If a server lets jobs wait for their connections, the run
+            // takes far longer than fio says. Then the rate is that of the time that really passed.
             double time = Math.Max(sides.Max(s => s.GetProperty("runtime").GetDouble()) / 1000, wall - SetUpSeconds);
-            double rate = isSequential ? sides.Sum(s => s.GetProperty("io_bytes").GetDouble()) / (1 << 20) / time : requests / time;
+            double rate = isSequential
+                ? sides.Sum(s => s.GetProperty("io_bytes").GetDouble()) / (1 << 20) / time
+                : requests / time;
             return new Measurement(
-                rate, sides.Max(s => Percentile(s, "50.000000")), sides.Max(s => Percentile(s, "99.000000")), cpu * 1e6 / requests, server.Kibibytes("VmHWM"));
+                rate, sides.Max(s => Percentile(s, "50.000000")), sides.Max(s => Percentile(s, "99.000000")),
+                cpu * 1e6 / requests, server.Kibibytes("VmHWM"));
         });
     }
 
@@ -186,7 +215,8 @@ public sealed record Workload(
             ? percentiles.GetProperty(name).GetDouble() / 1000
             : 0;
 
-    private static Workload Copy(string name, bool toNull, int connections) => new(name, Medium.Memory, "MiB/s", IsQuick: false, async (server, image, _) =>
+    private static Workload Copy(string name, bool toNull, int connections)
+        => new(name, Medium.Memory, "MiB/s", IsQuick: false, async (server, image, _) =>
     {
         const int requestBytes = 256 * 1024; // nbdcopy's default
         long length = new FileInfo(image).Length;
@@ -198,6 +228,7 @@ public sealed record Workload(
         await Tool.Succeed("nbdcopy", $"--connections={connections}", source, toNull ? "null:" : server.Uri);
         double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
         cpu = server.CpuSeconds - cpu;
-        return new Measurement(length / seconds / (1 << 20), 0, 0, cpu * 1e6 / (length / requestBytes), server.Kibibytes("VmHWM"));
+        return new Measurement(
+            length / seconds / (1 << 20), 0, 0, cpu * 1e6 / (length / requestBytes), server.Kibibytes("VmHWM"));
     });
 }
