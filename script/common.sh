@@ -4,7 +4,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
-# Quiet, reproducible, and without a build server that outlives the script.
+# Quiet, reproducible, and without a build server that stays after the script.
 export DOTNET_SYSTEM_GLOBALIZATION_INVARIANT=1 # needs no libicu
 export DOTNET_CLI_TELEMETRY_OPTOUT=1 DOTNET_NOLOGO=1 DOTNET_CLI_USE_MSBUILD_SERVER=0 MSBUILDDISABLENODEREUSE=1
 
@@ -15,7 +15,7 @@ as_root() {
   if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# confirm TEXT: asks, if there is somebody to ask; without, it goes on.
+# confirm TEXT: asks the user. It answers yes where there is no terminal.
 confirm() {
   if [ -t 0 ] && [ -t 2 ] && [ -z "${CI:-}" ]; then
     local answer
@@ -24,7 +24,7 @@ confirm() {
   fi
 }
 
-# need PROGRAM PACKAGE [PROGRAM PACKAGE ...]: installs the Debian packages of the programs that are absent.
+# need PROGRAM PACKAGE [PROGRAM PACKAGE ...]: installs the Debian packages of programs that are absent.
 need() {
   local missing=()
   while [ $# -gt 0 ]; do
@@ -41,22 +41,23 @@ need_file() {
 
 install_packages() {
   command -v apt-get >/dev/null || die "please install: $*"
-  confirm "To be installed with apt: $*." || die "please install: $*"
+  confirm "apt will install: $*." || die "please install: $*"
   say "installing $*"
   as_root apt-get update -qq >&2
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 
-# Debian does not package the .NET SDK: Microsoft's own script puts it into the user's home.
+# Debian has no package of the .NET SDK: Microsoft's script installs it in the user's home.
 install_dotnet() {
   local script=https://dot.net/v1/dotnet-install.sh
-  confirm "To be installed with $script: the .NET SDK 10, into $HOME/.dotnet." \
+  confirm "$script will install the .NET SDK 10 in $HOME/.dotnet." \
     || die "the .NET SDK 10 is needed: see https://learn.microsoft.com/dotnet/core/install/linux-debian"
   need curl curl
-  curl -fsSL "$script" | bash -s -- --channel 10.0 --install-dir "$HOME/.dotnet" >&2 || die "the .NET SDK could not be installed"
+  curl -fsSL "$script" | bash -s -- --channel 10.0 --install-dir "$HOME/.dotnet" >&2 \
+    || die "the .NET SDK could not be installed"
 }
 
-# What the native build needs.
+# Installs what the native build needs.
 need_build_tools() {
   command -v dotnet >/dev/null || PATH="$HOME/.dotnet:$PATH"
   command -v dotnet >/dev/null || install_dotnet
