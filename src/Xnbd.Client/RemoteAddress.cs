@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.Net;
 using System.Net.Sockets;
 
@@ -11,17 +12,19 @@ namespace Xnbd.Client;
 public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, string ExportName)
 {
     /// <summary>
-    /// A line whose other end does not even acknowledge what was sent, for so long, is broken (by itself, the kernel would try on
-    /// for a quarter of an hour). It is short enough for a read to be tried on another line before it has to fail.
+    /// If the other end has not even acknowledged what was sent for so long, the connection is broken. (By itself, the
+    /// kernel would try on for a quarter of an hour.) This is short enough to try a read on another connection before
+    /// it has to fail.
     /// </summary>
     public static readonly TimeSpan UnacknowledgedTime = TimeSpan.FromSeconds(5);
 
     private const string UnixPrefix = "unix:";
     private const int ProtocolTcp = 6, TcpUserTimeout = 18; // IPPROTO_TCP, TCP_USER_TIMEOUT: tcp(7)
 
-    /// <summary>Reads what stands on a command line: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
-    /// <exception cref="FormatException">It is neither, or the export's name cannot be one; the message says
-    /// why.</exception>
+    /// <summary>Parses what a command line says: a host and a port, or <c>unix:PATH</c> and <c>-</c>.</summary>
+    /// <exception cref="FormatException">
+    /// It is neither, or the export's name cannot be one; the message says why.
+    /// </exception>
     public static RemoteAddress Parse(string host, string port, string exportName)
     {
         if (host.StartsWith(UnixPrefix, StringComparison.Ordinal))
@@ -36,20 +39,21 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
         CheckExportName(exportName);
         if (host.Length is 0 or > 255 || host.Contains('\0', StringComparison.Ordinal))
             throw new FormatException("the remote host's name is empty, or too long");
-        if (!int.TryParse(port, System.Globalization.NumberStyles.None, System.Globalization.CultureInfo.InvariantCulture, out int number)
+        if (!int.TryParse(port, NumberStyles.None, CultureInfo.InvariantCulture, out int number)
             || number is < 1 or > 65535)
             throw new FormatException($"remote port '{port}': not a number from 1 to 65535");
         return new RemoteAddress(host, number, null, exportName);
     }
 
-    /// <summary>A Unix socket; a relative path is of the present folder.</summary>
+    /// <summary>A Unix socket; a relative path begins at the present folder.</summary>
     /// <exception cref="FormatException">The path or the export's name is too long, or cannot be one.</exception>
     internal static RemoteAddress OfSocket(string path, string exportName)
     {
         CheckExportName(exportName);
         if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
             || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.LongestPath)
-            throw new FormatException($"'{path}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
+            throw new FormatException(
+                $"'{path}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
         return new RemoteAddress(null, 0, Path.GetFullPath(path), exportName);
     }
 
@@ -60,18 +64,26 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
     }
 
     /// <summary>As a URI, for people and logs; <see cref="RemoteUri"/> reads it.</summary>
-    public override string ToString() => UnixPath is not null
-        ? $"nbd+unix:///{Uri.EscapeDataString(ExportName)}?socket={RemoteUri.EscapePath(UnixPath)}"
-        : $"nbd://{(Host!.Contains(':', StringComparison.Ordinal) ? $"[{Host.Replace("%", "%25", StringComparison.Ordinal)}]" : Host)}:{Port}/{Uri.EscapeDataString(ExportName)}";
+    public override string ToString()
+    {
+        string export = Uri.EscapeDataString(ExportName);
+        if (UnixPath is not null)
+            return $"nbd+unix:///{export}?socket={RemoteUri.EscapePath(UnixPath)}";
+        bool isIPv6 = Host!.Contains(':', StringComparison.Ordinal);
+        string host = isIPv6 ? $"[{Host.Replace("%", "%25", StringComparison.Ordinal)}]" : Host;
+        return $"nbd://{host}:{Port}/{export}";
+    }
 
-    /// <summary>Opens a connection; of a name with several addresses the first one that answers.</summary>
+    /// <summary>Connects. If a name has several addresses, the first one that answers is used.</summary>
     /// <exception cref="SocketException">Nobody answers.</exception>
     internal Socket Connect(TimeSpan timeout)
     {
         if (UnixPath is not null)
             return ConnectTo(new UnixDomainSocketEndPoint(UnixPath), timeout);
         SocketException? failure = null;
-        IPAddress[] addresses = IPAddress.TryParse(Host, out IPAddress? address) ? [address] : Dns.GetHostAddresses(Host!);
+        IPAddress[] addresses = IPAddress.TryParse(Host, out IPAddress? address)
+            ? [address]
+            : Dns.GetHostAddresses(Host!);
         foreach (IPAddress candidate in addresses)
         {
             try
@@ -89,11 +101,14 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
 
     private static Socket ConnectTo(EndPoint endPoint, TimeSpan timeout)
     {
-        var socket = new Socket(endPoint.AddressFamily, SocketType.Stream, endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
+        var socket = new Socket(
+            endPoint.AddressFamily,
+            SocketType.Stream,
+            endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
         try
         {
-            // The kernel keeps to the send timeout when it connects, too (socket(7)). An asynchronous connect would
-            // need threads of the runtime, and fail for ever once those could not be started.
+            // The send timeout also holds for the connect (socket(7)). An asynchronous connect would need threads of
+            // the runtime, and fail for ever once these could not be started.
             socket.SendTimeout = (int)timeout.TotalMilliseconds;
             try
             {
@@ -109,10 +124,12 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
             {
                 socket.NoDelay = true;
                 socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
-                socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, (int)UnacknowledgedTime.TotalSeconds);
+                socket.SetSocketOption(
+                    SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, (int)UnacknowledgedTime.TotalSeconds);
                 socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, 2);
                 socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveRetryCount, 3);
-                socket.SetRawSocketOption(ProtocolTcp, TcpUserTimeout, BitConverter.GetBytes((int)UnacknowledgedTime.TotalMilliseconds));
+                socket.SetRawSocketOption(
+                    ProtocolTcp, TcpUserTimeout, BitConverter.GetBytes((int)UnacknowledgedTime.TotalMilliseconds));
             }
 
             return socket;

@@ -287,8 +287,8 @@ internal sealed class RemoteConnection : IDisposable
 
     /// <summary>
     /// Breaks it, if requests are under way and nothing has arrived for so long, or if a request was not answered for
-    /// so long although younger ones were. (A slow line alone makes requests wait in order.) To be called now and then, by
-    /// one thread.
+    /// so long although younger ones were. (A slow line alone makes requests wait in order.) To be called now and then,
+    /// by one thread.
     /// </summary>
     public void BreakIfSilent(TimeSpan time)
     {

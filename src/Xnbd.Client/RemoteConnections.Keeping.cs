@@ -3,7 +3,9 @@ using Xnbd.Storage;
 
 namespace Xnbd.Client;
 
-/// <content>Making connections, breaking those that are silent, and handing over the requests of those that broke.</content>
+/// <content>
+/// Making connections, breaking those that are silent, and handing over the requests of those that broke.
+/// </content>
 internal sealed partial class RemoteConnections
 {
     private static readonly TimeSpan s_connectTime = TimeSpan.FromSeconds(10);
@@ -86,7 +88,9 @@ internal sealed partial class RemoteConnections
             SubmitWaiting();
     }
 
-    /// <summary>A thread: breaks connections that are silent, and fails requests that have waited too long for one.</summary>
+    /// <summary>
+    /// A thread: breaks connections that are silent, and fails requests that have waited too long for one.
+    /// </summary>
     private void Watch()
     {
         while (true)

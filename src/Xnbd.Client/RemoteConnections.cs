@@ -25,7 +25,9 @@ namespace Xnbd.Client;
 /// </summary>
 internal sealed partial class RemoteConnections
 {
-    /// <summary>From this size on, in bytes, a read is better sent alone, so that data are spread over connections.</summary>
+    /// <summary>
+    /// From this size on, in bytes, a read is better sent alone, so that data are spread over connections.
+    /// </summary>
     private const int LargeRead = 64 * 1024;
 
     private readonly object _lock = new(); // pulsed when a connection has left, and when all is closed
@@ -107,7 +109,9 @@ internal sealed partial class RemoteConnections
 
     /// <summary>Uses another server from now on. Requests that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>
-    /// <param name="record">Records the address, when the server can be used. If it throws, nothing has changed.</param>
+    /// <param name="record">
+    /// Records the address, when the server can be used. If it throws, nothing has changed.
+    /// </param>
     /// <exception cref="RemoteException">
     /// It cannot be used, or its export has another length; nothing has changed.
     /// </exception>

@@ -11,7 +11,8 @@ namespace Xnbd.Client;
 /// state. The address can be changed while reads are under way. Nothing is ever written to the server.
 /// </para>
 /// A read fails as <see cref="DiskError.TimedOut"/> if the server is silent, as <see cref="DiskError.Unreachable"/> if
-/// there is no connection, or the disk is closed, and as <see cref="DiskError.Io"/> if the server answers with an error.
+/// there is no connection, or the disk is closed, and as <see cref="DiskError.Io"/> if the server answers with an
+/// error.
 /// </summary>
 public sealed class RemoteDisk : Disk
 {
@@ -61,7 +62,9 @@ public sealed class RemoteDisk : Disk
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>
-    /// <param name="record">Records the address, when the server can be used. If it throws, nothing has changed.</param>
+    /// <param name="record">
+    /// Records the address, when the server can be used. If it throws, nothing has changed.
+    /// </param>
     /// <exception cref="RemoteException">
     /// It cannot be used, or its export has another length; nothing has changed.
     /// </exception>
@@ -106,8 +109,8 @@ public sealed class RemoteDisk : Disk
 
     /// <inheritdoc/>
     /// <remarks>
-    /// Zeroes are what the server says they are. Where it says nothing, or there is no time to ask, all is data: that is
-    /// never wrong.
+    /// Zeroes are what the server says they are. Where it says nothing, or there is no time to ask, all is data: that
+    /// is never wrong.
     /// </remarks>
     public override async ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
     {

@@ -6,31 +6,37 @@ using Xnbd.Protocol;
 namespace Xnbd.Client;
 
 /// <summary>What a client and a server have agreed on.</summary>
-/// <param name="Export">What is read.</param>
-/// <param name="IsStructured">Reads are answered with structured replies.</param>
-/// <param name="AllocationId">The id of <c>base:allocation</c>; null when the server does not tell where zeroes are.</param>
+/// <param name="Export">The export.</param>
+/// <param name="IsStructured">Whether reads are answered with structured replies.</param>
+/// <param name="AllocationId">
+/// The id of <c>base:allocation</c>; null if the server does not tell where zeroes are.
+/// </param>
 internal sealed record RemoteAgreement(NbdExportInfo Export, bool IsStructured, uint? AllocationId);
 
 /// <summary>
-/// The client's side of the handshake (section "Handshake"): finds out the style, asks for structured replies, for block
-/// status and the export; falls back to NBD_OPT_EXPORT_NAME with servers that do not know NBD_OPT_GO.
+/// The client's side of the handshake (section "Handshake"). It finds out the style, asks for structured replies, for
+/// block status and for the export; with servers that do not know NBD_OPT_GO, it falls back to NBD_OPT_EXPORT_NAME.
+/// <para>
+/// One thread runs it, for one socket. Whatever a server says wrong is a <see cref="RemoteException"/>; all of it has
+/// one deadline, and each reply has a bound.
+/// </para>
 /// </summary>
 internal sealed class RemoteHandshake
 {
-    /// <summary>Data of an option's reply is at most a description and a message.</summary>
+    /// <summary>The bound of a reply to an option, in bytes: a description and a message are far shorter.</summary>
     private const int MaxReplyData = 64 * 1024;
 
-    /// <summary>Replies to one option: each piece of information is one, and there are few kinds.</summary>
+    /// <summary>The bound of replies to one option: each piece of information is one, and there are few kinds.</summary>
     private const int MaxReplies = 64;
 
-    /// <summary>The metadata context that tells where zeroes are (section "base:allocation metadata context").</summary>
+    /// <summary>
+    /// The metadata context that tells where zeroes are (section "base:allocation metadata context").
+    /// </summary>
     private const string AllocationContext = "base:allocation";
 
     private readonly Socket _socket;
     private readonly RemoteAddress _address;
-
-    private readonly long _deadline;
-
+    private readonly long _deadline; // in milliseconds of the system's clock
     private uint? _allocationId;
 
     private RemoteHandshake(Socket socket, RemoteAddress address, TimeSpan timeout)
@@ -42,7 +48,7 @@ internal sealed class RemoteHandshake
 
     /// <summary>Runs the handshake.</summary>
     /// <returns>What was agreed on.</returns>
-    /// <exception cref="RemoteException">The server has refused, has broken the protocol, or has gone.</exception>
+    /// <exception cref="RemoteException">The server refused, broke the protocol, or left.</exception>
     public static RemoteAgreement Run(Socket socket, RemoteAddress address, TimeSpan timeout)
     {
         socket.ReceiveTimeout = socket.SendTimeout = (int)timeout.TotalMilliseconds;
@@ -54,7 +60,7 @@ internal sealed class RemoteHandshake
         return new RemoteAgreement(export, isStructured, isStructured ? handshake._allocationId : null);
     }
 
-    /// <summary>The server has broken the protocol.</summary>
+    /// <summary>The failure that says that a server has broken the protocol.</summary>
     public static RemoteException Broken(RemoteAddress address, string how)
         => new($"{address}: the server has sent {how}: this is a fault of that server");
 
@@ -67,11 +73,9 @@ internal sealed class RemoteHandshake
             byte[] rest = Receive(NbdSize.OldstyleGreeting - NbdGreeting.Start);
             if (_address.ExportName.Length > 0)
                 throw new RemoteException($"{_address}: an oldstyle server has one export, without a name");
-            return (
-                new NbdExportInfo(
-                    BinaryPrimitives.ReadUInt64BigEndian(rest),
-                    (NbdTransmissionFlags)BinaryPrimitives.ReadUInt16BigEndian(rest.AsSpan(10)) | NbdTransmissionFlags.HasFlags),
-                false);
+            var oldFlags = (NbdTransmissionFlags)BinaryPrimitives.ReadUInt16BigEndian(rest.AsSpan(10));
+            ulong length = BinaryPrimitives.ReadUInt64BigEndian(rest);
+            return (new NbdExportInfo(length, oldFlags | NbdTransmissionFlags.HasFlags), false);
         }
 
         var flags = (NbdHandshakeFlags)BinaryPrimitives.ReadUInt16BigEndian(Receive(2));
@@ -85,12 +89,17 @@ internal sealed class RemoteHandshake
         if ((flags & NbdHandshakeFlags.FixedNewstyle) != 0)
         {
             isStructured = Ask(NbdOption.StructuredReply, []) is { Last.Type: NbdOptionReplyType.Ack };
-            if (isStructured) // if it is refused, nobody knows where the zeroes are
-                Ask(NbdOption.SetMetaContext, NbdClientHandshake.MetaContextRequest(_address.ExportName, AllocationContext));
+            if (isStructured) // if this is refused, nobody knows where zeroes are
+                Ask(
+                    NbdOption.SetMetaContext,
+                    NbdClientHandshake.MetaContextRequest(_address.ExportName, AllocationContext));
             var known = new NbdExportInfo(0, NbdTransmissionFlags.None);
-            (NbdOptionReplyHeader last, string message, NbdExportInfo info) = Ask(NbdOption.Go, NbdClientHandshake.InfoRequest(_address.ExportName), known);
+            (NbdOptionReplyHeader last, string message, NbdExportInfo info) = Ask(
+                NbdOption.Go, NbdClientHandshake.InfoRequest(_address.ExportName), known);
             if (last.Type == NbdOptionReplyType.Ack)
-                return (info.Flags == NbdTransmissionFlags.None ? throw Broken(_address, "no size of the export") : info, isStructured);
+                return (
+                    info.Flags == NbdTransmissionFlags.None ? throw Broken(_address, "no size of the export") : info,
+                    isStructured);
             if (last.Type != NbdOptionReplyType.ErrUnsupported)
                 throw Refused(last.Type, message);
         }
@@ -108,10 +117,8 @@ internal sealed class RemoteHandshake
 
         if ((answer & NbdClientFlags.NoZeroes) == 0)
             Receive(NbdSize.ReservedZeroes);
-        return (
-            new NbdExportInfo(
-                BinaryPrimitives.ReadUInt64BigEndian(export), (NbdTransmissionFlags)BinaryPrimitives.ReadUInt16BigEndian(export.AsSpan(8))),
-            isStructured);
+        var exportFlags = (NbdTransmissionFlags)BinaryPrimitives.ReadUInt16BigEndian(export.AsSpan(8));
+        return (new NbdExportInfo(BinaryPrimitives.ReadUInt64BigEndian(export), exportFlags), isStructured);
     }
 
     private RemoteException Refused(NbdOptionReplyType type, string message)
@@ -128,13 +135,15 @@ internal sealed class RemoteHandshake
     }
 
     /// <summary>Sends an option and reads its replies.</summary>
-    private (NbdOptionReplyHeader Last, string Message, NbdExportInfo Info) Ask(NbdOption option, byte[] data, NbdExportInfo? known = null)
+    private (NbdOptionReplyHeader Last, string Message, NbdExportInfo Info) Ask(
+        NbdOption option, byte[] data, NbdExportInfo? known = null)
     {
         Send(NbdClientHandshake.Option(option, data));
         NbdExportInfo info = known ?? new NbdExportInfo(0, NbdTransmissionFlags.None);
         for (int count = 0; count < MaxReplies; count++)
         {
-            if (!NbdOptionReplyHeader.TryRead(Receive(NbdSize.OptionReplyHeader), out NbdOptionReplyHeader header) || header.Option != option)
+            if (!NbdOptionReplyHeader.TryRead(Receive(NbdSize.OptionReplyHeader), out NbdOptionReplyHeader header)
+                || header.Option != option)
                 throw Broken(_address, "something else than the reply to an option");
             if (header.Length > MaxReplyData)
                 throw Broken(_address, $"{header.Length} bytes in reply to an option");
@@ -145,13 +154,17 @@ internal sealed class RemoteHandshake
                 return (header, "", info);
             if (header.Type == NbdOptionReplyType.MetaContext)
             {
-                if (!NbdClientHandshake.TryReadMetaContext(reply, out uint id, out string? context) || context != AllocationContext || _allocationId is not null)
+                if (!NbdClientHandshake.TryReadMetaContext(reply, out uint id, out string? context)
+                    || context != AllocationContext
+                    || _allocationId is not null)
                     throw Broken(_address, "a metadata context that was not asked for");
                 _allocationId = id;
             }
 
             if (header.Type == NbdOptionReplyType.Info)
-                info = NbdExportInfo.TryRead(reply, info, out NbdExportInfo? more) ? more : throw Broken(_address, "malformed information on the export");
+                info = NbdExportInfo.TryRead(reply, info, out NbdExportInfo? more)
+                    ? more
+                    : throw Broken(_address, "malformed information on the export");
         }
 
         throw Broken(_address, "too many replies to an option");

@@ -182,7 +182,9 @@ internal sealed class RemoteReplyReader : IDisposable
             _tail += ReceiveSome(_input.Slice(_tail, InputBytes - _tail));
     }
 
-    /// <summary>Takes payload: what the input holds of it, then the rest, straight into its place if it is large.</summary>
+    /// <summary>
+    /// Takes payload: what the input holds of it, then the rest, straight into its place if it is large.
+    /// </summary>
     private void Receive(Span<byte> payload)
     {
         while (payload.Length > 0)

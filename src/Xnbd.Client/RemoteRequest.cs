@@ -9,7 +9,8 @@ namespace Xnbd.Client;
 /// <para>
 /// States: rented; with a connection, or waiting for one; completed, once; returned by whoever awaits the task. One
 /// thread at a time owns it: the one that made it, then the connection's receiving thread. Whoever awaits goes on at
-/// once, on the thread that received the reply. Requests are reused, so that a steady stream of reads allocates nothing.
+/// once, on the thread that received the reply. Requests are reused, so that a steady stream of reads allocates
+/// nothing.
 /// </para>
 /// </summary>
 internal sealed class RemoteRequest : IValueTaskSource
@@ -65,7 +66,9 @@ internal sealed class RemoteRequest : IValueTaskSource
         return request;
     }
 
-    /// <summary>Makes a question where zeroes are. It is not sent again: whoever asks can do without an answer.</summary>
+    /// <summary>
+    /// Makes a question where zeroes are. It is not sent again: whoever asks can do without an answer.
+    /// </summary>
     /// <param name="offset">In bytes.</param>
     /// <param name="length">In bytes.</param>
     /// <param name="extents">Receives the answer.</param>

@@ -10,24 +10,27 @@ namespace Xnbd.Client;
 /// </summary>
 public static class RemoteUri
 {
-    /// <summary>The port that NBD is registered for.</summary>
+    /// <summary>The TCP port that is registered for NBD.</summary>
     public const int DefaultPort = 10809;
 
     private const string Tcp = "nbd", Unix = "nbd+unix";
 
-    private static readonly UTF8Encoding s_strict = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
+    private static readonly UTF8Encoding s_strict
+        = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
-    /// <summary>Whether a word is meant as a URI of an NBD server, rightly written or not.</summary>
+    /// <summary>Whether a word is meant as a URI of an NBD server, also if it is malformed.</summary>
     /// <param name="word">Any text.</param>
     public static bool IsUri(string word)
-        => word.StartsWith("nbd", StringComparison.OrdinalIgnoreCase) && word.IndexOf("://", StringComparison.Ordinal) is > 0 and var end
+        => word.StartsWith("nbd", StringComparison.OrdinalIgnoreCase)
+            && word.IndexOf("://", StringComparison.Ordinal) is > 0 and var end
             && word.AsSpan(0, end).IndexOfAny("/?#") < 0;
 
-    /// <summary>Reads a URI. A relative path of a socket is of the present folder.</summary>
+    /// <summary>Parses a URI. A relative path of a socket begins at the present folder.</summary>
     /// <param name="uri">The URI.</param>
     /// <param name="exportName">The export, given apart from the URI; null if it was not given.</param>
-    /// <exception cref="FormatException">It is no URI of an NBD server, or names the export, too; the message says
-    /// why.</exception>
+    /// <exception cref="FormatException">
+    /// It is no URI of an NBD server, or the export is named twice; the message says why.
+    /// </exception>
     public static RemoteAddress Parse(string uri, string? exportName)
     {
         int schemeEnd = uri.IndexOf("://", StringComparison.Ordinal);
@@ -44,20 +47,23 @@ public static class RemoteUri
         string[] parameters = queryStart < 0 ? [] : rest[(queryStart + 1)..].Split('&');
         rest = queryStart < 0 ? rest : rest[..queryStart];
         int pathStart = rest.IndexOf('/', StringComparison.Ordinal);
-        string authority = pathStart < 0 ? rest : rest[..pathStart], export = pathStart < 0 ? "" : Decode(uri, rest[(pathStart + 1)..]);
+        string authority = pathStart < 0 ? rest : rest[..pathStart];
+        string export = pathStart < 0 ? "" : Decode(uri, rest[(pathStart + 1)..]);
         if (exportName is not null && export.Length > 0)
             throw new FormatException($"'{uri}' names an export, and so does an option: give one of them");
         bool isForTls = authority.Contains('@', StringComparison.Ordinal)
             || Array.Exists(parameters, p => p.StartsWith("tls-", StringComparison.Ordinal));
         if (isForTls)
-            throw new FormatException($"'{uri}': TLS is not supported yet, and user names and tls- parameters are for TLS");
+            throw new FormatException(
+                $"'{uri}': TLS is not supported yet, and user names and tls- parameters are for TLS");
 
         string[] sockets = [.. parameters.Where(p => p.StartsWith("socket=", StringComparison.Ordinal))];
         export = exportName ?? export;
         if (scheme == Unix)
         {
             if (authority.Length > 0)
-                throw new FormatException($"'{uri}': a Unix socket has no host: nbd+unix:///{authority}?socket=PATH names an export");
+                throw new FormatException(
+                    $"'{uri}': a Unix socket has no host: nbd+unix:///{authority}?socket=PATH names an export");
             if (sockets.Length != 1)
                 throw new FormatException($"'{uri}': the socket's path is missing, as in nbd+unix:///?socket=PATH");
             return RemoteAddress.OfSocket(Decode(uri, sockets[0]["socket=".Length..]), export);
@@ -69,7 +75,7 @@ public static class RemoteUri
         return RemoteAddress.Parse(Decode(uri, host), port, export);
     }
 
-    /// <summary>A part of a URI, with all that means something there as %XX.</summary>
+    /// <summary>Writes a part of a URI, with all characters that have a meaning there as %XX.</summary>
     internal static string EscapePath(string path)
     {
         var escaped = new StringBuilder();
@@ -117,8 +123,11 @@ public static class RemoteUri
                 continue;
             }
 
-            if (i + 2 >= bytes.Length || !char.IsAsciiHexDigit((char)bytes[i + 1]) || !char.IsAsciiHexDigit((char)bytes[i + 2]))
-                throw new FormatException($"'{uri}': behind a % stand two hexadecimal digits; the sign itself is written %25");
+            if (i + 2 >= bytes.Length
+                || !char.IsAsciiHexDigit((char)bytes[i + 1])
+                || !char.IsAsciiHexDigit((char)bytes[i + 2]))
+                throw new FormatException(
+                    $"'{uri}': behind a % stand two hexadecimal digits; the sign itself is written %25");
             decoded.Add(Convert.FromHexString([(char)bytes[i + 1], (char)bytes[i + 2]])[0]);
             i += 2;
         }
@@ -132,7 +141,8 @@ public static class RemoteUri
         catch (ArgumentException)
         {
             throw new FormatException(
-                $"'{uri}': a name in it is not valid UTF-8, holds a NUL character, or is longer than {NbdSize.MaxString} bytes");
+                $"'{uri}': a name in it is not valid UTF-8, holds a NUL character, or is longer than"
+                + $" {NbdSize.MaxString} bytes");
         }
     }
 }

@@ -11,14 +11,14 @@ internal sealed class CacheAllJob
 {
     private static readonly TimeSpan s_longestWait = TimeSpan.FromSeconds(30);
 
-    private readonly CacheDisk _cache;
+    private readonly OriginCache _cache;
     private readonly CancellationTokenSource _cancel = new();
     private readonly Task _task;
     private readonly long _start = Stopwatch.GetTimestamp();
     private string _state = "running";
     private string? _error;
 
-    public CacheAllJob(int id, CacheDisk cache, int blocksPerRequest, ILogger log)
+    public CacheAllJob(int id, OriginCache cache, int blocksPerRequest, ILogger log)
     {
         Id = id;
         _cache = cache;

@@ -10,10 +10,10 @@ namespace Xnbd.Programs;
 /// <summary>
 /// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its own.
 /// </summary>
-internal sealed class ProxyMethods(ProxyMode proxy, CacheDisk cache, RemoteDisk remote, ILogger log)
+internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk remote, ILogger log)
 {
     private readonly ProxyMode _proxy = proxy;
-    private readonly CacheDisk _cache = cache;
+    private readonly OriginCache _cache = cache;
     private readonly RemoteDisk _remote = remote;
     private readonly ILogger _log = log;
     private readonly Lock _lock = new(); // guards the two fields below
@@ -131,7 +131,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, CacheDisk cache, RemoteDisk 
                 address = RemoteUri.Parse(uri, name);
             else
                 throw new FormatException("the remote is named by uri, or by host and port");
-            if (!CacheDisk.CanRecord(address.ToString()))
+            if (!OriginCache.CanRecord(address.ToString()))
                 throw new FormatException("the remote's address is too long to be recorded");
         }
         catch (FormatException failure)

@@ -16,7 +16,7 @@ internal sealed class ProxyMode : IDisposable
 {
     private readonly ProxyOptions _options;
     private readonly RemoteDisk _remote;
-    private readonly CacheDisk _cache;
+    private readonly OriginCache _cache;
     private readonly ILogger _log;
     private readonly ProxyMethods _methods;
     private ControlServer? _control;
@@ -31,7 +31,7 @@ internal sealed class ProxyMode : IDisposable
         _options = options;
         _log = log;
         _remote = Connect(stop);
-        _cache = CacheDisk.Open(
+        _cache = OriginCache.Open(
             _remote, options.Remote.ToString(), options.CacheImage, options.Map, options.Opening, readOnly, options.FetchLimits, CannotStore);
         _methods = new ProxyMethods(this, _cache, _remote, log);
     }
@@ -113,7 +113,7 @@ internal sealed class ProxyMode : IDisposable
     }
 
     /// <summary>A proxy that was switched needs no remote, but must be started as what it has become.</summary>
-    private string SwitchedHint() => CacheDisk.WasSwitched(_options.Map)
+    private string SwitchedHint() => OriginCache.WasSwitched(_options.Map)
         ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: "
             + $"start xnbd-server --target {_options.CacheImage}"
         : "";

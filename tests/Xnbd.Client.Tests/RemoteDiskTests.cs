@@ -24,7 +24,8 @@ public sealed class RemoteDiskTests : IDisposable
 
     private RemoteDisk Connect(int connections = 1, double patienceSeconds = 30, TimeProvider? time = null)
         => RemoteDisk.Connect(
-            RemoteAddress.Parse("unix:" + SocketPath, "-", ""), connections, _log, TimeSpan.FromSeconds(patienceSeconds), time);
+            RemoteAddress.Parse(
+                "unix:" + SocketPath, "-", ""), connections, _log, TimeSpan.FromSeconds(patienceSeconds), time);
 
     private static async Task<byte[]> Read(RemoteDisk disk, long offset, int length)
     {
@@ -43,27 +44,41 @@ public sealed class RemoteDiskTests : IDisposable
     private static readonly Dictionary<string, Action<Peer, NbdRequest>> s_lies = new()
     {
         ["another magic"] = (peer, request) => peer.Send(new byte[NbdSize.SimpleReply]),
-        ["an unknown cookie"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie + 1, request.Offset, (int)request.Length),
-        ["an old cookie"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie - (1UL << 32), request.Offset, (int)request.Length),
-        ["data before the request"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset - 512, 1024),
-        ["data behind the request"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length + 1),
-        ["data at an offset that overflows"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, ulong.MaxValue - 3, 8),
+        ["an unknown cookie"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie + 1, request.Offset, (int)request.Length),
+        ["an old cookie"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie - (1UL << 32), request.Offset, (int)request.Length),
+        ["data before the request"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset - 512, 1024),
+        ["data behind the request"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length + 1),
+        ["data at an offset that overflows"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie, ulong.MaxValue - 3, 8),
         ["data twice"] = (peer, request) =>
         {
             peer.SendData(NbdChunkFlags.None, request.Cookie, request.Offset, 1024);
             peer.SendData(NbdChunkFlags.None, request.Cookie, request.Offset + 512, 1024);
         },
-        ["too little data"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length - 1),
-        ["no data at all"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.None, request.Cookie, []),
-        ["an empty chunk of data"] = (peer, request) => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, 0),
-        ["nothing, without an end"] = (peer, request) => peer.SendChunk(NbdChunkFlags.None, NbdChunkType.None, request.Cookie, []),
+        ["too little data"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, (int)request.Length - 1),
+        ["no data at all"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.None, request.Cookie, []),
+        ["an empty chunk of data"] = (peer, request)
+            => peer.SendData(NbdChunkFlags.Done, request.Cookie, request.Offset, 0),
+        ["nothing, without an end"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.None, NbdChunkType.None, request.Cookie, []),
         ["a hole of no length"] = (peer, request) => SendHole(peer, request, request.Offset, 0),
         ["a hole behind the request"] = (peer, request) => SendHole(peer, request, request.Offset, request.Length + 1),
-        ["a short hole chunk"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.OffsetHole, request.Cookie, new byte[11]),
-        ["an unknown chunk"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, (NbdChunkType)99, request.Cookie, new byte[4]),
-        ["the status of blocks"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, new byte[12]),
-        ["an error too short"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[3]),
-        ["an error too long"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[10_000]),
+        ["a short hole chunk"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.OffsetHole, request.Cookie, new byte[11]),
+        ["an unknown chunk"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, (NbdChunkType)99, request.Cookie, new byte[4]),
+        ["the status of blocks"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, new byte[12]),
+        ["an error too short"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[3]),
+        ["an error too long"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, new byte[10_000]),
         ["errors without an end"] = (peer, request) =>
         {
             byte[] error = [0, 0, 0, (byte)NbdError.Io, 0, 0];
@@ -135,7 +150,8 @@ public sealed class RemoteDiskTests : IDisposable
                 if (request.Command != NbdCommand.BlockStatus || request.Offset < 512 * 1024)
                     return false;
                 if (request.Offset == 512 * 1024)
-                    peer.SendStatus(request.Cookie, 7, (4096, 2), (4096, 1), (uint.MaxValue, 3)); // zeroes with space, no zeroes without it, and more than was asked for
+                    // Zeroes with space, no zeroes without it, and more than was asked for
+                    peer.SendStatus(request.Cookie, 7, (4096, 2), (4096, 1), (uint.MaxValue, 3));
                 else
                     peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, [0, 0, 0, 5, 0, 0]);
                 return true;
@@ -155,7 +171,8 @@ public sealed class RemoteDiskTests : IDisposable
     {
         using FakeServer server = new FakeServer(SocketPath, new byte[Size])
         {
-            Answer = (_, _, request) => request.Command == NbdCommand.BlockStatus ? throw new EndOfStreamException() : false,
+            Answer = (_, _, request)
+                => request.Command == NbdCommand.BlockStatus ? throw new EndOfStreamException() : false,
         }.Start();
         using RemoteDisk disk = Connect();
         Assert.Equal([Data(Size)], await Extents(disk, 0, Size));
@@ -168,7 +185,8 @@ public sealed class RemoteDiskTests : IDisposable
         ["another context"] = (peer, request) => peer.SendStatus(request.Cookie, 8, (request.Length, 3)),
         ["an extent of no length"] = (peer, request) => peer.SendStatus(request.Cookie, 7, (0, 3), (request.Length, 3)),
         ["no extents"] = (peer, request) => peer.SendStatus(request.Cookie, 7),
-        ["half an extent"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, [0, 0, 0, 7, 0, 0, 16, 0]),
+        ["half an extent"] = (peer, request)
+            => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.BlockStatus, request.Cookie, [0, 0, 0, 7, 0, 0, 16, 0]),
         ["a hundred million extents"] = (peer, request) => peer.Send(Header(request, 800_000_004)),
         ["no answer"] = (peer, request) => peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.None, request.Cookie, []),
         ["two answers"] = (peer, request) =>
@@ -225,7 +243,10 @@ public sealed class RemoteDiskTests : IDisposable
         File.Delete(SocketPath);
         using FakeServer other = new FakeServer(SocketPath, _image[..(Size / 2)]).Start();
         var failure = await Assert.ThrowsAsync<DiskException>(() => Read(disk, 4096, 4096));
-        Assert.Contains($"the export has {Size / 2} bytes, not {Size}: it is another disk", failure.Message, StringComparison.Ordinal);
+        Assert.Contains(
+            $"the export has {Size / 2} bytes, not {Size}: it is another disk",
+            failure.Message,
+            StringComparison.Ordinal);
         Assert.Contains(failure.Message, _log.Text, StringComparison.Ordinal);
         Assert.Equal(DiskError.Unreachable, failure.Error);
         Assert.InRange(other.Count, 1, 10);
@@ -234,7 +255,10 @@ public sealed class RemoteDiskTests : IDisposable
     [Fact]
     public async Task A_read_that_is_passed_over_by_others_fails()
     {
-        using FakeServer server = new FakeServer(SocketPath, _image) { Answer = (_, _, request) => request.Offset == 4096 }.Start();
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Answer = (_, _, request) => request.Offset == 4096,
+        }.Start();
         using RemoteDisk disk = Connect(patienceSeconds: 0.5);
         Task<byte[]> lost = Read(disk, 4096, 512);
         while (!lost.IsCompleted)
@@ -243,10 +267,15 @@ public sealed class RemoteDiskTests : IDisposable
             await Task.Delay(20, TestContext.Current.CancellationToken);
         }
 
-        Assert.Contains("and others since", (await Assert.ThrowsAsync<DiskException>(() => lost)).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "and others since",
+            (await Assert.ThrowsAsync<DiskException>(() => lost)).Message,
+            StringComparison.Ordinal);
     }
 
-    /// <summary>One of two connections has become silent: what was asked for on it lately goes to the other one.</summary>
+    /// <summary>
+    /// One of two connections has become silent: what was asked for on it lately goes to the other one.
+    /// </summary>
     [Fact]
     public async Task Young_reads_of_a_silent_connection_are_tried_on_another_one()
     {
@@ -295,7 +324,10 @@ public sealed class RemoteDiskTests : IDisposable
     public async Task Reads_under_way_keep_to_the_limits_of_the_server_that_they_go_to(uint block, uint most)
     {
         using var asked = new CountdownEvent(2);
-        using FakeServer old = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => asked.Signal() || true }.Start();
+        using FakeServer old = new FakeServer(SocketPath, _image)
+        {
+            Answer = (_, _, _) => asked.Signal() || true,
+        }.Start();
         var seen = new List<NbdRequest>();
         string path = _folder.File("t");
         using FakeServer fresh = Demanding(path, block, most, seen);
@@ -305,7 +337,10 @@ public sealed class RemoteDiskTests : IDisposable
         disk.SwitchTo(RemoteAddress.Parse("unix:" + path, "-", ""));
         Assert.Equal(_image[512..(512 + (512 * 1024))], await large);
         Assert.Equal(_image[(700 * 1024)..((700 * 1024) + 512)], await small);
-        Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
+        Assert.All(
+            seen,
+            request
+                => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
     }
 
     [Fact]
@@ -340,7 +375,8 @@ public sealed class RemoteDiskTests : IDisposable
         }.Start();
         using RemoteDisk disk = Connect(patienceSeconds: 1);
         DiskException failure = await Assert.ThrowsAsync<DiskException>(() => Read(disk, 0, 4096));
-        Assert.True(failure.Error is DiskError.TimedOut or DiskError.Unreachable, failure.Error.ToString()); // as it ends
+        // As it ends
+        Assert.True(failure.Error is DiskError.TimedOut or DiskError.Unreachable, failure.Error.ToString());
     }
 
     [Fact]
@@ -427,7 +463,11 @@ public sealed class RemoteDiskTests : IDisposable
                         byte[] payload = new byte[8 + end - start];
                         BinaryPrimitives.WriteUInt64BigEndian(payload, each.Offset + (ulong)start);
                         _image.AsSpan((int)each.Offset + start, end - start).CopyTo(payload.AsSpan(8));
-                        peer.SendChunk(start == 100 ? NbdChunkFlags.Done : NbdChunkFlags.None, NbdChunkType.OffsetData, each.Cookie, payload);
+                        peer.SendChunk(
+                            start == 100 ? NbdChunkFlags.Done : NbdChunkFlags.None,
+                            NbdChunkType.OffsetData,
+                            each.Cookie,
+                            payload);
                     }
                 }
 
@@ -456,8 +496,8 @@ public sealed class RemoteDiskTests : IDisposable
     }
 
     /// <summary>
-    /// The server reads one request of the first connection, and then none; but it answers each, until that connection's
-    /// socket is full, and whoever sends there waits.
+    /// The server reads one request of the first connection, and then none; but it answers each, until that
+    /// connection's socket is full, and whoever sends there waits.
     /// </summary>
     [Fact]
     public async Task A_connection_on_which_a_send_waits_holds_up_no_other()
@@ -493,7 +533,8 @@ public sealed class RemoteDiskTests : IDisposable
                     TestContext.Current.CancellationToken,
                     TaskCreationOptions.LongRunning,
                     TaskScheduler.Default);
-                if (await Task.WhenAny(submitting, Task.Delay(1000, TestContext.Current.CancellationToken)) != submitting)
+                Task tooLong = Task.Delay(1000, TestContext.Current.CancellationToken);
+                if (await Task.WhenAny(submitting, tooLong) == tooLong)
                     break;
                 cookie += 1UL << 32; // the same place, used once more
                 full!.SendData(NbdChunkFlags.Done, cookie, 0, 512);
@@ -505,7 +546,8 @@ public sealed class RemoteDiskTests : IDisposable
             Assert.Equal(2, disk.ConnectionCount);
             Assert.False(submitting.IsCompleted);
             disk.Dispose();
-            DiskException failure = await Assert.ThrowsAsync<DiskException>(() => submitting.Unwrap().WaitAsync(TimeSpan.FromSeconds(20)));
+            DiskException failure = await Assert.ThrowsAsync<DiskException>(
+                () => submitting.Unwrap().WaitAsync(TimeSpan.FromSeconds(20)));
             Assert.Equal(DiskError.Unreachable, failure.Error);
         }
         finally
@@ -535,8 +577,11 @@ public sealed class RemoteDiskTests : IDisposable
     {
         ["another protocol"] = (peer => peer.Send("SSH-2.0-OpenSSH_9.2p1 Debian-2"u8), "there is no NBD server"),
         ["the end"] = (peer => peer.Close(), "has closed the connection in the handshake"),
-        ["a reply to nothing"] = (peer => Negotiate(peer, (p, _) => p.ReplyOption(NbdOption.List, NbdOptionReplyType.Ack)), "fault of that server"),
-        ["a reply without its magic"] = (peer => Negotiate(peer, (p, _) => p.Send(new byte[NbdSize.OptionReplyHeader])), "fault of that server"),
+        ["a reply to nothing"] = (
+            peer => Negotiate(peer, (p, _) => p.ReplyOption(NbdOption.List, NbdOptionReplyType.Ack)),
+            "fault of that server"),
+        ["a reply without its magic"] = (
+            peer => Negotiate(peer, (p, _) => p.Send(new byte[NbdSize.OptionReplyHeader])), "fault of that server"),
         ["a reply of a gigabyte"] = (
             peer => Negotiate(peer, (p, option) =>
             {
@@ -546,12 +591,20 @@ public sealed class RemoteDiskTests : IDisposable
                 p.Send(reply);
             }),
             "fault of that server"),
-        ["a context that nobody wants"] = (peer => Negotiate(peer, (_, _) => { }, Contexts((1, "qemu:allocation-depth"))), "metadata context that was not asked for"),
-        ["a context twice"] = (peer => Negotiate(peer, (_, _) => { }, Contexts((1, "base:allocation"), (2, "base:allocation"))), "metadata context that was not asked for"),
-        ["half a context"] = (
-            peer => Negotiate(peer, (_, _) => { }, (p, option) => p.ReplyOption(option, NbdOptionReplyType.MetaContext, [0, 0])),
+        ["a context that nobody wants"] = (
+            peer => Negotiate(peer, (_, _) => { }, Contexts((1, "qemu:allocation-depth"))),
             "metadata context that was not asked for"),
-        ["no size"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Ack)), "fault of that server"),
+        ["a context twice"] = (
+            peer => Negotiate(peer, (_, _) => { }, Contexts((1, "base:allocation"), (2, "base:allocation"))),
+            "metadata context that was not asked for"),
+        ["half a context"] = (
+            peer
+                => Negotiate(
+                    peer, (_, _) => { }, (p, option) => p.ReplyOption(option, NbdOptionReplyType.MetaContext, [0, 0])),
+            "metadata context that was not asked for"),
+        ["no size"] = (
+            peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Ack)),
+            "fault of that server"),
         ["an endless answer"] = (
             peer => Negotiate(peer, (p, option) =>
             {
@@ -559,30 +612,40 @@ public sealed class RemoteDiskTests : IDisposable
                     p.ReplyOption(option, NbdOptionReplyType.Info, [0, 7]);
             }),
             "too many replies"),
-        ["short information"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Info, [0])), "malformed information"),
+        ["short information"] = (
+            peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.Info, [0])),
+            "malformed information"),
         ["a size beyond all disks"] = (
             peer => Negotiate(peer, (p, option) =>
             {
-                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(-1, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(
+                    option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(-1, NbdTransmissionFlags.HasFlags));
                 p.ReplyOption(option, NbdOptionReplyType.Ack);
             }),
             "impossible size"),
         ["blocks of a megabyte"] = (
             peer => Negotiate(peer, (p, option) =>
             {
-                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(
+                    option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
                 p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(1 << 20, 1 << 20, 1 << 20));
                 p.ReplyOption(option, NbdOptionReplyType.Ack);
             }),
             "is not supported"),
-        ["a refusal"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrPolicy, [.. "go away"u8])), "go away"),
-        ["that it wants TLS"] = (peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrTlsRequired)), "TLS"),
+        ["a refusal"] = (
+            peer
+                => Negotiate(
+                    peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrPolicy, [.. "go away"u8])),
+            "go away"),
+        ["that it wants TLS"] = (
+            peer => Negotiate(peer, (p, option) => p.ReplyOption(option, NbdOptionReplyType.ErrTlsRequired)), "TLS"),
     };
 
     public static TheoryData<string> BadHandshakes => [.. s_badHandshakes.Keys];
 
     /// <summary>Agrees on structured replies, tells no zeroes, and answers GO as it is told.</summary>
-    private static void Negotiate(Peer peer, Action<Peer, NbdOption> answer, Action<Peer, NbdOption>? tellContexts = null)
+    private static void Negotiate(
+        Peer peer, Action<Peer, NbdOption> answer, Action<Peer, NbdOption>? tellContexts = null)
     {
         peer.Greet();
         (NbdOption first, _) = peer.ReceiveOption();
@@ -629,17 +692,24 @@ public sealed class RemoteDiskTests : IDisposable
         using FakeServer server = Demanding(SocketPath, block, most, seen);
         using RemoteDisk disk = Connect();
         Assert.Equal(_image[4096..300_000], await Read(disk, 4096, 300_000 - 4096));
-        Assert.All(seen, request => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
+        Assert.All(
+            seen,
+            request
+                => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
     }
 
-    /// <summary>A server that wants blocks of a size and no more than so much at once, and notes what it is asked.</summary>
-    private FakeServer Demanding(string path, uint block, uint most, List<NbdRequest> seen) => new FakeServer(path, _image)
+    /// <summary>
+    /// A server that wants blocks of a size and no more than so much at once, and notes what it is asked.
+    /// </summary>
+    private FakeServer Demanding(string path, uint block, uint most, List<NbdRequest> seen)
+        => new FakeServer(path, _image)
     {
         Handshake = (peer, _) =>
         {
             Negotiate(peer, (p, option) =>
             {
-                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                p.ReplyOption(
+                    option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
                 p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
                 p.ReplyOption(option, NbdOptionReplyType.Ack);
             });
@@ -673,7 +743,14 @@ internal sealed class MessageList : ILogger
 
     public bool IsEnabled(LogLevel logLevel) => true;
 
-    public void Log<TState>(LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+    public void Log<TState>(
+        LogLevel logLevel,
+        EventId eventId,
+        TState state,
+        Exception? exception,
+        Func<TState,
+        Exception?,
+        string> formatter)
     {
         lock (_text)
             _text.AppendLine(formatter(state, exception));

@@ -50,7 +50,10 @@ public sealed class RemoteUriTests
     public void A_wrong_URI_is_refused_with_the_reason(string uri, string reason)
     {
         Assert.True(RemoteUri.IsUri(uri));
-        Assert.Contains(reason, Assert.Throws<FormatException>(() => RemoteUri.Parse(uri, exportName: null)).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            reason,
+            Assert.Throws<FormatException>(() => RemoteUri.Parse(uri, exportName: null)).Message,
+            StringComparison.Ordinal);
     }
 
     [Fact]
@@ -58,7 +61,10 @@ public sealed class RemoteUriTests
     {
         Assert.Equal("x", RemoteUri.Parse("nbd://host", "x").ExportName);
         Assert.Equal("", RemoteUri.Parse("nbd://host", "").ExportName);
-        Assert.Contains("give one of them", Assert.Throws<FormatException>(() => RemoteUri.Parse("nbd://host/x", "x")).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "give one of them",
+            Assert.Throws<FormatException>(() => RemoteUri.Parse("nbd://host/x", "x")).Message,
+            StringComparison.Ordinal);
         Assert.Throws<FormatException>(() => RemoteUri.Parse("nbd://host/" + new string('x', 4097), null));
     }
 

@@ -21,12 +21,21 @@ public sealed class ProxyControlTests : IDisposable
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
     private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+        => JsonDocument.Parse(
+            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
 
-    private async Task<string?> JobState() => (await Query()).GetProperty("job") is { ValueKind: JsonValueKind.Object } job ? job.GetProperty("state").GetString() : null;
+    private async Task<string?> JobState()
+        => (await Query()).GetProperty("job") is { ValueKind: JsonValueKind.Object } job
+            ? job.GetProperty("state").GetString()
+            : null;
+
+    /// <summary>A call of the control channel, as a line of text.</summary>
+    private static string Reconnect(string host)
+        => $$$"""{"jsonrpc":"2.0","id":1,"method":"reconnect","params":{"host":"{{{host}}}","port":"-"}}""";
 
     /// <summary>An origin that takes its time for each read, until it is told to hurry.</summary>
-    private FakeServer SlowOrigin(ManualResetEventSlim hurry) => new FakeServer(_folder.File("slow"), File.ReadAllBytes(_image))
+    private FakeServer SlowOrigin(ManualResetEventSlim hurry)
+        => new FakeServer(_folder.File("slow"), File.ReadAllBytes(_image))
     {
         Answer = (_, _, _) =>
         {
@@ -56,39 +65,48 @@ public sealed class ProxyControlTests : IDisposable
             ("nonsense", "\"code\":-32700"),
             ("{\"jsonrpc\":\"2.0\",\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"query\"}", "\"error\""),
             ("{\"jsonrpc\":\"2.0\",\"id\":\"\\ud800\",\"method\":\"query\"}", "\"error\""),
-            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:\",\"port\":\"-\"}}", "\"code\":-32602"),
-            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"reconnect\",\"params\":{\"host\":\"unix:/no/s\",\"port\":\"-\"}}", "there is no such socket"),
+            (Reconnect("unix:"), "\"code\":-32602"),
+            (Reconnect("unix:/no/s"), "there is no such socket"),
             ("[]", "\"code\":-32600"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\"}", "\"code\":-32602"),
-            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"job.status\",\"params\":{\"job\":\"x\"}}", "\"id\":1,\"error\":{\"code\":-32602"),
-            ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"cache-all\",\"params\":{\"blocks-per-request\":0}}", "\"code\":-32602"),
+            (
+                """{"jsonrpc":"2.0","id":1,"method":"job.status","params":{"job":"x"}}""",
+                "\"id\":1,\"error\":{\"code\":-32602"),
+            (
+                """{"jsonrpc":"2.0","id":1,"method":"cache-all","params":{"blocks-per-request":0}}""",
+                "\"code\":-32602"),
             ("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"switch\"}", "not cached yet"),
         ])
         {
             raw.Send(Encoding.UTF8.GetBytes(line + "\n"));
-            Assert.Contains(part, await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+            Assert.Contains(
+                part, await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
         }
 
         raw.Send(new byte[70_000]);
-        Assert.Contains("longer than", await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        Assert.Contains(
+            "longer than", await reader.ReadLineAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
         Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
 
-        var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
-            _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]));
+        string socket = _folder.File("x"), otherImage = _folder.File("c2"), otherMap = _folder.File("m2");
+        string[] other = ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", otherImage, otherMap, path];
+        var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(socket, other));
         Assert.Contains("control socket", refused.Message, StringComparison.Ordinal);
         if (Environment.UserName == "root" && Tool.Find("setpriv") is not null)
         {
             Directory.CreateDirectory(Path.GetDirectoryName(path)!).UnixFileMode |= UnixFileMode.OtherExecute;
-            ToolResult stranger = await Tool.Run("setpriv", "--reuid=65534", "--clear-groups", Proxies.Control, "--query", path);
-            Assert.Equal((1, $"xnbd-bgctl: the control socket '{path}' is another user's: call this program as the proxy's own user, or as root\n"), (stranger.ExitCode, stranger.Errors));
+            ToolResult stranger = await Tool.Run(
+                "setpriv", "--reuid=65534", "--clear-groups", Proxies.Control, "--query", path);
+            string message = $"xnbd-bgctl: the control socket '{path}' is another user's: call this program as the"
+                + " proxy's own user, or as root\n";
+            Assert.Equal((1, message), (stranger.ExitCode, stranger.Errors));
         }
 
         proxy.Kill(); // and a stale one is replaced
         using ServerProcess next = Proxies.Start(_folder, origin);
         Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
         File.Delete(path); // and one that another one has replaced is not removed at the end
-        string socket = _folder.File("x");
-        using ServerProcess last = ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", _folder.File("c2"), _folder.File("m2"), path]);
+        using ServerProcess last = ServerProcess.Start(socket, other);
         Assert.Equal(0, next.Stop());
         Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
         Assert.Equal(0, last.Stop());
@@ -106,11 +124,14 @@ public sealed class ProxyControlTests : IDisposable
     [InlineData(2, "control socket's path", "--query")]
     [InlineData(2, "unknown option '--bogus'", "--bogus", "--query", "s")]
     [InlineData(2, "--progress shows", "--cache-all", "--progress", "--detach", "s")]
-    [InlineData(2, "--blocks-per-request abc: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "abc", "s")]
-    [InlineData(2, "--blocks-per-request 257: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "257", "s")]
+    [InlineData(
+        2, "--blocks-per-request abc: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "abc", "s")]
+    [InlineData(
+        2, "--blocks-per-request 257: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "257", "s")]
     [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]
     [InlineData(1, "nobody listens", "--query", "/dev/null")]
-    public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(int exitCode, string message, params string[] args)
+    public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(
+        int exitCode, string message, params string[] args)
     {
         ToolResult result = await Control(args);
         Assert.Equal((exitCode, ""), (result.ExitCode, result.Output));
@@ -121,33 +142,45 @@ public sealed class ProxyControlTests : IDisposable
     [Fact]
     public async Task A_remote_is_named_by_a_URI_wherever_one_is_named()
     {
-        string folder = Directory.CreateDirectory(_folder.File("a b%c")).FullName, socket = Path.Combine(folder, "s"), uri = $"nbd+unix:///?socket={Uri.EscapeDataString(socket)}";
-        using ServerProcess origin = ServerProcess.Start(socket, ["--target", "--readonly", "--export-name", "disk one", "--unix", socket, _image]);
+        string folder = Directory.CreateDirectory(_folder.File("a b%c")).FullName, socket = Path.Combine(folder, "s");
+        string uri = $"nbd+unix:///?socket={Uri.EscapeDataString(socket)}";
+        string named = uri.Replace("///", "///disk%20one", StringComparison.Ordinal);
+        using ServerProcess origin = ServerProcess.Start(
+            socket, ["--target", "--readonly", "--export-name", "disk one", "--unix", socket, _image]);
         string unix = _folder.File("p");
         string[] files = [_folder.File("cache.img"), _folder.File("cache.map"), Proxies.Socket(_folder)];
-        using (ServerProcess proxy = ServerProcess.Start(unix, ["--proxy", "--unix", unix, uri.Replace("///", "///disk%20one", StringComparison.Ordinal), .. files]))
+        using (ServerProcess proxy = ServerProcess.Start(unix, ["--proxy", "--unix", unix, named, .. files]))
         {
             using NbdTestClient client = proxy.Open();
             Assert.Equal(File.ReadAllBytes(_image), client.Read(0, Size));
             string remote = (await Query()).GetProperty("remote").GetString()!;
-            Assert.Equal($"nbd+unix:///disk%20one?socket={folder.Replace("%", "%25", StringComparison.Ordinal).Replace(" ", "%20", StringComparison.Ordinal)}/s", remote);
+            string escaped = folder.Replace("%", "%25", StringComparison.Ordinal)
+                .Replace(" ", "%20", StringComparison.Ordinal);
+            Assert.Equal($"nbd+unix:///disk%20one?socket={escaped}/s", remote);
 
-            // Of the folder of who calls, with an export of its own; and as it was shown.
-            ToolResult relative = await Tool.Run("sh", "-c", $"cd '{folder}' && {Proxies.Control} --reconnect --exportname 'disk one' {files[2]} 'nbd+unix:///?socket=s'");
+            // Relative to the caller's folder, with the export given apart; and as it was shown.
+            string call = $"cd '{folder}' && {Proxies.Control} --reconnect --exportname 'disk one' {files[2]}";
+            ToolResult relative = await Tool.Run("sh", "-c", call + " 'nbd+unix:///?socket=s'");
             Assert.Equal((0, $"the remote is {remote} now\n"), (relative.ExitCode, relative.Output));
             await Tool.Succeed(Proxies.Control, "--reconnect", files[2], remote);
-            Assert.Contains("no such export", (await Control("--reconnect", files[2], uri.Replace("///", "///other", StringComparison.Ordinal))).Errors, StringComparison.Ordinal);
+            string absent = uri.Replace("///", "///other", StringComparison.Ordinal);
+            Assert.Contains(
+                "no such export", (await Control("--reconnect", files[2], absent)).Errors, StringComparison.Ordinal);
             string shown = await Tool.Succeed(Proxies.Control, "--query", files[2]);
             Assert.Contains("disk:         8 MiB (8388608 bytes), 2048 blocks\n", shown, StringComparison.Ordinal);
-            Assert.Contains("cached:       8 MiB (8388608 bytes), 2048 blocks, 100.0 %\n", shown, StringComparison.Ordinal);
+            Assert.Contains(
+                "cached:       8 MiB (8388608 bytes), 2048 blocks, 100.0 %\n", shown, StringComparison.Ordinal);
             client.Dispose();
             Assert.Equal(0, proxy.Stop());
         }
 
         string refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
-            unix, ["--proxy", "--target-exportname", "x", "--unix", unix, uri.Replace("///", "///disk%20one", StringComparison.Ordinal), .. files])).Message;
+            unix, ["--proxy", "--target-exportname", "x", "--unix", unix, uri.Replace(
+                "///", "///disk%20one", StringComparison.Ordinal), .. files])).Message;
         Assert.Contains("give one of them", refused, StringComparison.Ordinal);
-        ServerProcess.Start(unix, ["--proxy", "--target-exportname", "disk one", "--unix", unix, uri, .. files]).Dispose(); // the map knows it again
+        // The map knows it again
+        ServerProcess.Start(
+            unix, ["--proxy", "--target-exportname", "disk one", "--unix", unix, uri, .. files]).Dispose();
     }
 
     /// <summary>A name that is legal, and yet too long for the map.</summary>
@@ -161,9 +194,13 @@ public sealed class ProxyControlTests : IDisposable
         string map = await Tool.Succeed("sha256sum", _folder.File("cache.map"));
         foreach (int length in (int[])[4000, 5000])
         {
-            ToolResult refused = await Control("--reconnect", "--exportname", new string('x', length), socket, "unix:" + other.Path, "-");
+            ToolResult refused = await Control(
+                "--reconnect", "--exportname", new string('x', length), socket, "unix:" + other.Path, "-");
             Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
-            Assert.Contains(length == 4000 ? "too long to be recorded" : "longer than 4096 bytes", refused.Errors, StringComparison.Ordinal);
+            Assert.Contains(
+                length == 4000 ? "too long to be recorded" : "longer than 4096 bytes",
+                refused.Errors,
+                StringComparison.Ordinal);
         }
 
         Assert.Equal(0, other.Count);
@@ -173,7 +210,7 @@ public sealed class ProxyControlTests : IDisposable
         Assert.Equal(File.ReadAllBytes(_image), client.Read(0, Size));
     }
 
-    /// <summary>A quarter of the disk are data, and only they cross the line.</summary>
+    /// <summary>A quarter of the disk is data, and only that crosses the line.</summary>
     [Fact]
     public async Task Progress_shows_zeroes_apart_from_what_crosses_the_line()
     {
@@ -186,10 +223,12 @@ public sealed class ProxyControlTests : IDisposable
         Assert.Contains("100.0 %, fetched 2 MiB, ", cached.Errors, StringComparison.Ordinal);
         Assert.Contains(" MiB/s, zeroes 6 MiB\n", cached.Errors, StringComparison.Ordinal);
         JsonElement query = await Query();
-        Assert.Equal((2 << 20, 6 << 20), (query.GetProperty("fetched-bytes").GetInt64(), query.GetProperty("zero-bytes").GetInt64()));
+        Assert.Equal(
+            (2 << 20, 6 << 20),
+            (query.GetProperty("fetched-bytes").GetInt64(), query.GetProperty("zero-bytes").GetInt64()));
     }
 
-    /// <summary>Sixteen silent clients, and then as many again: who works is not pushed out.</summary>
+    /// <summary>Sixteen silent clients, and then as many again, push out no client that works.</summary>
     [Fact]
     public async Task Silent_clients_push_out_each_other_and_nobody_who_works()
     {
@@ -207,7 +246,8 @@ public sealed class ProxyControlTests : IDisposable
                 silent.Add(socket);
                 socket.Connect(new UnixDomainSocketEndPoint(Proxies.Socket(_folder)));
                 if (i % 10 == 0)
-                    await Task.Delay(300, TestContext.Current.CancellationToken); // meanwhile the one that works has asked again
+                    // Meanwhile the one that works has asked again
+                    await Task.Delay(300, TestContext.Current.CancellationToken);
             }
 
             hurry.Set();
@@ -226,14 +266,19 @@ public sealed class ProxyControlTests : IDisposable
         using FakeServer origin = SlowOrigin(hurry);
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
         string socket = Proxies.Socket(_folder);
-        Assert.Contains("is running", await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", "--blocks-per-request", "16", socket), StringComparison.Ordinal);
+        Assert.Contains(
+            "is running",
+            await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", "--blocks-per-request", "16", socket),
+            StringComparison.Ordinal);
         Assert.Equal("running", await JobState());
         Assert.Contains("cancelled", await Tool.Succeed(Proxies.Control, "--cancel", socket), StringComparison.Ordinal);
         Assert.Equal("cancelled", await JobState());
-        Assert.Contains("nothing is being cached", (await Control("--cancel", socket)).Errors, StringComparison.Ordinal);
+        Assert.Contains(
+            "nothing is being cached", (await Control("--cancel", socket)).Errors, StringComparison.Ordinal);
         long cached = (await Query()).GetProperty("cached-blocks").GetInt64();
         Assert.InRange(cached, 0, (Size / 4096) - 1);
-        Task<ToolResult> waiting = Control("--cache-all", "--progress", socket), second = Control("--cache-all", "--json", socket);
+        Task<ToolResult> waiting = Control("--cache-all", "--progress", socket);
+        Task<ToolResult> second = Control("--cache-all", "--json", socket);
         Wait.Until(() => JobState().Result == "running", "it is being cached");
         hurry.Set();
         Assert.Equal(0, (await waiting).ExitCode);
@@ -248,17 +293,22 @@ public sealed class ProxyControlTests : IDisposable
         using var hurry = new ManualResetEventSlim();
         using FakeServer origin = SlowOrigin(hurry);
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
-        using Process caching = Process.Start(new ProcessStartInfo(Proxies.Control, ["--cache-all", "--blocks-per-request", "16", Proxies.Socket(_folder)])
+        using Process caching = Process.Start(new ProcessStartInfo(
+            Proxies.Control, ["--cache-all", "--blocks-per-request", "16", Proxies.Socket(_folder)])
         {
             RedirectStandardError = true,
         })!;
         Wait.Until(() => JobState().Result == "running", "it is being cached");
         ServerProcess.Signal(caching.Id, 2);
-        Assert.StartsWith("xnbd-bgctl: interrupted", await caching.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken), StringComparison.Ordinal);
+        Assert.StartsWith(
+            "xnbd-bgctl: interrupted",
+            await caching.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken),
+            StringComparison.Ordinal);
         await caching.WaitForExitAsync(TestContext.Current.CancellationToken);
         Assert.Equal(1, caching.ExitCode);
         Assert.Equal("running", await JobState());
-        Assert.Contains("--cancel", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
+        Assert.Contains(
+            "--cancel", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
         hurry.Set();
         Wait.Until(() => JobState().Result == "done", "it goes on to the end");
     }
@@ -273,10 +323,10 @@ public sealed class ProxyControlTests : IDisposable
         using var hurry = new ManualResetEventSlim();
         using FakeServer origin = SlowOrigin(hurry);
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
-        using Process terminal = Process.Start(new ProcessStartInfo(
-            "script",
-            // exec, as a shell that stays would take the Ctrl-C, too, and end with 130 (dash does, bash does not stay).
-            ["-qefc", $"exec {Proxies.Control} --cache-all --progress --blocks-per-request 16 {Proxies.Socket(_folder)}", "/dev/null"])
+        // With exec, as a shell that stays would take the Ctrl-C, too, and end with 130 (dash stays, bash does not).
+        string options = "--cache-all --progress --blocks-per-request 16";
+        string command = $"exec {Proxies.Control} {options} {Proxies.Socket(_folder)}";
+        using Process terminal = Process.Start(new ProcessStartInfo("script", ["-qefc", command, "/dev/null"])
         {
             RedirectStandardInput = true,
             RedirectStandardOutput = true,

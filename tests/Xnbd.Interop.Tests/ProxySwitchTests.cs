@@ -25,7 +25,8 @@ public sealed class ProxySwitchTests : IDisposable
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
     private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+        => JsonDocument.Parse(
+            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
 
     /// <summary>A remote that never answers certain reads, although it answers all others.</summary>
     private FakeServer Remote(Predicate<NbdRequest> isSilent) => new FakeServer(_folder.File("remote"), _bytes)
@@ -58,7 +59,8 @@ public sealed class ProxySwitchTests : IDisposable
         using NbdTestClient prefetching = proxy.Open(), writing = proxy.Open(), local = proxy.Open();
         Assert.Equal(_bytes[..4096], local.Read(0, 4096));
         prefetching.SendRequest(NbdCommand.Cache, 0, Size);
-        writing.SendRequest(NbdCommand.Write, (3 * Silent) + 100, 3, payload: [1, 2, 3]); // a part of a block: the rest never comes
+        // A part of a block: the rest never comes
+        writing.SendRequest(NbdCommand.Write, (3 * Silent) + 100, 3, payload: [1, 2, 3]);
         Wait.Until(() => Query().Result.GetProperty("requests-in-flight").GetInt64() >= 2, "the remote is asked");
         Task<ToolResult> switching = Control("--switch", "--force", Proxies.Socket(_folder));
         TimeSpan longest = ReadUntil(switching, local, _bytes[..4096]);
@@ -132,10 +134,13 @@ public sealed class ProxySwitchTests : IDisposable
         Assert.Contains($"start xnbd-server --target {_folder.File("cache.img")}", refused, StringComparison.Ordinal);
         Assert.Equal(_bytes, File.ReadAllBytes(_folder.File("cache.img")));
         using (ServerProcess origin = ServerProcess.Start(remote, serve))
-        using (ServerProcess proxy = Proxies.Start(_folder, origin)) // is one again, and may keep zeroes in its map alone
+        // Is one again, and may keep zeroes in its map alone
+        using (ServerProcess proxy = Proxies.Start(_folder, origin))
             Assert.Equal(0, proxy.Stop());
         Assert.DoesNotContain(hint, Refused(), StringComparison.Ordinal);
 
-        string Refused() => Assert.Throws<InvalidOperationException>(() => Proxies.Start(_folder, "unix:" + remote, "-").Dispose()).Message;
+        string Refused()
+            => Assert.Throws<InvalidOperationException>(
+                () => Proxies.Start(_folder, "unix:" + remote, "-").Dispose()).Message;
     }
 }

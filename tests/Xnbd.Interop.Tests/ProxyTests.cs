@@ -22,7 +22,8 @@ internal static class Proxies
         string socket = folder.File("p" + Guid.NewGuid().ToString("N")[..6]);
         return ServerProcess.Start(
             socket,
-            ["--proxy", "--unix", socket, .. options, host, port, folder.File("cache.img"), folder.File("cache.map"), Socket(folder)]);
+            ["--proxy", "--unix", socket, .. options, host, port, folder.File(
+                "cache.img"), folder.File("cache.map"), Socket(folder)]);
     }
 }
 
@@ -46,12 +47,22 @@ public sealed class ProxyTests : IDisposable
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
     private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+        => JsonDocument.Parse(
+            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
 
     private async Task<long> Figure(string name) => (await Query()).GetProperty(name).GetInt64();
 
-    public static TheoryData<string> Origins
-        => ["xnbd", "xnbd --oldstyle", "nbdkit", "nbdkit in any order", "nbdkit of small blocks", "qemu-nbd", "nbd-server", "proxy"];
+    public static TheoryData<string> Origins =>
+    [
+        "xnbd",
+        "xnbd --oldstyle",
+        "nbdkit",
+        "nbdkit in any order",
+        "nbdkit of small blocks",
+        "qemu-nbd",
+        "nbd-server",
+        "proxy",
+    ];
 
     [Theory]
     [MemberData(nameof(Origins))]
@@ -65,8 +76,13 @@ public sealed class ProxyTests : IDisposable
         using IDisposable origin = kind switch
         {
             "xnbd" => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]),
-            "xnbd --oldstyle" => ServerProcess.Start(socket, ["--target", "--readonly", "--oldstyle", "--unix", socket, _image]),
-            "proxy" => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File("c"), second.File("m"), second.File("s")]),
+            "xnbd --oldstyle"
+                => ServerProcess.Start(socket, ["--target", "--readonly", "--oldstyle", "--unix", socket, _image]),
+            "proxy"
+                => ServerProcess.Start(
+                    socket,
+                    ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File(
+                        "c"), second.File("m"), second.File("s")]),
             _ => new ForeignServer(kind, _image, socket, _folder),
         };
         string name = kind == "nbd-server" ? "disk" : "";
@@ -88,8 +104,8 @@ public sealed class ProxyTests : IDisposable
             if (Tool.Find("fio") is not null)
             {
                 await Tool.Succeed(
-                    "fio", "--name=v", "--ioengine=nbd", $"--uri={proxy.Uri}", "--rw=randrw", "--bsrange=512-64k", "--bs_unaligned", "--verify=crc32c",
-                    "--iodepth=16", "--size=8m", "--thread", "--verify_fatal=1");
+                    "fio", "--name=v", "--ioengine=nbd", $"--uri={proxy.Uri}", "--rw=randrw", "--bsrange=512-64k",
+                    "--bs_unaligned", "--verify=crc32c", "--iodepth=16", "--size=8m", "--thread", "--verify_fatal=1");
             }
 
             Assert.Equal(0, proxy.Stop());
@@ -111,7 +127,8 @@ public sealed class ProxyTests : IDisposable
 
         ToolResult early = await Control("--switch", Proxies.Socket(_folder));
         Assert.Equal(1, early.ExitCode);
-        Assert.Contains("blocks of 4096 bytes are not cached yet, the first at byte 0", early.Errors, StringComparison.Ordinal);
+        Assert.Contains(
+            "blocks of 4096 bytes are not cached yet, the first at byte 0", early.Errors, StringComparison.Ordinal);
 
         ToolResult cached = await Control("--progress", "--cache-all", Proxies.Socket(_folder));
         Assert.Equal((0, "all is cached\n"), (cached.ExitCode, cached.Output));
@@ -139,7 +156,9 @@ public sealed class ProxyTests : IDisposable
         data.CopyTo(model, offset);
     }
 
-    /// <summary>As QEMU does: who waits for a machine reads the first block already, while that still runs and writes elsewhere.</summary>
+    /// <summary>
+    /// As QEMU does: who waits for a machine reads the first block already, while that still runs and writes elsewhere.
+    /// </summary>
     [Fact]
     public async Task What_was_fetched_before_the_machine_came_is_given_up_durably()
     {
@@ -167,7 +186,8 @@ public sealed class ProxyTests : IDisposable
         Assert.Contains("1 blocks were written here", late.Errors, StringComparison.Ordinal);
         await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
         await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
-        Assert.Contains("a target now", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
+        Assert.Contains(
+            "a target now", (await Control("--invalidate", Proxies.Socket(_folder))).Errors, StringComparison.Ordinal);
         Assert.Equal(model, client.Read(0, Size));
     }
 
@@ -210,7 +230,8 @@ public sealed class ProxyTests : IDisposable
         }
 
         string otherImage = _folder.Random("other.img", Size), longer = _folder.Random("longer.img", Size + 4096);
-        using ServerProcess other = ServerProcess.Start(_folder, otherImage), long_ = ServerProcess.Start(_folder, longer);
+        using ServerProcess other = ServerProcess.Start(_folder, otherImage);
+        using ServerProcess long_ = ServerProcess.Start(_folder, longer);
         Assert.Contains("--rebind", Refused(other), StringComparison.Ordinal);
         Assert.Contains($"the remote has {Size + 4096} bytes", Refused(long_), StringComparison.Ordinal);
         Assert.Equal(map, File.ReadAllBytes(_folder.File("cache.map")));
@@ -234,7 +255,8 @@ public sealed class ProxyTests : IDisposable
     public void Files_that_are_named_twice_are_refused_and_stay()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
-        string one = _folder.File("one"), two = _folder.File("two"), three = _folder.File("three"), socket = _folder.File("s");
+        string one
+            = _folder.File("one"), two = _folder.File("two"), three = _folder.File("three"), socket = _folder.File("s");
         string folder = Directory.CreateSymbolicLink(_folder.File("link"), Path.GetDirectoryName(one)!).FullName;
         Refused("cannot be the cache image and its map", one, one, three);
         Assert.False(File.Exists(one));
@@ -243,12 +265,15 @@ public sealed class ProxyTests : IDisposable
         Refused("there is another file of that name", one, two, one);
         Refused("there is another file of that name", one, two, two);
         Assert.Equal(Size, new FileInfo(one).Length);
-        using ServerProcess proxy = ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", one, two, three]);
+        using ServerProcess proxy = ServerProcess.Start(
+            socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", one, two, three]);
 
-        void Refused(string message, params string[] files) => Assert.Contains(
-            message,
-            Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", .. files])).Message,
-            StringComparison.Ordinal);
+        void Refused(string message, params string[] files)
+        {
+            string[] arguments = ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", .. files];
+            var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(socket, arguments));
+            Assert.Contains(message, refused.Message, StringComparison.Ordinal);
+        }
     }
 
     private string Refused(ServerProcess origin, params string[] options)
@@ -265,7 +290,8 @@ public sealed class ProxyTests : IDisposable
         cache.AsSpan(4096, 4096).Fill(9);
         File.WriteAllBytes(_folder.File("cache.img"), cache);
         Assert.Contains("--import-bitmap", Refused(origin), StringComparison.Ordinal);
-        File.Move(_folder.File("cache.map"), _folder.File("other.map")); // a slip of the pen: nothing of the image may be taken for missing
+        // A slip of the pen: nothing of the image may be taken for missing
+        File.Move(_folder.File("cache.map"), _folder.File("other.map"));
         Assert.Contains("there is no bitmap", Refused(origin, "--import-bitmap"), StringComparison.Ordinal);
         Assert.Contains("holds data, and there is no map", Refused(origin), StringComparison.Ordinal);
         Assert.Equal(cache, File.ReadAllBytes(_folder.File("cache.img")));
@@ -304,7 +330,8 @@ public sealed class ProxyTests : IDisposable
             client.SendRequest(NbdCommand.Read, 1 << 20, 4096); // waits
             using NbdTestClient warm = proxy.Open();
             Assert.Equal(_before[..4096], warm.Read(0, 4096)); // is local, and waits for nobody
-            using (ServerProcess again = ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]))
+            string[] target = ["--target", "--readonly", "--unix", socket, _image];
+            using (ServerProcess again = ServerProcess.Start(socket, target))
             {
                 Assert.True(client.ReceiveReply() is { IsLast: true, Error: NbdError.None });
                 again.Kill();
@@ -316,9 +343,11 @@ public sealed class ProxyTests : IDisposable
             ToolResult wrong = await Control("--reconnect", Proxies.Socket(_folder), "unix:" + shorter.SocketPath, "-");
             Assert.Equal(1, wrong.ExitCode);
             Assert.Contains("it is another disk", wrong.Errors, StringComparison.Ordinal);
-            await Tool.Succeed(Proxies.Control, "--reconnect", Proxies.Socket(_folder), "unix:" + elsewhere.SocketPath, "-");
+            await Tool.Succeed(
+                Proxies.Control, "--reconnect", Proxies.Socket(_folder), "unix:" + elsewhere.SocketPath, "-");
             Assert.True(client.ReceiveReply() is { IsLast: true, Error: NbdError.None });
-            Assert.Contains(elsewhere.SocketPath, (await Query()).GetProperty("remote").GetString()!, StringComparison.Ordinal);
+            Assert.Contains(
+                elsewhere.SocketPath, (await Query()).GetProperty("remote").GetString()!, StringComparison.Ordinal);
         }
     }
 
@@ -330,16 +359,28 @@ public sealed class ProxyTests : IDisposable
         Task<ServerProcess> late = Task.Run(async () =>
         {
             await Task.Delay(700, TestContext.Current.CancellationToken);
-            return ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, "--lport", number, "--export-name", "x", _image]);
+            return ServerProcess.Start(
+                socket, ["--target", "--readonly", "--unix", socket, "--lport", number, "--export-name", "x", _image]);
         });
-        using ServerProcess proxy = Proxies.Start(_folder, "localhost", number, "--wait-remote", "20", "--target-exportname", "x", "--remote-connections", "2");
+        using ServerProcess proxy = Proxies.Start(
+            _folder,
+            "localhost",
+            number,
+            "--wait-remote",
+            "20",
+            "--target-exportname",
+            "x",
+            "--remote-connections",
+            "2");
         using ServerProcess origin = await late;
         Wait.Until(() => proxy.Log.Contains("waiting for the remote", StringComparison.Ordinal), "it is logged");
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before, client.Read(0, Size));
         Wait.Until(() => Figure("remote-connections").Result == 2, "both connections are made");
+        string[] files = [_folder.File("c2"), _folder.File("m2"), _folder.File("s2")];
         var unknown = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(
-            _folder.File("x"), ["--proxy", "--unix", _folder.File("x"), "--target-exportname", "y", "localhost", number, _folder.File("c2"), _folder.File("m2"), _folder.File("s2")]));
+            _folder.File("x"),
+            ["--proxy", "--unix", _folder.File("x"), "--target-exportname", "y", "localhost", number, .. files]));
         Assert.Contains("the server has no such export", unknown.Message, StringComparison.Ordinal);
         Assert.False(File.Exists(_folder.File("c2")));
     }
@@ -348,7 +389,8 @@ public sealed class ProxyTests : IDisposable
     public async Task Small_limits_slow_nobody_into_a_halt()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
-        using ServerProcess proxy = Proxies.Start(_folder, origin, "--max-queue-size", "1", "--max-buf-size", "2097152");
+        using ServerProcess proxy = Proxies.Start(
+            _folder, origin, "--max-queue-size", "1", "--max-buf-size", "2097152");
         byte[] model = [.. _before];
         using (NbdTestClient client = proxy.Open())
         {
@@ -363,7 +405,9 @@ public sealed class ProxyTests : IDisposable
         await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
     }
 
-    /// <summary>The origin answers nothing: the second miss is not even received, and no time is spent on waiting.</summary>
+    /// <summary>
+    /// The origin answers nothing: the second miss is not even received, and no time is spent on waiting.
+    /// </summary>
     [Fact]
     public async Task At_its_limit_the_proxy_reads_no_further_and_sleeps()
     {
@@ -417,7 +461,9 @@ public sealed class ProxyTests : IDisposable
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + origin.Path, "-");
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before[..100_000], client.Read(0, 100_000));
-        Wait.Until(() => proxy.Log.Contains("this is a fault of that server", StringComparison.Ordinal), "the culprit is named");
+        Wait.Until(
+            () => proxy.Log.Contains("this is a fault of that server", StringComparison.Ordinal),
+            "the culprit is named");
         await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
         await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
         Assert.Equal(_before, File.ReadAllBytes(_folder.File("cache.img")));
@@ -426,8 +472,10 @@ public sealed class ProxyTests : IDisposable
     [Fact]
     public async Task A_remote_is_reached_by_IPv6()
     {
-        string port = ServerProcess.FreePort().ToString(System.Globalization.CultureInfo.InvariantCulture), socket = _folder.File("o");
-        using ServerProcess origin = ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, "--laddr", "::1", "--lport", port, _image]);
+        string port = ServerProcess.FreePort().ToString(System.Globalization.CultureInfo.InvariantCulture);
+        string socket = _folder.File("o");
+        using ServerProcess origin = ServerProcess.Start(
+            socket, ["--target", "--readonly", "--unix", socket, "--laddr", "::1", "--lport", port, _image]);
         using ServerProcess proxy = Proxies.Start(_folder, "[::1]", port);
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before, client.Read(0, Size));
@@ -439,8 +487,10 @@ public sealed class ProxyTests : IDisposable
     public async Task A_line_that_has_forgotten_its_connections_costs_time_but_no_error()
     {
         using NetworkNamespace network = await NetworkNamespace.Create();
-        string[] server = [.. network.Prefix, ServerProcess.Executable, "--target", "--readonly", "--laddr", network.Address, "--lport", "8520", _image];
-        using Process origin = Process.Start(new ProcessStartInfo(Tool.Find(server[0])!, server[1..]) { RedirectStandardError = true })!;
+        string[] arguments = ["--target", "--readonly", "--laddr", network.Address, "--lport", "8520", _image];
+        string[] server = [.. network.Prefix, ServerProcess.Executable, .. arguments];
+        using Process origin = Process.Start(
+            new ProcessStartInfo(Tool.Find(server[0])!, server[1..]) { RedirectStandardError = true })!;
         try
         {
             using ServerProcess proxy = Proxies.Start(_folder, network.Address, "8520", "--wait-remote", "20");
@@ -468,7 +518,8 @@ public sealed class ProxyTests : IDisposable
         {
             using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
             string socket = _folder.File("p"), map = _folder.File("map");
-            string[] Args(ServerProcess from) => ["--proxy", "--unix", socket, "unix:" + from.SocketPath, "-", device, map, Proxies.Socket(_folder)];
+            string[] Args(ServerProcess from)
+                => ["--proxy", "--unix", socket, "unix:" + from.SocketPath, "-", device, map, Proxies.Socket(_folder)];
             byte[] model = [.. _before];
             using (ServerProcess proxy = ServerProcess.Start(socket, Args(origin)))
             {
@@ -491,7 +542,8 @@ public sealed class ProxyTests : IDisposable
 
             Assert.Equal(model, File.ReadAllBytes(backing)[..Size]);
             File.Delete(map);
-            using ServerProcess larger = ServerProcess.Start(_folder, _folder.Random("larger", Size + (1 << 20)), "--readonly");
+            using ServerProcess larger = ServerProcess.Start(
+                _folder, _folder.Random("larger", Size + (1 << 20)), "--readonly");
             var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(socket, Args(larger)));
             Assert.Contains($"{Size + (1 << 20)} are needed", refused.Message, StringComparison.Ordinal);
             Assert.False(File.Exists(map));
@@ -527,11 +579,16 @@ public sealed class ProxyTests : IDisposable
         using IDisposable origin = kind switch
         {
             "xnbd" => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, sparse]),
-            "proxy" => ServerProcess.Start(socket, ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File("c"), second.File("m"), second.File("s")]),
+            "proxy"
+                => ServerProcess.Start(
+                    socket,
+                    ["--proxy", "--unix", socket, "unix:" + first!.SocketPath, "-", second.File(
+                        "c"), second.File("m"), second.File("s")]),
             _ => new ForeignServer(kind, sparse, socket, _folder),
         };
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + socket, "-");
-        Assert.Contains("hole,zero", await Tool.Succeed("nbdinfo", "--map", proxy.Uri), StringComparison.Ordinal); // cold
+        // Cold
+        Assert.Contains("hole,zero", await Tool.Succeed("nbdinfo", "--map", proxy.Uri), StringComparison.Ordinal);
         await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
         Assert.InRange(await Figure("fetched-bytes"), 3 << 20, data);
         await Tool.Succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", sparse, proxy.Uri);
@@ -550,7 +607,9 @@ public sealed class ProxyTests : IDisposable
             for (int i = 0; i < 4; i++)
             {
                 string name = _folder.File("q" + i);
-                proxies.Add(ServerProcess.Start(name, ["--proxy", "--unix", name, "unix:" + origin.SocketPath, "-", name + ".img", name + ".map", name + ".ctl"]));
+                string[] files = [name + ".img", name + ".map", name + ".ctl"];
+                proxies.Add(ServerProcess.Start(
+                    name, ["--proxy", "--unix", name, "unix:" + origin.SocketPath, "-", .. files]));
             }
 
             await Task.WhenAll(proxies.Select((proxy, i) => Task.Run(() =>
@@ -576,14 +635,16 @@ public sealed class ProxyTests : IDisposable
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         string socket = _folder.File("full"), control = _folder.File("full.ctl");
         using ServerProcess proxy = ServerProcess.Start(
-            socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", small.File("c"), small.File("m"), control]);
+            socket, ["--proxy", "--unix", socket, "unix:" + origin.SocketPath, "-", small.File(
+                "c"), small.File("m"), control]);
         using NbdTestClient client = proxy.Open();
         Assert.Equal(_before, client.Read(0, Size));
         Assert.Equal(_before, client.Read(0, Size));
         ToolResult failed = await Control("--cache-all", control);
         Assert.Equal(1, failed.ExitCode);
         Assert.Contains("No space left", failed.Errors, StringComparison.Ordinal);
-        JsonElement query = JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", control)).RootElement;
+        JsonElement query = JsonDocument.Parse(
+            await Tool.Succeed(Proxies.Control, "--query", "--json", control)).RootElement;
         Assert.InRange(query.GetProperty("store-failures").GetInt64(), 1, long.MaxValue);
         Assert.True(query.GetProperty("cached-blocks").GetInt64() < query.GetProperty("blocks").GetInt64());
     }
@@ -598,25 +659,32 @@ public sealed class ProxyTests : IDisposable
             string configuration = folder.File("nbd-server.conf");
             File.WriteAllText(
                 configuration,
-                $"[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = {ServerProcess.FreePort()}\n[disk]\nexportname = {image}\nreadonly = true\n");
+                $"[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = {ServerProcess.FreePort()}\n"
+                + $"[disk]\nexportname = {image}\nreadonly = true\n");
             string[] args = program switch
             {
-                // Each read takes another time; and a server that refuses what is too long, or too fine.
+                // Each read takes another time; and the next server refuses what is too long, or too fine.
                 "nbdkit in any order" =>
                 [
                     "-f", "-r", "-U", socket, "eval", "thread_model=echo parallel", $"get_size=stat -Lc %s {image}",
-                    $"pread=sleep 0.0$(($4 / 4096 * 7 % 10)); exec dd if={image} skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none",
+                    "pread=sleep 0.0$(($4 / 4096 * 7 % 10));"
+                        + $" exec dd if={image} skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none",
                 ],
                 "nbdkit of small blocks" =>
                 [
-                    "-f", "-r", "-U", socket, "--filter=blocksize-policy", "file", image, "blocksize-minimum=512", "blocksize-preferred=4096",
-                    "blocksize-maximum=65536", "blocksize-error-policy=error",
+                    "-f", "-r", "-U", socket, "--filter=blocksize-policy", "file", image, "blocksize-minimum=512",
+                    "blocksize-preferred=4096", "blocksize-maximum=65536", "blocksize-error-policy=error",
                 ],
                 "nbdkit" => ["-f", "-r", "-U", socket, "file", image],
                 "qemu-nbd" => ["-k", socket, "-r", "-f", "raw", "-t", "--shared=8", image],
                 _ => ["-d", "-C", configuration],
             };
-            _process = Process.Start(new ProcessStartInfo(Tool.Find(program.Split(' ')[0])!, args) { RedirectStandardError = true, RedirectStandardOutput = true })!;
+            _process = Process.Start(
+                new ProcessStartInfo(Tool.Find(program.Split(' ')[0])!, args)
+                {
+                    RedirectStandardError = true,
+                    RedirectStandardOutput = true,
+                })!;
             Wait.Until(() => File.Exists(socket), $"{program} listens");
         }
 

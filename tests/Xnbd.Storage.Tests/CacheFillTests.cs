@@ -33,7 +33,8 @@ public sealed class CacheFillTests
     }
 
     private Task Run(int maxBlocks = 256, int parallel = 1, CancellationToken cancel = default)
-        => _fill.RunAsync(maxBlocks, parallel, cancel).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        => _fill.RunAsync(maxBlocks, parallel, cancel).WaitAsync(
+            TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
 
     [Fact]
     public async Task All_that_is_absent_is_fetched_in_order_and_in_requests_of_the_size_that_was_asked_for()
@@ -43,7 +44,8 @@ public sealed class CacheFillTests
         await Run(maxBlocks: 64);
         Assert.All(_fetched, range => Assert.InRange(range.Count, 1, 64));
         long[] expected = [.. Enumerable.Range(0, 100), .. Enumerable.Range(200, (int)_map.BlockCount - 200)];
-        Assert.Equal(expected, _fetched.SelectMany(r => Enumerable.Range((int)r.First, (int)r.Count)).Select(b => (long)b));
+        Assert.Equal(
+            expected, _fetched.SelectMany(r => Enumerable.Range((int)r.First, (int)r.Count)).Select(b => (long)b));
         Assert.Equal(0, _fill.ZeroBytes);
     }
 
@@ -125,7 +127,8 @@ public sealed class CacheFillTests
         using var cancel = new CancellationTokenSource();
         await cancel.CancelAsync();
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Run(cancel: cancel.Token));
-        var failing = new CacheFill(_origin, _local, _map, _changing, _ => throw new DiskException(DiskError.NoSpace, "full"));
+        var failing = new CacheFill(
+            _origin, _local, _map, _changing, _ => throw new DiskException(DiskError.NoSpace, "full"));
         await Assert.ThrowsAsync<DiskException>(() => failing.RunAsync(256, 4, CancellationToken.None));
     }
 }

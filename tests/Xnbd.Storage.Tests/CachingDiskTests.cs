@@ -59,10 +59,19 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
-    private CachingDisk Open(Func<Disk, Disk>? local = null, int requests = 64, long bytes = 32 << 20, Action<IDiskWork>? storeLater = null)
+    private CachingDisk Open(
+        Func<Disk, Disk>? local = null, int requests = 64, long bytes = 32 << 20, Action<IDiskWork>? storeLater = null)
     {
-        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(_folder.File("image"), _folder.File("map"), "origin", Length, CacheOpening.GoOn);
-        return new CachingDisk(_origin, local?.Invoke(image) ?? image, map, readOnly: false, new CacheLimits(requests, bytes), CannotStore, storeLater);
+        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(
+            _folder.File("image"), _folder.File("map"), "origin", Length, CacheOpening.GoOn);
+        return new CachingDisk(
+            _origin,
+            local?.Invoke(image) ?? image,
+            map,
+            readOnly: false,
+            new CacheLimits(requests, bytes),
+            CannotStore,
+            storeLater);
 
         void CannotStore(DiskException failure)
         {
@@ -122,7 +131,8 @@ public sealed class CachingDiskTests : IDisposable
         using CachingDisk disk = Open();
         var hold = new TaskCompletionSource();
         Hold(hold.Task);
-        Task<byte[]>[] reads = [.. Enumerable.Range(0, 50).Select(i => Task.Run(() => Read(disk, (100 * Block) + (i * 70), 500)))];
+        Task<byte[]>[] reads = [.. Enumerable.Range(0, 50).Select(
+            i => Task.Run(() => Read(disk, (100 * Block) + (i * 70), 500)))];
         Wait.Until(() => Asked.Count > 0, "the origin is asked");
         hold.SetResult();
         for (int i = 0; i < 50; i++)
@@ -173,7 +183,8 @@ public sealed class CachingDiskTests : IDisposable
         await Soon(disk.WriteAsync(2 * Block, whole, durable: true)); // whole blocks wait for nobody
         await Soon(disk.ZeroAsync(5 * Block, Block, ZeroMode.MayPunch, durable: false));
         await Soon(disk.TrimAsync(6 * Block, Block, durable: false));
-        ValueTask partial = disk.WriteAsync((7 * Block) + 10, new byte[] { 1, 2, 3 }, durable: false); // waits for the rest of its block
+        // Waits for the rest of its block
+        ValueTask partial = disk.WriteAsync((7 * Block) + 10, new byte[] { 1, 2, 3 }, durable: false);
         Assert.False(partial.IsCompleted);
         hold.SetResult();
         await Soon(early);
@@ -247,7 +258,8 @@ public sealed class CachingDiskTests : IDisposable
         File.Delete(_folder.File("map"));
         lock (_asked)
             _asked.Clear();
-        using CachingDisk fresh = Open(storeLater: work => work.Run()); // at once: nobody is read ahead of while much is to be stored
+        // At once: nobody is read ahead of while much is to be stored
+        using CachingDisk fresh = Open(storeLater: work => work.Run());
         const int read = 4 << 20;
         for (int offset = 0; offset < read; offset += Block)
             Assert.Equal(Expected(offset, Block), await Soon(Read(fresh, offset, Block)));
@@ -260,15 +272,19 @@ public sealed class CachingDiskTests : IDisposable
     public async Task An_origin_that_fails_fails_who_needs_it_and_is_asked_again()
     {
         using CachingDisk disk = Open();
-        _origin.Before = (_, offset, _) => offset == 8 * Block ? throw new DiskException(DiskError.Io, "the line is down") : Task.CompletedTask;
+        _origin.Before = (_, offset, _)
+            => offset == 8 * Block ? throw new DiskException(DiskError.Io, "the line is down") : Task.CompletedTask;
         Task<byte[]> bad = Read(disk, 8 * Block, Block), good = Read(disk, 30 * Block, Block);
-        Assert.Contains("the line is down", (await Assert.ThrowsAsync<DiskException>(() => bad)).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "the line is down", (await Assert.ThrowsAsync<DiskException>(() => bad)).Message, StringComparison.Ordinal);
         Assert.Equal(Expected(30 * Block, Block), await Soon(good));
-        await Assert.ThrowsAsync<DiskException>(() => disk.WriteAsync(8 * Block, new byte[100], durable: false).AsTask());
+        await Assert.ThrowsAsync<DiskException>(
+            () => disk.WriteAsync(8 * Block, new byte[100], durable: false).AsTask());
         await Soon(disk.WriteAsync(9 * Block, new byte[Block], durable: true));
         await Assert.ThrowsAsync<DiskException>(() => disk.CacheAll(1, 4, CancellationToken.None));
         _origin.Before = Ask;
-        Assert.Equal(Expected(8 * Block, Block), await Soon(Read(disk, 8 * Block, Block))); // the write that failed has changed nothing
+        // The write that failed has changed nothing
+        Assert.Equal(Expected(8 * Block, Block), await Soon(Read(disk, 8 * Block, Block)));
         await disk.CacheAll(256, 4, CancellationToken.None);
         Assert.Equal(0, disk.Statistics.AbsentBlocks);
         Assert.Empty(_notStored);
@@ -301,7 +317,9 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
-    /// <summary>The file takes nothing: what was fetched fills the room that there is, and no more is fetched.</summary>
+    /// <summary>
+    /// The file takes nothing: what was fetched fills the room that there is, and no more is fetched.
+    /// </summary>
     [Fact]
     public async Task What_is_fetched_and_not_stored_is_bounded()
     {
@@ -311,7 +329,9 @@ public sealed class CachingDiskTests : IDisposable
         using var release = new Release(writing);
         Task<byte[]>[] reads = [.. Enumerable.Range(0, 64).Select(i => Read(disk, i * 50L * Block, 16 * Block))];
         Wait.Until(() => Asked.Sum(r => r.Length) > most - (16 * Block), "the room is taken");
-        Assert.True(reads.Count(r => r.IsCompleted) is var completed and < 64 && completed * 16 * Block <= most, "more is held than there is room for");
+        Assert.True(
+            reads.Count(r => r.IsCompleted) is var completed and < 64 && completed * 16 * Block <= most,
+            "more is held than there is room for");
         writing.Set();
         for (int i = 0; i < reads.Length; i++)
             Assert.Equal(Expected(i * 50L * Block, 16 * Block), await Soon(reads[i]));
@@ -319,8 +339,8 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     /// <summary>
-    /// Storing waits for a writer, who waits for a fetch, for which there is room only after storing: unless what waits for a
-    /// writer does not count.
+    /// Storing waits for a writer, who waits for a fetch, for which there is room only after storing: unless what waits
+    /// for a writer does not count.
     /// </summary>
     [Fact]
     public async Task Writers_and_storing_do_not_wait_for_each_other()
@@ -332,15 +352,20 @@ public sealed class CachingDiskTests : IDisposable
             var hold = new TaskCompletionSource();
             Hold(hold.Task);
             Task<byte[]> all = Read(disk, at, 256 * Block); // all of the room
-            ValueTask writer = disk.WriteAsync(at + (255 * Block) + 1, new byte[2 * Block], durable: false); // holds its last block, and needs one behind
+            // Holds its last block, and needs one behind
+            ValueTask writer = disk.WriteAsync(at + (255 * Block) + 1, new byte[2 * Block], durable: false);
             hold.SetResult();
             await Soon(writer);
             Assert.Equal(Expected(at, 255 * Block), (await Soon(all))[..(255 * Block)]);
-            Wait.Until(() => disk.Statistics.AbsentBlocks <= BlockRange.CountOf(Length) - ((round + 1) * 258), "all is stored");
+            Wait.Until(
+                () => disk.Statistics.AbsentBlocks <= BlockRange.CountOf(Length) - ((round + 1) * 258),
+                "all is stored");
         }
     }
 
-    /// <summary>Writers that are stuck hold a block in each MiB that is read: the rest of those MiBs must not fill the memory.</summary>
+    /// <summary>
+    /// Writers that are stuck hold a block in each MiB that is read: the rest of those MiBs must not fill the memory.
+    /// </summary>
     [Fact]
     public async Task What_waits_for_writers_is_bounded_too_and_fetched_again()
     {
@@ -387,7 +412,8 @@ public sealed class CachingDiskTests : IDisposable
     {
         using (CachingDisk disk = Open(image => new FaultDisk(image)
         {
-            Before = (operation, _, _) => operation == "flush" ? throw new DiskException(DiskError.Io, "bad medium") : Task.CompletedTask,
+            Before = (operation, _, _)
+                => operation == "flush" ? throw new DiskException(DiskError.Io, "bad medium") : Task.CompletedTask,
         }))
         {
             await disk.CacheAll(256, 4, CancellationToken.None);
@@ -412,7 +438,10 @@ public sealed class CachingDiskTests : IDisposable
         await disk.CacheAll(256, 8, CancellationToken.None);
         Assert.Equal(_bytes, await Soon(Read(disk, 0, Length)));
         Assert.Equal(BlockRange.CountOf(Length), disk.Statistics.FetchedBlocks);
-        Assert.InRange(long.Parse((await Tool.Succeed("stat", "-c", "%b", image)).Trim(), null) * 512, Length - (9 << 20), Length - (7 << 20));
+        Assert.InRange(
+            long.Parse((await Tool.Succeed("stat", "-c", "%b", image)).Trim(), null) * 512,
+            Length - (9 << 20),
+            Length - (7 << 20));
         var extents = new ExtentList(2);
         await disk.GetExtentsAsync(0, Length, extents);
         Assert.Equal([new(1 << 20, false, 1), new(8 << 20, true, 1)], extents.Extents);
@@ -491,54 +520,47 @@ public sealed class CachingDiskTests : IDisposable
     [Fact]
     public async Task What_was_written_after_a_switch_is_not_given_up()
     {
-        using (CacheDisk cache = OpenCache())
+        using (OriginCache cache = OpenCache())
         {
             await cache.CacheAll(256, CancellationToken.None);
             cache.Switch(force: false);
             await Soon(cache.Disk.WriteAsync(0, new byte[Block], durable: true));
         }
 
-        using CacheDisk again = OpenCache();
+        using OriginCache again = OpenCache();
         Assert.Equal(0, again.Statistics.WrittenBlocks);
         Assert.Equal(Remedy.ClearMap, Assert.Throws<DiskException>(again.Invalidate).Remedy);
         byte[] seen = new byte[Block];
         await Soon(again.Disk.ReadAsync(0, seen));
         Assert.Equal(new byte[Block], seen);
 
-        CacheDisk OpenCache() => CacheDisk.Open(
-            _origin, "origin", _folder.File("image"), _folder.File("map"), CacheOpening.GoOn, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+        OriginCache OpenCache() => OriginCache.Open(
+            _origin,
+            "origin",
+            _folder.File("image"),
+            _folder.File("map"),
+            CacheOpening.GoOn,
+            readOnly: false,
+            new CacheLimits(64, 32 << 20),
+            _notStored.Add);
     }
 
-    /// <summary>The map of a large disk is looked at once, not once for each part of it: the switch does so while clients wait.</summary>
+    /// <summary>
+    /// The map of a large disk is looked at once, not once for each part of it: the switch does so while clients wait.
+    /// </summary>
     [Fact]
     public async Task The_time_of_a_switch_grows_with_the_disk_and_not_with_its_square()
     {
         const long length = 1L << 40;
-        var map = BlockMap.Create(new NoStore(), new MapHeader
-        {
-            Id = Guid.NewGuid(),
-            BootId = Guid.NewGuid(),
-            Flags = MapFlags.Cache,
-            DataStart = 0,
-            Source = new SourceIdentity("x", length, 0, 0),
-        });
+        BlockMap map = MemoryMap.Create(length);
         map.SetFetched(new BlockRange(0, map.BlockCount));
-        using var disk = new CachingDisk(_origin, new MemoryDisk(0), map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
-        await disk.Materialize(giveUpAbsent: false, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken); // a quarter of a second; else minutes
-        await disk.CacheAll(256, 4, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
-    }
-
-    private sealed class NoStore : IMapStore
-    {
-        public void Read(long offset, Span<byte> buffer) => buffer.Clear();
-
-        public void Write(long offset, ReadOnlySpan<byte> data)
-        {
-        }
-
-        public void Sync()
-        {
-        }
+        using var disk = new CachingDisk(
+            _origin, new MemoryDisk(0), map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+        // A quarter of a second; else minutes
+        await disk.Materialize(giveUpAbsent: false, CancellationToken.None).WaitAsync(
+            TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        await disk.CacheAll(256, 4, CancellationToken.None).WaitAsync(
+            TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
     }
 
     [Fact]
@@ -548,15 +570,28 @@ public sealed class CachingDiskTests : IDisposable
         await Soon(Read(disk, 0, 4 * Block));
         WaitUntilStored(disk, 4);
         await Soon(disk.ZeroAsync(8 * Block, Block, ZeroMode.MayPunch, durable: false));
-        Assert.Contains("1 blocks were written here", (await Assert.ThrowsAsync<DiskException>(disk.Invalidate)).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "1 blocks were written here",
+            (await Assert.ThrowsAsync<DiskException>(disk.Invalidate)).Message,
+            StringComparison.Ordinal);
         Assert.Equal((4, 1), (disk.Statistics.FetchedBlocks, disk.Statistics.WrittenBlocks));
     }
 
-    /// <summary>Of zeroes at both ends, of some between parts of blocks, around what was written, and of a few only, which are fetched.</summary>
+    /// <summary>
+    /// Of zeroes at both ends, of some between parts of blocks, around what was written, and of a few only, which are
+    /// fetched.
+    /// </summary>
     [Fact]
     public async Task Zeroes_that_the_origin_knows_of_are_not_fetched()
     {
-        (int Start, int Length)[] zeroes = [(0, 1 << 20), ((2 << 20) + 100, 1 << 20), (5 << 20, 8192), (6 << 20, 4 << 20), (Length - (1 << 20), 1 << 20)];
+        (int Start, int Length)[] zeroes =
+        [
+            (0, 1 << 20),
+            ((2 << 20) + 100, 1 << 20),
+            (5 << 20, 8192),
+            (6 << 20, 4 << 20),
+            (Length - (1 << 20), 1 << 20),
+        ];
         foreach ((int start, int length) in zeroes)
             _bytes.AsSpan(start, length).Clear();
         _memory.TryWrite(0, _bytes);
@@ -566,13 +601,15 @@ public sealed class CachingDiskTests : IDisposable
             while (offset < end)
             {
                 bool isZero = zeroes.Any(z => z.Start <= offset && offset < z.Start + z.Length);
-                long next = zeroes.SelectMany(z => (int[])[z.Start, z.Start + z.Length]).Where(at => at > offset).Append(Length).Min();
+                IEnumerable<int> ends = zeroes.SelectMany(z => (int[])[z.Start, z.Start + z.Length]);
+                long next = ends.Where(at => at > offset).Append(Length).Min();
                 extents.Add(Math.Min(next, end) - offset, isZero);
                 offset = next;
             }
         };
         using CachingDisk disk = Open();
-        await Soon(disk.WriteAsync((7 << 20) + 5, new byte[] { 1, 2, 3 }, durable: false)); // a part of a block: it is fetched for that
+        // A part of a block: it is fetched for that
+        await Soon(disk.WriteAsync((7 << 20) + 5, new byte[] { 1, 2, 3 }, durable: false));
         ((byte[])[1, 2, 3]).CopyTo(_bytes, (7 << 20) + 5);
         await Soon(Read(disk, 8 << 20, Block));
         lock (_asked)
@@ -617,11 +654,18 @@ public sealed class CachingDiskTests : IDisposable
         const int length = 80 << 20;
         var memory = new MemoryDisk(length);
         memory.TryWrite(0, [.. Enumerable.Repeat((byte)1, length)]);
-        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(_folder.File("image"), _folder.File("map"), "origin", length, CacheOpening.GoOn);
+        (ImageFile image, BlockMap map, _mapFile) = CacheFiles.Open(
+            _folder.File("image"), _folder.File("map"), "origin", length, CacheOpening.GoOn);
         using var flushing = new ManualResetEventSlim();
         using var release = new Release(flushing);
         var local = new FaultDisk(image);
-        using var disk = new CachingDisk(new FaultDisk(memory) { Slow = true }, local, map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
+        using var disk = new CachingDisk(
+            new FaultDisk(memory) { Slow = true },
+            local,
+            map,
+            readOnly: false,
+            new CacheLimits(64, 32 << 20),
+            _notStored.Add);
         long unsynced = 0, mostUnsynced = 0;
         local.Before = (operation, _, count) =>
         {
@@ -650,7 +694,8 @@ public sealed class CachingDiskTests : IDisposable
         // And a copy that nobody disturbs never has more under way than two steps, and what it has asked for.
         await disk.Invalidate();
         mostUnsynced = 0;
-        await disk.CacheAll(256, 16, CancellationToken.None).WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        await disk.CacheAll(256, 16, CancellationToken.None).WaitAsync(
+            TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
         Assert.InRange(mostUnsynced, 1 << 20, 48 << 20);
     }
 
@@ -660,24 +705,32 @@ public sealed class CachingDiskTests : IDisposable
     {
         using CachingDisk disk = Open();
         Hold(new TaskCompletionSource().Task); // the origin answers nothing
-        foreach ((long offset, long length) in ((long, long)[])[(10, 100), ((8 * Block) + 1, 8 * Block), (8 * Block, (4 * Block) + 1), (Length - 1300, 100)])
+        (long, long)[] ranges =
+            [(10, 100), ((8 * Block) + 1, 8 * Block), (8 * Block, (4 * Block) + 1), (Length - 1300, 100)];
+        foreach ((long offset, long length) in ranges)
         {
             foreach (ZeroMode mode in (ZeroMode[])[ZeroMode.FastOnly, ZeroMode.FastOnly | ZeroMode.MayPunch])
             {
-                var refused = await Assert.ThrowsAsync<DiskException>(() => Soon(disk.ZeroAsync(offset, length, mode, durable: false)));
+                var refused = await Assert.ThrowsAsync<DiskException>(
+                    () => Soon(disk.ZeroAsync(offset, length, mode, durable: false)));
                 Assert.Equal(DiskError.NotSupported, refused.Error);
             }
         }
 
         Assert.Equal(disk.Map.BlockCount, disk.Statistics.AbsentBlocks);
         Assert.Empty(Asked);
-        await Soon(disk.ZeroAsync(8 * Block, 4 * Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // whole blocks are,
-        await Soon(disk.ZeroAsync(Length - 1234, 1234, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // and the end of the disk,
-        await Soon(disk.ZeroAsync((8 * Block) + 1, Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false)); // and what is here
+        // Whole blocks are,
+        await Soon(disk.ZeroAsync(8 * Block, 4 * Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
+        // And the end of the disk,
+        await Soon(disk.ZeroAsync(Length - 1234, 1234, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
+        // And what is here
+        await Soon(disk.ZeroAsync((8 * Block) + 1, Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
         Assert.Empty(Asked);
     }
 
-    /// <summary>Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.</summary>
+    /// <summary>
+    /// Four clients, each in places of its own, but not in blocks of its own; everything else goes on at the same time.
+    /// </summary>
     [Theory]
     [InlineData(1, false)]
     [InlineData(2, true)]
@@ -685,7 +738,8 @@ public sealed class CachingDiskTests : IDisposable
     {
         const int clients = 4, stripe = 1000;
         byte[] model = [.. _bytes];
-        using CachingDisk disk = Open(image => isSlowFile ? new FaultDisk(image) { Slow = true } : image, requests: 8, bytes: 2 << 20);
+        using CachingDisk disk = Open(
+            image => isSlowFile ? new FaultDisk(image) { Slow = true } : image, requests: 8, bytes: 2 << 20);
         var seeds = new Random(seed);
         Task[] running = [.. Enumerable.Range(0, clients).Select(client =>
         {

@@ -37,8 +37,9 @@ public sealed class CowDiskTests : IDisposable
         byte[] model = [.. _baseBytes];
         var random = new Random(seed);
         using (LayerFile layer = MakeLayer())
-        using (var disk = new CowDisk(new FaultDisk(OpenBase()) { Slow = slow }, new FaultDisk(layer.Data) { Slow = slow }, layer.Map, false))
         {
+            var below = new FaultDisk(OpenBase()) { Slow = slow };
+            using var disk = new CowDisk(below, new FaultDisk(layer.Data) { Slow = slow }, layer.Map, false);
             for (int i = 0; i < 3000; i++)
                 await Operate(disk, random, model, Length);
             Assert.Equal(model, await ReadAll(disk));
@@ -74,7 +75,11 @@ public sealed class CowDiskTests : IDisposable
     public async Task Concurrent_writers_to_parts_of_one_absent_block_lose_nothing()
     {
         using LayerFile layer = MakeLayer();
-        var slowBase = new FaultDisk(OpenBase()) { Slow = true, Before = (_, _, _) => Task.Delay(Random.Shared.Next(3)) };
+        var slowBase = new FaultDisk(OpenBase())
+        {
+            Slow = true,
+            Before = (_, _, _) => Task.Delay(Random.Shared.Next(3)),
+        };
         using var disk = new CowDisk(slowBase, layer.Data, layer.Map, false);
         byte[] model = [.. _baseBytes];
         for (int block = 0; block < 60; block++)
@@ -110,7 +115,11 @@ public sealed class CowDiskTests : IDisposable
                 int at = random.Next(share), length = 1 + random.Next(share - at);
                 if (random.Next(3) == 0)
                 {
-                    await disk.ZeroAsync((i * share) + at, length, random.Next(2) == 0 ? ZeroMode.MayPunch : ZeroMode.None, durable: false);
+                    await disk.ZeroAsync(
+                        (i * share) + at,
+                        length,
+                        random.Next(2) == 0 ? ZeroMode.MayPunch : ZeroMode.None,
+                        durable: false);
                     own.AsSpan(at, length).Clear();
                 }
                 else
@@ -240,7 +249,8 @@ public sealed class CowDiskTests : IDisposable
         Assert.Equal(1 << 20, two.Length + 100);
         Assert.True(disk.TryLocate(0, 65536, findHoles: true).IsHole);
         Assert.Equal(FileRange.None, disk.TryLocate((1 << 20) - 4096, 65536, findHoles: true)); // the layer may change
-        Assert.Equal((1 << 19) - 100, disk.TryLocate((3 << 19) + 100, 1 << 19, findHoles: true).Length); // the base may not
+        // The base may not
+        Assert.Equal((1 << 19) - 100, disk.TryLocate((3 << 19) + 100, 1 << 19, findHoles: true).Length);
     }
 
     [Fact]
@@ -261,7 +271,8 @@ public sealed class CowDiskTests : IDisposable
         bool fails = true;
         var bad = new FaultDisk(layer.Data)
         {
-            Before = (operation, _, _) => fails && operation == "flush" ? throw new DiskException(DiskError.Io, "gone") : Task.CompletedTask,
+            Before = (operation, _, _)
+                => fails && operation == "flush" ? throw new DiskException(DiskError.Io, "gone") : Task.CompletedTask,
         };
         using var disk = new CowDisk(OpenBase(), bad, layer.Map, false);
         await disk.WriteAsync(0, new byte[4096], durable: false);
@@ -287,7 +298,8 @@ public sealed class CowDiskTests : IDisposable
             },
         };
         using var disk = new CowDisk(OpenBase(), slow, layer.Map, false);
-        await Task.WhenAll(Enumerable.Range(0, 100).Select(i => disk.WriteAsync(i * 4096, new byte[4096], durable: true).AsTask()));
+        await Task.WhenAll(
+            Enumerable.Range(0, 100).Select(i => disk.WriteAsync(i * 4096, new byte[4096], durable: true).AsTask()));
         Assert.InRange(syncs, 1, 20);
         Assert.True(layer.Map.IsCommitted);
     }

@@ -39,7 +39,8 @@ public sealed class DeferredWorkTests
     public void Sends_that_storing_causes_come_before_the_next_storing()
     {
         DeferredWork.Begin();
-        DeferredWork.TryDefer(WorkPhase.Store, Work("store 1", () => DeferredWork.TryDefer(WorkPhase.Send, Work("send"))));
+        DeferredWork.TryDefer(
+            WorkPhase.Store, Work("store 1", () => DeferredWork.TryDefer(WorkPhase.Send, Work("send"))));
         DeferredWork.TryDefer(WorkPhase.Store, Work("store 2"));
         DeferredWork.End();
         Assert.Equal(["store 1", "send", "store 2"], _done);
@@ -77,7 +78,9 @@ public sealed class DeferredWorkTests
         Assert.Equal(["first", "send", "store", "waits"], _done);
     }
 
-    /// <summary>A thread that does a disk thread's work may wait, and others may wait for what it has deferred.</summary>
+    /// <summary>
+    /// A thread that does a disk thread's work may wait, and others may wait for what it has deferred.
+    /// </summary>
     [Fact]
     public void Without_disk_threads_what_was_deferred_comes_before_the_work_that_may_wait()
     {

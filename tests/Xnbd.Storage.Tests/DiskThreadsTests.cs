@@ -16,14 +16,16 @@ public sealed class DiskThreadsTests
     public void Without_threads_all_is_done_that_several_hand_over_at_once()
     {
         const int count = 4;
-        using var all = new Barrier(count); // each has handed its work over before one has learned that there is no thread
+        // Each has handed its work over before one has learned that there is no thread
+        using var all = new Barrier(count);
         var threads = new DiskThreads("none", 16, (_, _) =>
         {
             Assert.True(all.SignalAndWait(s_deadline));
             return null;
         });
         using var done = new CountdownEvent(count);
-        Thread[] callers = [.. Enumerable.Range(0, count).Select(_ => new Thread(() => threads.Enqueue(new Job(() => done.Signal()))))];
+        Thread[] callers = [.. Enumerable.Range(0, count).Select(
+            _ => new Thread(() => threads.Enqueue(new Job(() => done.Signal()))))];
         Array.ForEach(callers, caller => caller.Start());
         Array.ForEach(callers, caller => caller.Join());
         Assert.Equal(0, done.CurrentCount); // before: one was done, and three waited for ever

@@ -44,7 +44,9 @@ public sealed class FetchQueueTests : IDisposable
         }
     }
 
-    /// <summary>Whoever waits goes on at once, on the thread that completes; the test's own context would prevent that.</summary>
+    /// <summary>
+    /// Whoever waits goes on at once, on the thread that completes; the test's own context would prevent that.
+    /// </summary>
     private static void AsOnThreadsOfTheServer(Action action)
     {
         SynchronizationContext? context = SynchronizationContext.Current;
@@ -73,7 +75,8 @@ public sealed class FetchQueueTests : IDisposable
         _queue!.End([.. fetches.Select(fetch => (fetch, (DiskException?)null))]);
     }
 
-    private static byte[] Expected(long offset, int length) => [.. Enumerable.Range(0, length).Select(i => Origin.ByteAt(offset + i))];
+    private static byte[] Expected(long offset, int length)
+        => [.. Enumerable.Range(0, length).Select(i => Origin.ByteAt(offset + i))];
 
     [Fact]
     public async Task A_block_that_is_being_fetched_is_joined_until_it_is_stored()
@@ -97,7 +100,7 @@ public sealed class FetchQueueTests : IDisposable
     {
         Open();
         DeferredWork.Begin();
-        Task<byte[]>[] reads = [Read(50 * Block, Block), Read(51 * Block, Block), Read(49 * Block, Block), Read(60 * Block, Block)];
+        Task<byte[]>[] reads = [.. ((int[])[50, 51, 49, 60]).Select(block => Read(block * Block, Block))];
         Assert.Empty(_origin.Asked);
         DeferredWork.End();
         Assert.Equal([new BlockRange(49, 3), new BlockRange(60, 1)], _origin.Asked);
@@ -257,7 +260,9 @@ public sealed class FetchQueueTests : IDisposable
         await Assert.ThrowsAsync<DiskException>(() => read);
     }
 
-    /// <summary>A writer that completes a block while it is being stored waits for what it sees, and for nothing else.</summary>
+    /// <summary>
+    /// A writer that completes a block while it is being stored waits for what it sees, and for nothing else.
+    /// </summary>
     [Fact]
     public async Task Who_waits_for_the_store_sees_what_arrived_when_it_asked()
     {
@@ -316,17 +321,21 @@ public sealed class FetchQueueTests : IDisposable
 
         public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
-        public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable) => throw new InvalidOperationException();
+        public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+            => throw new InvalidOperationException();
 
-        public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable) => throw new InvalidOperationException();
+        public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+            => throw new InvalidOperationException();
 
-        public override ValueTask TrimAsync(long offset, long length, bool durable) => throw new InvalidOperationException();
+        public override ValueTask TrimAsync(long offset, long length, bool durable)
+            => throw new InvalidOperationException();
 
         public override ValueTask FlushAsync() => throw new InvalidOperationException();
 
         public override ValueTask PrefetchAsync(long offset, long length) => throw new InvalidOperationException();
 
-        public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents) => throw new InvalidOperationException();
+        public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
+            => throw new InvalidOperationException();
 
         protected override void Dispose(bool disposing)
         {

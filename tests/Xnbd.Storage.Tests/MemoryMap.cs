@@ -8,14 +8,18 @@ internal static class MemoryMap
     /// <summary>A map in which all blocks are absent.</summary>
     /// <param name="length">The disk's length in bytes.</param>
     /// <param name="store">Where it is written; nowhere by default.</param>
-    public static BlockMap Create(long length, IMapStore? store = null) => BlockMap.Create(store ?? new NoStore(), new MapHeader
+    public static BlockMap Create(long length, IMapStore? store = null)
     {
-        Id = Guid.NewGuid(),
-        BootId = Guid.NewGuid(),
-        Flags = MapFlags.Cache,
-        DataStart = 0,
-        Source = new SourceIdentity("origin", length, 0, 0),
-    });
+        var header = new MapHeader
+        {
+            Id = Guid.NewGuid(),
+            BootId = Guid.NewGuid(),
+            Flags = MapFlags.Cache,
+            DataStart = 0,
+            Source = new SourceIdentity("origin", length, 0, 0),
+        };
+        return BlockMap.Create(store ?? new NoStore(), header);
+    }
 
     /// <summary>Keeps nothing, and notes how often it was written.</summary>
     public sealed class NoStore : IMapStore

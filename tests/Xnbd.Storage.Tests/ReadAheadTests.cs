@@ -9,7 +9,8 @@ public sealed class ReadAheadTests
 
     private readonly ReadAhead _ahead = new(Blocks);
 
-    private BlockRange Read(long first, long count = 1, bool hasRoom = true) => _ahead.Next(new BlockRange(first, count), hasRoom);
+    private BlockRange Read(long first, long count = 1, bool hasRoom = true)
+        => _ahead.Next(new BlockRange(first, count), hasRoom);
 
     [Fact]
     public void Nothing_is_read_ahead_of_a_random_reader()

@@ -32,21 +32,21 @@ public sealed class SwitchTests : IDisposable
         _folder.Dispose();
     }
 
-    private CacheDisk Open()
+    private OriginCache Open()
     {
         (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(
             _folder.File("image"), _folder.File("map"), "origin", Length, CacheOpening.GoOn);
         _image = new FaultDisk(image);
         var cache = new CachingDisk(_origin, _image, map, readOnly: false, new CacheLimits(64, 32 << 20), _ => { });
-        return new CacheDisk(cache, image, mapFile, _origin);
+        return new OriginCache(cache, image, mapFile, _origin);
     }
 
     /// <summary>From now on the origin answers nothing.</summary>
     private void BeSilent() => _origin.Before = (_, _, _) => _silence.Task;
 
-    private static Task Switch(CacheDisk cache, bool force) => Task.Run(() => cache.Switch(force));
+    private static Task Switch(OriginCache cache, bool force) => Task.Run(() => cache.Switch(force));
 
-    private static async Task<byte[]> Read(CacheDisk cache, long offset, int length)
+    private static async Task<byte[]> Read(OriginCache cache, long offset, int length)
     {
         byte[] buffer = new byte[length];
         if (!cache.Disk.TryRead(offset, buffer))
@@ -55,16 +55,18 @@ public sealed class SwitchTests : IDisposable
         return buffer;
     }
 
-    private static async Task Write(CacheDisk cache, long offset, byte[] data, bool durable = false)
+    private static async Task Write(OriginCache cache, long offset, byte[] data, bool durable = false)
     {
         if (durable || !cache.Disk.TryWrite(offset, data))
             await cache.Disk.WriteAsync(offset, data, durable);
         await Task.Yield();
     }
 
-    private static Task Soon(Task task) => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+    private static Task Soon(Task task)
+        => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
 
-    private static Task<T> Soon<T>(Task<T> task) => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+    private static Task<T> Soon<T>(Task<T> task)
+        => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
 
     private static byte[] Filled(int length, byte value) => [.. Enumerable.Repeat(value, length)];
 
@@ -74,11 +76,14 @@ public sealed class SwitchTests : IDisposable
     [Fact]
     public async Task Neither_a_long_prefetch_nor_the_switch_holds_anybody_up()
     {
-        using CacheDisk cache = Open();
+        using OriginCache cache = Open();
         await Write(cache, 0, Filled(Block, 1));
         BeSilent();
         Task prefetch = cache.Disk.PrefetchAsync(0, Length).AsTask();
-        Assert.Contains("not cached yet", (await Assert.ThrowsAsync<DiskException>(() => Soon(Switch(cache, force: false)))).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "not cached yet",
+            (await Assert.ThrowsAsync<DiskException>(() => Soon(Switch(cache, force: false)))).Message,
+            StringComparison.Ordinal);
         Task switching = Switch(cache, force: true);
         do
         {
@@ -94,7 +99,7 @@ public sealed class SwitchTests : IDisposable
     [Fact]
     public async Task A_read_that_is_never_answered_delays_no_switch_and_sees_what_was_written_meanwhile()
     {
-        using CacheDisk cache = Open();
+        using OriginCache cache = Open();
         var isAsked = new TaskCompletionSource();
         _origin.Before = (_, offset, _) =>
         {
@@ -118,9 +123,10 @@ public sealed class SwitchTests : IDisposable
     [Fact]
     public async Task Writes_that_wait_for_a_silent_origin_are_carried_over()
     {
-        using CacheDisk cache = Open();
+        using OriginCache cache = Open();
         BeSilent();
-        Task first = Write(cache, (10 * Block) + 100, Filled(200, 1)), second = Write(cache, (10 * Block) + 1000, Filled(2 * Block, 2), durable: true);
+        Task first = Write(cache, (10 * Block) + 100, Filled(200, 1));
+        Task second = Write(cache, (10 * Block) + 1000, Filled(2 * Block, 2), durable: true);
         Task zeroing = cache.Disk.ZeroAsync((20 * Block) + 5, Block, ZeroMode.None, durable: false).AsTask();
         Task<byte[]> read = Read(cache, 30 * Block, Block);
         Task flush = cache.Disk.FlushAsync().AsTask();
@@ -140,16 +146,20 @@ public sealed class SwitchTests : IDisposable
     [Fact]
     public async Task A_switch_that_fails_changes_nothing_and_can_be_tried_again()
     {
-        using CacheDisk cache = Open();
+        using OriginCache cache = Open();
         await cache.Disk.ZeroAsync(0, Block, ZeroMode.MayPunch, durable: false);
         BeSilent();
         Task<byte[]> read = Read(cache, 80 * Block, Block);
-        Task write = Write(cache, (90 * Block) + 1, Filled(10, 3)); // holds its block, so that zeroes are written in the second pass only
+        // Holds its block, so that zeroes are written in the second pass only
+        Task write = Write(cache, (90 * Block) + 1, Filled(10, 3));
         int zeroings = 0;
         _image!.Before = (operation, _, _) => operation == "zero" && Interlocked.Increment(ref zeroings) == 2
             ? throw new DiskException(DiskError.NoSpace, "full")
             : Task.CompletedTask;
-        Assert.Contains("full", (await Assert.ThrowsAsync<DiskException>(() => Soon(Switch(cache, force: true)))).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "full",
+            (await Assert.ThrowsAsync<DiskException>(() => Soon(Switch(cache, force: true)))).Message,
+            StringComparison.Ordinal);
         Assert.Null(cache.Image);
         Assert.False(read.IsCompleted);
         _silence.SetResult();
@@ -171,10 +181,11 @@ public sealed class SwitchTests : IDisposable
     [InlineData("zero")]
     public async Task Zeroes_that_are_made_during_the_switch_are_in_the_image(string held)
     {
-        using CacheDisk cache = Open();
+        using OriginCache cache = Open();
         await Soon(cache.CacheAll(256, CancellationToken.None));
         if (held == "zero")
-            await cache.Disk.ZeroAsync(100 * Block, Block, ZeroMode.MayPunch, durable: true); // what the switch has to do
+            // What the switch has to do
+            await cache.Disk.ZeroAsync(100 * Block, Block, ZeroMode.MayPunch, durable: true);
         using var isHeld = new ManualResetEventSlim();
         using var hold = new ManualResetEventSlim();
         _image!.Before = (operation, offset, _) =>
@@ -238,7 +249,7 @@ public sealed class SwitchTests : IDisposable
     {
         const int clients = 4, stripe = 1000;
         byte[] model = [.. _bytes];
-        using (CacheDisk cache = Open())
+        using (OriginCache cache = Open())
         {
             _image!.Slow = isSlowFile;
             using var hasSwitched = new CancellationTokenSource();
@@ -258,7 +269,9 @@ public sealed class SwitchTests : IDisposable
                                 Assert.Equal(model[offset..(offset + length)], await Soon(Read(cache, offset, length)));
                                 break;
                             case < 5:
-                                await Soon(cache.Disk.ZeroAsync(offset, length, (ZeroMode)random.Next(2), random.Next(30) == 0).AsTask());
+                                await Soon(
+                                    cache.Disk.ZeroAsync(
+                                        offset, length, (ZeroMode)random.Next(2), random.Next(30) == 0).AsTask());
                                 model.AsSpan(offset, length).Clear();
                                 break;
                             default:
@@ -274,7 +287,10 @@ public sealed class SwitchTests : IDisposable
             Task zeroing = Task.Run(async () =>
             {
                 for (int last = 0; last < 10; last += hasSwitched.IsCancellationRequested ? 1 : 0)
-                    await Soon(cache.Disk.ZeroAsync(Length - (4 * Block), 4 * Block, ZeroMode.MayPunch, durable: false).AsTask()); // whole blocks, all the time
+                    // Whole blocks, all the time
+                    await Soon(
+                        cache.Disk.ZeroAsync(
+                            Length - (4 * Block), 4 * Block, ZeroMode.MayPunch, durable: false).AsTask());
             });
             await Soon(cache.CacheAll(64, CancellationToken.None));
             await Soon(Switch(cache, force: false));
@@ -287,18 +303,21 @@ public sealed class SwitchTests : IDisposable
 
         AssertAllIsLocalDurably();
         BeSilent();
-        using CacheDisk again = Open(); // what a proxy may do, no image alone may
+        using OriginCache again = Open(); // what a proxy may do, no image alone may
         Assert.Equal(model, await Soon(Read(again, 0, Length)));
         Linux.LinuxFile.Open(_folder.File("map"), Linux.OpenMode.ReadOnly, out SafeFileHandle? file);
         using (file)
-            Assert.Equal(MapFlags.MayHoldWrites, MapFile.ReadHeader(new FileMapStore("map", file!))!.Flags & (MapFlags.Switched | MapFlags.MayHoldWrites));
+        {
+            MapFlags flags = MapFile.ReadHeader(new FileMapStore("map", file!))!.Flags;
+            Assert.Equal(MapFlags.MayHoldWrites, flags & (MapFlags.Switched | MapFlags.MayHoldWrites));
+        }
     }
 
     /// <summary>As SIGTERM amid a switch.</summary>
     [Fact]
     public async Task The_end_waits_for_a_switch_that_is_under_way_and_lets_none_begin()
     {
-        CacheDisk cache = Open();
+        OriginCache cache = Open();
         await Soon(cache.CacheAll(256, CancellationToken.None));
         await cache.FlushAll();
         using var isHeld = new ManualResetEventSlim();
@@ -320,11 +339,14 @@ public sealed class SwitchTests : IDisposable
         Assert.False(ending.IsCompleted);
         hold.Set();
         await Soon(ending);
-        Assert.Contains("ending", (await Assert.ThrowsAsync<DiskException>(() => Soon(switching))).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "ending",
+            (await Assert.ThrowsAsync<DiskException>(() => Soon(switching))).Message,
+            StringComparison.Ordinal);
         Assert.Throws<DiskException>(() => cache.Switch(force: true));
         Assert.Throws<DiskException>(() => cache.Rebind("another"));
         _image.Before = null;
-        using CacheDisk again = Open();
+        using OriginCache again = Open();
         Assert.Equal(0, again.Statistics.AbsentBlocks);
         again.Switch(force: false);
     }

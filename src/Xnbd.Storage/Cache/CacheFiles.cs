@@ -6,7 +6,7 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Storage.Cache;
 
-/// <summary>What to do with a map that is there already.</summary>
+/// <summary>What to do with a map that exists already.</summary>
 [Flags]
 public enum CacheOpening
 {
@@ -16,26 +16,26 @@ public enum CacheOpening
     /// <summary>Forget what is cached.</summary>
     Clear = 1,
 
-    /// <summary>Take it although it is of another remote.</summary>
+    /// <summary>Use it although it was made for another remote.</summary>
     Rebind = 2,
 
-    /// <summary>Take over a bare bitmap of the original xNBD.</summary>
+    /// <summary>Make a map of a bare bitmap of the original xNBD.</summary>
     ImportBitmap = 4,
 }
 
 /// <summary>
-/// The two files of a cache: the image, and the map that says what of it is right (docs/formats.md). The map is bound to the
-/// disk's length and to the origin's address. Both are locked as long as they are open.
+/// The two files of a cache: the image, and the map that says which of its blocks are valid (docs/formats.md). The map
+/// is bound to the disk's length and to the origin's address. Both files are locked as long as they are open.
 /// </summary>
 internal static class CacheFiles
 {
     /// <summary>Opens both, or makes them.</summary>
-    /// <param name="imagePath">The cache image.</param>
-    /// <param name="mapPath">Its map.</param>
-    /// <param name="origin">The origin's address, by which it is known again.</param>
-    /// <param name="length">The origin's length, in bytes.</param>
-    /// <param name="opening">What to do with a map that is there.</param>
-    /// <exception cref="DiskException">They do not fit, are damaged, or in use; nothing was touched.</exception>
+    /// <param name="imagePath">Path of the cache image.</param>
+    /// <param name="mapPath">Path of its map.</param>
+    /// <param name="origin">The origin's address, by which it is recognized.</param>
+    /// <param name="length">The origin's length in bytes.</param>
+    /// <param name="opening">What to do with a map that exists.</param>
+    /// <exception cref="DiskException">They do not match, are damaged, or in use; nothing was touched.</exception>
     public static (ImageFile Image, BlockMap Map, SafeFileHandle MapFile) Open(
         string imagePath, string mapPath, string origin, long length, CacheOpening opening)
     {
@@ -55,18 +55,24 @@ internal static class CacheFiles
             BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out size);
             bool[]? imported = null;
             if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
-                imported = size > 0 ? ReadBitmap(mapPath, old!, length) : throw new DiskException(DiskError.Permission, $"there is no bitmap '{mapPath}' to be taken over");
+                imported = size > 0
+                    ? ReadBitmap(mapPath, old!, length)
+                    : throw new DiskException(DiskError.Permission, $"there is no bitmap '{mapPath}' to be taken over");
 
-            // A map without its image would show zeroes where data were.
+            // A map without its image would show zeroes in place of data.
             bool isFresh = imported is null && (map is null || map.Count(BlockState.Absent) == map.BlockCount);
-            // And an image without its map is somebody's, or what a map that was lost spoke of.
-            image = ImageFile.OpenCache(imagePath, length, mayGrow: isFresh, mayHoldData: size > 0 || (opening & CacheOpening.Clear) != 0);
-            if (LinuxFile.Status(imagePath, out FileStatus one) == Errno.None && LinuxFile.Status(mapPath, out FileStatus other) == Errno.None && one.IsSameFile(other))
-                throw OneFile(imagePath); // by another way through the folders
+            // And an image without its map belongs to somebody else, or to a map that was lost.
+            image = ImageFile.OpenCache(
+                imagePath, length, mayGrow: isFresh, mayHoldData: size > 0 || (opening & CacheOpening.Clear) != 0);
+            if (LinuxFile.Status(imagePath, out FileStatus one) == Errno.None
+                && LinuxFile.Status(mapPath, out FileStatus other) == Errno.None
+                && one.IsSameFile(other))
+                throw OneFile(imagePath); // by another path
             if (map is not null)
             {
                 map.PrepareToWrite();
-                MapFlags flags = map.Header.Flags & ~MapFlags.Switched; // from now on blocks may be zero in the map alone
+                // From now on blocks may be zero in the map alone.
+                MapFlags flags = map.Header.Flags & ~MapFlags.Switched;
                 if (map.Header.Source != source || map.Header.Flags != flags)
                     map.ChangeHeader(header => header with { Source = source, Flags = flags });
                 return (image, map, old!);
@@ -82,12 +88,14 @@ internal static class CacheFiles
                     while (end < imported.Length && imported[end] == imported[block])
                         end++;
                     if (imported[block])
-                        map.Set(new BlockRange(block, end - block), BlockState.Written); // which were written nobody knows: then all are
+                        // Nobody knows which were written here: perhaps all.
+                        map.Set(new BlockRange(block, end - block), BlockState.Written);
                     block = end;
                 }
 
                 if (imported is not null)
-                    image.FlushAsync().AsTask().GetAwaiter().GetResult(); // what the original has written may be in memory only
+                    // What the original xNBD wrote may be in memory only.
+                    image.FlushAsync().AsTask().GetAwaiter().GetResult();
                 map.Commit();
                 errno = LinuxFile.Rename(partial, mapPath);
                 if (errno != Errno.None)
@@ -113,11 +121,11 @@ internal static class CacheFiles
     }
 
     /// <summary>
-    /// Whether a cache was switched to, so that its image is the disk without origin and map. Nothing is locked or
+    /// Whether a cache was switched, so that its image is the disk without origin and map. Nothing is locked or
     /// changed.
     /// </summary>
-    /// <param name="mapPath">Its map.</param>
-    /// <returns>False also when that cannot be known.</returns>
+    /// <param name="mapPath">Path of its map.</param>
+    /// <returns>False also when that is not known.</returns>
     public static bool WasSwitched(string mapPath)
     {
         if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None
@@ -129,7 +137,8 @@ internal static class CacheFiles
         {
             try
             {
-                return MapFile.ReadHeader(new FileMapStore(mapPath, file!)) is { } header && (header.Flags & MapFlags.Switched) != 0;
+                return MapFile.ReadHeader(new FileMapStore(mapPath, file!)) is { } header
+                    && (header.Flags & MapFlags.Switched) != 0;
             }
             catch (DiskException)
             {
@@ -138,10 +147,12 @@ internal static class CacheFiles
         }
     }
 
-    private static DiskException OneFile(string path) => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
+    private static DiskException OneFile(string path)
+        => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
 
     /// <returns>Null when a new map is to be made in place of this file.</returns>
-    private static BlockMap? ReadMap(string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)
+    private static BlockMap? ReadMap(
+        string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)
     {
         _ = LinuxFile.Status(file, out FileStatus status);
         size = status.Length;
@@ -156,7 +167,8 @@ internal static class CacheFiles
         if (header is null)
         {
             if (size != BitmapLength(source.Length))
-                throw new DiskException(DiskError.Damaged, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
+                throw new DiskException(
+                    DiskError.Damaged, $"'{path}' is no map of xNBD, or it is damaged; it was left as it is");
             if ((opening & (CacheOpening.ImportBitmap | CacheOpening.Clear)) != 0)
                 return null;
             throw new DiskException(
@@ -170,13 +182,16 @@ internal static class CacheFiles
         if (header.Source.Length != source.Length)
         {
             throw new DiskException(
-                DiskError.Mismatch, $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
+                DiskError.Mismatch,
+                $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
         }
 
         if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
         {
             throw new DiskException(
-                DiskError.Mismatch, $"the map '{path}' is of {header.Source.Path}, not of {source.Path}", Remedy.RebindMap);
+                DiskError.Mismatch,
+                $"the map '{path}' is of {header.Source.Path}, not of {source.Path}",
+                Remedy.RebindMap);
         }
 
         if (size < MapLayout.FileLength(source.Length))
@@ -202,7 +217,8 @@ internal static class CacheFiles
         long length = MapLayout.FileLength(source.Length);
         Errno errno = LinuxFile.Truncate(file, length);
         if (errno == Errno.None)
-            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length); // on a full disk, a flush still finds room
+            // So that a flush finds room on a full disk.
+            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length);
         if (errno is not (Errno.None or Errno.EOPNOTSUPP))
             throw LockedFile.Failure(errno, "create", path);
         return BlockMap.Create(new FileMapStore(path, file), new MapHeader
@@ -215,7 +231,7 @@ internal static class CacheFiles
         });
     }
 
-    /// <summary>Of the original's bitmap: an array of 64-bit words.</summary>
+    /// <summary>The length in bytes of the original xNBD's bitmap: an array of 64-bit words.</summary>
     private static long BitmapLength(long diskLength) => (BlockRange.CountOf(diskLength) + 63) / 64 * 8;
 
     private static bool[] ReadBitmap(string path, SafeFileHandle file, long length)

@@ -5,8 +5,8 @@ using Xnbd.Storage.Overlay;
 namespace Xnbd.Storage.Cache;
 
 /// <summary>
-/// Fills the cache with all that is missing. It asks the origin where zeroes are, a step ahead of what is being fetched,
-/// keeps long zeroes as holes of the file, and fetches the rest.
+/// Fills the cache with all that is missing. It asks the origin where zeroes are, a step ahead of what is being
+/// fetched, keeps long zeroes as holes of the file, and fetches the rest.
 /// <para>
 /// An answer that was given before the origin changed is not used: it carries how often the origin had changed when it
 /// was asked for, and that is compared while the blocks are held. Whoever calls <see cref="Forget"/> looks at all

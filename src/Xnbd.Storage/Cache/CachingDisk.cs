@@ -68,7 +68,9 @@ internal sealed class CachingDisk : OverlayDisk
     /// <param name="readOnly">Clients do not write the disk; reads fill the cache all the same.</param>
     /// <param name="limits">Bounds of what is under way.</param>
     /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
-    /// <param name="storeLater">Runs storing on a thread that may wait for the file; the disk threads by default.</param>
+    /// <param name="storeLater">
+    /// Runs storing on a thread that may wait for the file; the disk threads by default.
+    /// </param>
     public CachingDisk(
         Disk origin,
         Disk cache,
@@ -137,12 +139,12 @@ internal sealed class CachingDisk : OverlayDisk
 
     /// <summary>
     /// Gives up what was fetched, because the origin has changed. All is absent again, durably; what is being fetched
-    /// reaches those who asked for it, but is not kept. A read that begins when this has ended sees the origin as it was
-    /// when this began, or later.
+    /// reaches those who asked for it, but is not kept. A read that begins when this has ended sees the origin as it
+    /// was when this began, or later.
     /// </summary>
     /// <exception cref="DiskException">
-    /// Something was written here, which does not belong to other contents of the origin (and a fetched block may hold a
-    /// write that a death of the machine has left half done); or the origin does not answer, so that what was fetched
+    /// Something was written here, which does not belong to other contents of the origin (and a fetched block may hold
+    /// a write that a death of the machine has left half done); or the origin does not answer, so that what was fetched
     /// may be the only copy: all is kept. Or the map cannot be written, or somebody writes meanwhile: some of it may be
     /// kept.
     /// </exception>
@@ -205,8 +207,8 @@ internal sealed class CachingDisk : OverlayDisk
     internal void Reattach() => _fetches.Reattach();
 
     /// <summary>
-    /// Waits until what has arrived by now is stored, or could not be. It waits for a short time, since storing may wait
-    /// for writers.
+    /// Waits until what has arrived by now is stored, or could not be. It waits for a short time, since storing may
+    /// wait for writers.
     /// </summary>
     internal async Task WaitUntilStored()
     {
@@ -220,7 +222,9 @@ internal sealed class CachingDisk : OverlayDisk
         }
     }
 
-    /// <summary>Ends the storing, and frees memory; see <see cref="FetchStore.Stop"/>. The origin is closed already.</summary>
+    /// <summary>
+    /// Ends the storing, and frees memory; see <see cref="FetchStore.Stop"/>. The origin is closed already.
+    /// </summary>
     internal void StopStoring()
     {
         _store.Stop();

@@ -5,21 +5,23 @@ namespace Xnbd.Storage.Cache;
 /// <summary>
 /// One read of the origin, and all who wait for it.
 /// <para>
-/// States: waiting for room; let in, and to be sent; sent; arrived, and to be stored; ended. Until it is sent, its range
-/// may grow. <see cref="FetchQueue"/> changes these states under its lock. <see cref="FetchStore"/> alone touches
+/// States: waiting for room; let in, and to be sent; sent; arrived, and to be stored; ended. Until it is sent, its
+/// range may grow. <see cref="FetchQueue"/> changes these states under its lock. <see cref="FetchStore"/> alone touches
 /// <see cref="IsHeldUp"/>. Everybody who waits for a fetch holds a reference, and so does the fetch itself until it has
 /// ended; the last one who leaves gives the buffer back.
 /// </para>
 /// </summary>
 internal sealed class Fetch(BlockRange range, bool mayGrow)
 {
-    /// <summary>The most that is fetched at once, in bytes.</summary>
+    /// <summary>How much one fetch reads at most, in bytes.</summary>
     public const int MaxBytes = 1 << 20;
 
-    /// <summary>The most that is fetched at once, in blocks.</summary>
+    /// <summary>How much one fetch reads at most, in blocks.</summary>
     public const int MaxBlocks = MaxBytes / BlockRange.BlockSize;
 
-    /// <summary>Completes when the data have arrived. Readers go on at once, on the thread that received them.</summary>
+    /// <summary>
+    /// Completes when the data have arrived. Readers go on at once, on the thread that received them.
+    /// </summary>
     public TaskCompletionSource Arrived { get; } = new();
 
     /// <summary>Completes when the data are in the file and in the map. Fails when they will not be.</summary>
@@ -46,7 +48,9 @@ internal sealed class Fetch(BlockRange range, bool mayGrow)
     private volatile bool _isSkipped;
     private volatile bool _isStale;
 
-    /// <summary>Some of it was not stored, because writers held the blocks and too much waited for writers already.</summary>
+    /// <summary>
+    /// Some of it was not stored, because writers held the blocks and too much waited for writers already.
+    /// </summary>
     public bool IsSkipped
     {
         get => _isSkipped;

@@ -5,7 +5,7 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Storage.Cache;
 
 /// <summary>
-/// The reads of the origin: who needs an absent block joins the fetch that brings it, or makes one.
+/// The reads of the origin. Whoever needs an absent block joins the fetch of that block, or makes one.
 /// <para>
 /// The way of a cold read, from top to bottom of this file: <see cref="ReadAsync"/> joins fetches (<c>Join</c>), and
 /// waits; a fetch is let in when there is room (<c>LetIn</c>), and sent (<c>Send</c>); <c>Run</c> reads the origin,
@@ -23,9 +23,10 @@ namespace Xnbd.Storage.Cache;
 /// fetches. While it is held, nothing is sent, nobody's continuation runs, and no other lock is taken; the map is only
 /// read, which takes none. Callers may hold blocks in <c>BlockLocks</c>.
 /// </para>
-/// Nothing here survives the process: what was not stored is fetched again.
+/// Nothing here survives the process: what was not stored is fetched again. The type's other file:
+/// <c>FetchQueue.Detaching.cs</c> (the end of fetches when the origin changes, or is not needed any more).
 /// </summary>
-internal sealed class FetchQueue : IDisposable
+internal sealed partial class FetchQueue : IDisposable
 {
     private readonly Disk _origin;
     private readonly BlockMap _map;
@@ -48,7 +49,9 @@ internal sealed class FetchQueue : IDisposable
     private bool _isDetached;
     private long _fetchedBytes;
 
-    /// <summary>The queue whose fetches this thread is sending: they may be answered at once, and let others in.</summary>
+    /// <summary>
+    /// The queue whose fetches this thread is sending: they may be answered at once, and let others in.
+    /// </summary>
     [ThreadStatic]
     private static FetchQueue? t_sending;
 
@@ -57,9 +60,15 @@ internal sealed class FetchQueue : IDisposable
     /// <param name="map">Which blocks are local.</param>
     /// <param name="limits">How much is under way at most.</param>
     /// <param name="readLocal">Reads what has become local after a reader has missed it.</param>
-    /// <param name="arrived">Takes a fetch whose data have arrived; <see cref="End"/> is called when it is over.</param>
+    /// <param name="arrived">
+    /// Takes a fetch whose data have arrived; <see cref="End"/> is called when it is over.
+    /// </param>
     public FetchQueue(
-        Disk origin, BlockMap map, CacheLimits limits, Func<long, Memory<byte>, ValueTask> readLocal, Action<Fetch> arrived)
+        Disk origin,
+        BlockMap map,
+        CacheLimits limits,
+        Func<long, Memory<byte>, ValueTask> readLocal,
+        Action<Fetch> arrived)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(limits.Requests, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(limits.Bytes, Fetch.MaxBytes);
@@ -244,7 +253,9 @@ internal sealed class FetchQueue : IDisposable
 
     private long BytesOf(Fetch fetch) => fetch.Range.LengthOn(_length);
 
-    /// <summary>Lets in the fetches that wait, as far as there is room. The lock is held; they are to be sent.</summary>
+    /// <summary>
+    /// Lets in the fetches that wait, as far as there is room. The lock is held; they are to be sent.
+    /// </summary>
     private void LetIn()
     {
         while (_waiting.TryPeek(out Fetch? next) && _requestsInFlight < _maxRequests && HasRoom(BytesOf(next)))
@@ -372,7 +383,9 @@ internal sealed class FetchQueue : IDisposable
         alone.AsMemory((int)(offset - needed.Offset), buffer.Length).CopyTo(buffer);
     }
 
-    /// <summary>Gives the room of a fetch to others: it waits for writers, who may wait for a fetch themselves.</summary>
+    /// <summary>
+    /// Gives the room of a fetch to others: it waits for writers, who may wait for a fetch themselves.
+    /// </summary>
     public void ReleaseRoom(Fetch fetch)
     {
         lock (_lock)
@@ -384,7 +397,7 @@ internal sealed class FetchQueue : IDisposable
         Send();
     }
 
-    /// <summary>Ends fetches: what they brought is in the file and in the map, or will not be.</summary>
+    /// <summary>Ends fetches: their data are in the file and in the map, or will not be.</summary>
     public void End(IReadOnlyList<(Fetch Fetch, DiskException? Failure)> fetches)
     {
         foreach ((Fetch fetch, DiskException? failure) in fetches)
@@ -431,77 +444,6 @@ internal sealed class FetchQueue : IDisposable
         if (buffer is not null)
             _buffers.Return(buffer);
     }
-
-    /// <summary>The task that completes when all that has arrived by now is stored, or cannot be.</summary>
-    public Task WhenArrivedAreStored()
-    {
-        lock (_lock)
-        {
-            return Task.WhenAll(
-                [.. _fetches.Where(fetch => fetch.Arrived.Task.IsCompletedSuccessfully).Select(fetch => fetch.Stored.Task)]);
-        }
-    }
-
-    /// <summary>
-    /// The origin has changed: nobody joins the present fetches any more, and they are not stored. They still reach
-    /// those who asked for them.
-    /// </summary>
-    public void Forget()
-    {
-        lock (_lock)
-        {
-            foreach (Fetch fetch in _fetches)
-                fetch.IsStale = true;
-            _fetches.Clear();
-        }
-    }
-
-    /// <summary>
-    /// Fails all that waits for the origin, and all that will, as <see cref="DiskError.Replaced"/>. Reads of the origin
-    /// that are under way go on until it is closed; what they bring is not stored.
-    /// </summary>
-    public void Detach()
-    {
-        List<Fetch> left;
-        CancellationTokenSource detaching;
-        lock (_lock)
-        {
-            _isDetached = true;
-            left = [.. _fetches.Where(fetch => !fetch.Arrived.Task.IsCompleted)];
-            foreach (Fetch fetch in left)
-            {
-                fetch.IsStale = true;
-                _fetches.Remove(fetch);
-            }
-
-            detaching = _detaching;
-        }
-
-        left.ForEach(fetch => fetch.Fail(Replaced())); // outside of the lock: who waits goes on here
-        detaching.Cancel();
-    }
-
-    /// <summary>The origin is needed again, since the disk is not replaced after all.</summary>
-    public void Reattach()
-    {
-        lock (_lock)
-        {
-            _isDetached = false;
-            _detaching = new CancellationTokenSource();
-        }
-    }
-
-    private CancellationToken Detaching
-    {
-        get
-        {
-            lock (_lock)
-                return _detaching.Token;
-        }
-    }
-
-    private static DiskException Replaced()
-        => new(DiskError.Replaced, "nobody waits for the remote any more, since the disk is being switched");
 
     /// <summary>Frees the buffers that nobody uses; the others are freed when they come back.</summary>
     public void Dispose() => _buffers.Dispose();

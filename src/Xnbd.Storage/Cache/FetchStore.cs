@@ -9,8 +9,8 @@ namespace Xnbd.Storage.Cache;
 /// <para>
 /// One thread stores at a time, since writes to one file exclude each other in the kernel. The thread that has received
 /// the data stores them after its replies have gone out, while they are in its processor's cache. What is more than
-/// <see cref="Fetch.MaxBytes"/> goes to a disk thread; so does everything while the file is slow, so that no reply waits
-/// for it.
+/// <see cref="Fetch.MaxBytes"/> goes to a disk thread; so does everything while the file is slow, so that no reply
+/// waits for it.
 /// </para>
 /// <para>
 /// Blocks are written while they are held, and only where they are absent: a fetch never overwrites what was written
@@ -30,7 +30,9 @@ internal sealed class FetchStore : IDiskWork
     /// <summary>The file is written in units of this size, in bytes: a writer waits for one of them.</summary>
     public const int UnitBytes = 64 * 1024;
 
-    /// <summary>How much is stored between two steps, in bytes: a flush waits for twice as much, tens of milliseconds.</summary>
+    /// <summary>
+    /// How much is stored between two steps, in bytes: a flush waits for twice as much, tens of milliseconds.
+    /// </summary>
     public const long StepBytes = 16 << 20;
 
     /// <summary>A file that takes longer for a round is slow: memory takes half a millisecond.</summary>
@@ -186,7 +188,8 @@ internal sealed class FetchStore : IDiskWork
 
         EndStored(stored);
         if (Time.GetElapsedTime(start) > s_slowRound)
-            Volatile.Write(ref _slowUntil, Time.GetTimestamp() + (long)(s_slowTime.TotalSeconds * Time.TimestampFrequency));
+            Volatile.Write(
+                ref _slowUntil, Time.GetTimestamp() + (long)(s_slowTime.TotalSeconds * Time.TimestampFrequency));
         return bytes;
     }
 
@@ -355,8 +358,8 @@ internal sealed class FetchStore : IDiskWork
     }
 
     /// <summary>
-    /// Ends the storing, after what is being stored. What has not been stored is given up, also if it comes later; it is
-    /// fetched again some day.
+    /// Ends the storing, after what is being stored. What has not been stored is given up, also if it comes later; it
+    /// is fetched again some day.
     /// </summary>
     public void Stop()
     {

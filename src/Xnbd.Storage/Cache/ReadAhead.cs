@@ -22,7 +22,9 @@ internal sealed class ReadAhead(long blockCount)
     /// <summary>How far is read ahead at most, in blocks: 4 MiB.</summary>
     private const long MaxAheadBlocks = 1024;
 
-    /// <summary>What is read ahead is fetched in pieces of so many blocks, 256 KiB: no reader waits for a whole MiB.</summary>
+    /// <summary>
+    /// What is read ahead is fetched in pieces of so many blocks, 256 KiB: no reader waits for a whole MiB.
+    /// </summary>
     private const int PieceBlocks = 64;
 
     private const int BlocksPerMiB = (1 << 20) / BlockRange.BlockSize;
@@ -39,7 +41,9 @@ internal sealed class ReadAhead(long blockCount)
     /// <param name="AheadEnd">The block up to which was read ahead.</param>
     private readonly record struct Stream(long Next, int Count, long AheadEnd);
 
-    /// <summary>Whether a read that needed no fetch has reached a trigger. If so, <see cref="Next"/> is to be called.</summary>
+    /// <summary>
+    /// Whether a read that needed no fetch has reached a trigger. If so, <see cref="Next"/> is to be called.
+    /// </summary>
     /// <param name="offset">Offset of the read in bytes.</param>
     public bool IsTriggered(long offset)
     {

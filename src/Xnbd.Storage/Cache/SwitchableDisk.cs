@@ -1,27 +1,31 @@
 namespace Xnbd.Storage.Cache;
 
 /// <summary>
-/// A disk that can be replaced by another one with the same contents, while it is in use. No session notices: nothing
-/// is held up.
+/// A disk that can be replaced by another one with the same contents while it is in use. No session notices, and
+/// nothing is held up.
 /// <para>
-/// Operations that are under way when the disk is replaced end on the old one. So from the moment of the replacement
-/// on, an operation of the old disk must do to the stored bytes what the same operation of the new disk would do:
-/// whoever replaces it sees to that.
+/// Operations that are under way when the disk is replaced end on the old one. So from the replacement on, an operation
+/// of the old disk must do to the stored bytes what the same operation of the new disk would do. Whoever replaces the
+/// disk sees to that.
 /// </para>
 /// <para>
-/// The old disk may fail what it cannot wait for as <see cref="DiskError.Replaced"/>. Such an operation waits until the
-/// replacement has ended, well or not, and is carried over to the disk that there is then. So is one that the old disk
-/// fails later.
+/// The old disk may fail an operation as <see cref="DiskError.Replaced"/>, because it would wait too long. Such an
+/// operation waits until the replacement has ended, well or not, and is carried over to the disk of that time. So is an
+/// operation that the old disk fails later.
+/// </para>
+/// <para>
+/// States: at rest; being replaced. <c>_switching</c> is held while the disk is replaced; operations take no lock. The
+/// present disk and the task of the last replacement are read by any thread.
 /// </para>
 /// </summary>
-/// <param name="first">The disk at first; owned, as all later ones.</param>
+/// <param name="first">The first disk; owned, like all later ones.</param>
 public sealed class SwitchableDisk(Disk first) : Disk
 {
     private readonly Lock _switching = new();
     private volatile Disk _current = first;
-    private volatile Task _switched = Task.CompletedTask; // the last replacement: it has ended
+    private volatile Task _switched = Task.CompletedTask; // completes when the last replacement has ended
 
-    /// <summary>The disk at present.</summary>
+    /// <summary>The present disk.</summary>
     public Disk Current => _current;
 
     /// <inheritdoc/>
@@ -31,8 +35,7 @@ public sealed class SwitchableDisk(Disk first) : Disk
     public override DiskFeatures Features { get; } = first.Features;
 
     /// <summary>Replaces the disk. All operations go on meanwhile.</summary>
-    /// <param name="make">Makes the new one of the old one. If it throws, the old one stays, and waits for nothing to
-    /// be replaced.</param>
+    /// <param name="make">Makes the new disk from the old one. If it throws, the old one stays.</param>
     public void Switch(Func<Disk, Disk> make)
     {
         lock (_switching)
@@ -58,7 +61,8 @@ public sealed class SwitchableDisk(Disk first) : Disk
 
     /// <inheritdoc/>
     /// <remarks>The file stays open: the new disk has the same one.</remarks>
-    public override FileRange TryLocate(long offset, int length, bool findHoles) => _current.TryLocate(offset, length, findHoles);
+    public override FileRange TryLocate(long offset, int length, bool findHoles)
+        => _current.TryLocate(offset, length, findHoles);
 
     /// <inheritdoc/>
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
@@ -66,15 +70,19 @@ public sealed class SwitchableDisk(Disk first) : Disk
 
     /// <inheritdoc/>
     public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
-        => Run((offset, data, durable), static (disk, write) => disk.WriteAsync(write.offset, write.data, write.durable));
+        => Run(
+            (offset, data, durable), static (disk, write) => disk.WriteAsync(write.offset, write.data, write.durable));
 
     /// <inheritdoc/>
     public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
-        => Run((offset, length, mode, durable), static (disk, zero) => disk.ZeroAsync(zero.offset, zero.length, zero.mode, zero.durable));
+        => Run(
+            (offset, length, mode, durable),
+            static (disk, zero) => disk.ZeroAsync(zero.offset, zero.length, zero.mode, zero.durable));
 
     /// <inheritdoc/>
     public override ValueTask TrimAsync(long offset, long length, bool durable)
-        => Run((offset, length, durable), static (disk, trim) => disk.TrimAsync(trim.offset, trim.length, trim.durable));
+        => Run(
+            (offset, length, durable), static (disk, trim) => disk.TrimAsync(trim.offset, trim.length, trim.durable));
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync() => Run(0, static (disk, _) => disk.FlushAsync());
@@ -96,7 +104,7 @@ public sealed class SwitchableDisk(Disk first) : Disk
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
         => Run((offset, length, extents), static (disk, question) =>
         {
-            question.extents.Clear(); // of an earlier disk
+            question.extents.Clear(); // an earlier disk may have added some
             return disk.GetExtentsAsync(question.offset, question.length, question.extents);
         });
 

@@ -4,20 +4,24 @@ namespace Xnbd.Storage.Overlay;
 
 /// <summary>
 /// Exclusive use of ranges of blocks, first come, first served: a range is entered when no range that overlaps it and
-/// came earlier is still inside or waiting. Few ranges are in use at a time (those of writes to absent blocks that are
-/// under way), so they stand in a list. No thread waits: who cannot enter gets a task.
+/// came earlier is still inside or waiting. Few ranges are in use at a time (those of writes to absent blocks), so they
+/// are kept in a list. No thread waits: whoever cannot enter gets a task.
+/// <para>
+/// <c>_lock</c> guards the list; nothing is called while it is held. Whoever holds a range may take other locks, but
+/// must not wait for another range of the same disk.
+/// </para>
 /// </summary>
 internal sealed class BlockLocks
 {
     /// <summary>
-    /// How many blocks are held at a time by long work: 64 MiB. Who writes there waits for these, not for all of it.
+    /// How many blocks long work holds at a time: 64 MiB. A writer waits for these, not for all of the work.
     /// </summary>
     public const int MaxHeldBlocks = 16 * 1024;
 
     private readonly Lock _lock = new();
     private readonly List<(BlockRange Range, TaskCompletionSource? Waiter)> _entries = []; // in order of arrival
 
-    /// <summary>Enters, if that is possible at once.</summary>
+    /// <summary>Enters a range, if that is possible at once.</summary>
     public bool TryEnter(BlockRange range)
     {
         lock (_lock)
@@ -29,12 +33,12 @@ internal sealed class BlockLocks
         }
     }
 
-    /// <summary>Enters; the task completes when the range is free.</summary>
+    /// <summary>Enters a range; the task completes when it has been entered.</summary>
     public ValueTask EnterAsync(BlockRange range)
     {
         lock (_lock)
         {
-            // Its continuation must not run inside Leave of somebody else.
+            // Its continuation must not run inside the Leave of another range.
             TaskCompletionSource? waiter = IsTaken(range, _entries.Count)
                 ? new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)
                 : null;
@@ -63,7 +67,9 @@ internal sealed class BlockLocks
         }
     }
 
-    /// <summary>Works on a range's blocks of some states while they are held: nobody stores or writes there meanwhile.</summary>
+    /// <summary>
+    /// Works on a range's blocks of some states while they are held: nobody stores or writes there meanwhile.
+    /// </summary>
     /// <param name="map">The states of the blocks.</param>
     /// <param name="range">The blocks.</param>
     /// <param name="isMeant">Tells the states that are worked on.</param>

@@ -2,7 +2,9 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Storage.Overlay;
 
-/// <content>Zeroes and trim: whole blocks are marked as zero, and their space in the local file is given back.</content>
+/// <content>
+/// Zeroes and trim: whole blocks are marked as zero, and their space in the local file is given back.
+/// </content>
 internal abstract partial class OverlayDisk
 {
     private static readonly ReadOnlyMemory<byte> s_zeroBlock = new byte[BlockSize];
@@ -13,7 +15,7 @@ internal abstract partial class OverlayDisk
         if ((mode & ZeroMode.FastOnly) != 0)
             RefuseIfEdgesAreSlow(offset, length);
 
-        // The middle first: it is what may turn out not to be fast, and then nothing may have changed.
+        // The middle comes first: it may turn out not to be fast, and then nothing may have changed.
         BlockRange inside = BlockRange.Inside(offset, length, Length);
         for (BlockRange left = inside; left.Count > 0;)
         {
@@ -52,7 +54,7 @@ internal abstract partial class OverlayDisk
     }
 
     /// <summary>A part of a block can be zeroed fast only if the rest of the block is at hand.</summary>
-    /// <exception cref="DiskException">The rest would have to come from afar; nothing has changed.</exception>
+    /// <exception cref="DiskException">The rest would have to be fetched; nothing has changed.</exception>
     private void RefuseIfEdgesAreSlow(long offset, long length)
     {
         long end = offset + length;
@@ -62,14 +64,15 @@ internal abstract partial class OverlayDisk
         if (isSlow)
         {
             throw new DiskException(
-                DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset}: the blocks at its ends are not here yet");
+                DiskError.NotSupported,
+                $"no fast way to zero {length} bytes at {offset}: the blocks at its ends are not here yet");
         }
     }
 
     /// <summary>Marks blocks as zero; the caller holds them.</summary>
     private async ValueTask Discard(BlockRange range)
     {
-        // The space first: once a block is marked, a write may come and fill it.
+        // The space is given back first: once a block is marked, a write may come and fill it.
         for (BlockRange left = range; left.Count > 0;)
         {
             BlockRange run = _map.Run(left, out BlockState state);
@@ -81,7 +84,7 @@ internal abstract partial class OverlayDisk
         if (_map.TrySetZero(range))
             return;
 
-        // The file alone is about to be the disk: it must hold the zeroes itself.
+        // The file alone is about to become the disk: it must hold the zeroes itself.
         await _local.ZeroAsync(range.Offset, range.LengthOn(Length), ZeroMode.MayPunch, durable: false);
         _map.Set(range, BlockState.Written);
     }

@@ -5,19 +5,23 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Storage.Overlay;
 
 /// <summary>
-/// A disk that stands over another one, the source, which is never written: a local file holds the blocks that were
-/// written here (and, in a cache, those that were fetched), and a <see cref="BlockMap"/> says which. A block is read from the
-/// file, is zero if it was zeroed here, and else comes from the source, in the way of the derived disk.
+/// A disk that stands over another one, the source, which is never written. A local file holds the blocks that were
+/// written here (and, in a cache, those that were fetched), and a <see cref="BlockMap"/> says which. A block is read
+/// from the file; or it is zero, if it was zeroed here; or the derived disk reads it from the source.
 /// <para>
-/// A block becomes <see cref="BlockState.Written"/> as a whole, once its data is in the file: a write to a part of an absent
-/// block fetches the rest from the source first. From then on writes go straight to the file, without a lock. All that
-/// changes a block's state, or relies on a block that is not in the file staying so, holds the block in
-/// <see cref="Changing"/>; so a fetched rest never overwrites what somebody wrote meanwhile.
+/// A block becomes <see cref="BlockState.Written"/> as a whole, once its data are in the file: a write to a part of an
+/// absent block reads the rest from the source first. From then on writes go straight to the file, without a lock.
+/// Whatever changes a block's state, or relies on a block staying absent, holds the block in <see cref="Changing"/>. So
+/// a rest that was read never overwrites what somebody wrote meanwhile.
 /// </para>
 /// <para>
-/// What survives: after the death of the process, all that was completed, as the map's live part says so. After the death
-/// of the machine, what a flush or a durable operation covered: first the file's data is synced, then the map is committed
-/// (<see cref="Commit"/>). A disposable layer does neither: it is of no use to anybody after such a death.
+/// What survives: after the death of the process, all that was completed, since the map's live part says so. After the
+/// death of the machine, what a flush or a durable operation covered: first the file's data are synced, then the map is
+/// committed (<see cref="Commit"/>). A disposable layer does neither: nobody can use it after such a death.
+/// </para>
+/// <para>
+/// Locks: blocks held in <see cref="Changing"/>, then the map's own. Any thread may call anything. One commit runs at a
+/// time.
 /// </para>
 /// The type's other file: <c>OverlayDisk.Zeroing.cs</c> (zeroes and trim).
 /// </summary>
@@ -59,7 +63,9 @@ internal abstract partial class OverlayDisk : Disk
     /// <summary>Blocks whose state is being changed.</summary>
     protected BlockLocks Changing { get; } = new();
 
-    /// <summary>What the local file does not hold comes from afar: reading it is never fast.</summary>
+    /// <summary>
+    /// Whether reading what the local file does not hold is never fast, as it comes from another machine.
+    /// </summary>
     protected virtual bool IsAbsentSlow => false;
 
     /// <summary>Reads what the local file does not hold, if that needs no waiting.</summary>
@@ -74,16 +80,18 @@ internal abstract partial class OverlayDisk : Disk
     /// <summary>As <see cref="Disk.PrefetchAsync"/>, of what the local file does not hold.</summary>
     protected abstract ValueTask PrefetchAbsentAsync(long offset, long length);
 
-    /// <summary>As <see cref="Disk.GetExtentsAsync"/>, of what the local file does not hold; a depth is counted from the source on.</summary>
+    /// <summary>
+    /// As <see cref="Disk.GetExtentsAsync"/>, of what the local file does not hold. Depths are counted from the source.
+    /// </summary>
     protected abstract ValueTask GetAbsentExtentsAsync(long offset, long length, ExtentList extents);
 
-    /// <summary>The block stands in the local file.</summary>
+    /// <summary>Whether the local file holds a block of this state.</summary>
     protected static bool IsLocal(BlockState state) => state is BlockState.Written or BlockState.Fetched;
 
     /// <summary>
-    /// To be called once after opening, before anything is written. If the process died, blocks may have changed state
-    /// without a commit; then an earlier state must never come back, or a write that was under way and did not happen might
-    /// after the death of the machine: its data may stand in the file.
+    /// Commits what a process that died has left. To be called once after opening, before anything is written. Blocks
+    /// may have changed state without a commit. Their earlier state must never come back: a write that was under way,
+    /// and did not happen, might otherwise happen after a death of the machine, since its data may be in the file.
     /// </summary>
     public ValueTask SettleAsync() => _map.IsCommitted ? ValueTask.CompletedTask : FlushAsync();
 
@@ -143,7 +151,12 @@ internal abstract partial class OverlayDisk : Disk
         {
             int length = Run(offset, buffer.Length, out BlockState state);
             if (!TryReadRun(offset, buffer.Span[..length], state))
-                await (state == BlockState.Absent ? ReadAbsentAsync(offset, buffer[..length]) : _local.ReadAsync(offset, buffer[..length]));
+            {
+                await (state == BlockState.Absent
+                    ? ReadAbsentAsync(offset, buffer[..length])
+                    : _local.ReadAsync(offset, buffer[..length]));
+            }
+
             offset += length;
             buffer = buffer[length..];
         }
@@ -181,7 +194,9 @@ internal abstract partial class OverlayDisk : Disk
     public override ValueTask FlushAsync()
         => _isDisposable || (Features & DiskFeatures.ReadOnly) != 0 ? ValueTask.CompletedTask : FlushAll();
 
-    /// <summary>Makes durable all that is in the file and in the map, also of a disk that clients may not write.</summary>
+    /// <summary>
+    /// Makes durable all that is in the file and in the map, also of a disk that clients may not write.
+    /// </summary>
     internal ValueTask FlushAll() => new(_commits.RunAsync());
 
     /// <inheritdoc/>
@@ -191,7 +206,12 @@ internal abstract partial class OverlayDisk : Disk
         {
             int run = Run(offset, (int)Math.Min(length, int.MaxValue), out BlockState state);
             if (state != BlockState.Zero)
-                await (state == BlockState.Absent ? PrefetchAbsentAsync(offset, run) : _local.PrefetchAsync(offset, run));
+            {
+                await (state == BlockState.Absent
+                    ? PrefetchAbsentAsync(offset, run)
+                    : _local.PrefetchAsync(offset, run));
+            }
+
             offset += run;
             length -= run;
         }
@@ -250,7 +270,9 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     private ValueTask WriteLocal(long offset, ReadOnlyMemory<byte> data)
-        => _local.TryWrite(offset, data.Span) ? ValueTask.CompletedTask : _local.WriteAsync(offset, data, durable: false);
+        => _local.TryWrite(offset, data.Span)
+            ? ValueTask.CompletedTask
+            : _local.WriteAsync(offset, data, durable: false);
 
     /// <summary>A write to blocks of which some are not in the file yet; the caller holds them.</summary>
     private async ValueTask WriteChanging(long offset, ReadOnlyMemory<byte> data)
@@ -297,8 +319,8 @@ internal abstract partial class OverlayDisk : Disk
 
     /// <summary>Makes durable what has completed: the data, then the pages of the map that speak of it.</summary>
     /// <exception cref="DiskException">
-    /// If a sync has failed, data may be lost, and every later commit fails, too. If the map could not be written, it may be
-    /// the next time.
+    /// If a sync has failed, data may be lost, and every later commit fails, too. If the map could not be written, it
+    /// may be the next time.
     /// </exception>
     private async ValueTask Commit()
     {
@@ -338,5 +360,7 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     private static DiskException Lost(DiskException failure)
-        => new(DiskError.Io, $"a sync has failed and may have lost data; nothing is called durable any more ({failure.Message})");
+        => new(
+            DiskError.Io,
+            $"a sync has failed and may have lost data; nothing is called durable any more ({failure.Message})");
 }

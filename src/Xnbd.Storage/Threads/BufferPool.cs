@@ -4,20 +4,22 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Threads;
 
 /// <summary>
-/// Buffers for requests and replies, in sizes that are powers of two. Some are
-/// kept for reuse, so that a steady load touches no fresh pages; what is beyond goes back to the system at once.
+/// Buffers for requests and replies, in sizes that are powers of two. Some are kept for reuse, so that a steady load
+/// touches no fresh pages; the others go back to the system at once. Any thread rents and returns; one lock guards the
+/// spare buffers.
 /// </summary>
-/// <param name="maxSpareBytes">The most that is kept in buffers that nobody uses.</param>
+/// <param name="maxSpareBytes">How many bytes are kept in buffers that nobody uses.</param>
 public sealed class BufferPool(long maxSpareBytes) : IDisposable
 {
-    private const int SmallestLog = 12;
-    private const int LargestLog = 26;
+    private const int MinLog = 12;
+    private const int MaxLog = 26;
 
-    private readonly Stack<NativeBuffer>[] _spare = [.. Enumerable.Range(SmallestLog, LargestLog - SmallestLog + 1).Select(_ => new Stack<NativeBuffer>())];
+    private readonly Stack<NativeBuffer>[] _spare
+        = [.. Enumerable.Range(MinLog, MaxLog - MinLog + 1).Select(_ => new Stack<NativeBuffer>())];
     private long _spareBytes;
     private bool _isDisposed;
 
-    /// <summary>A buffer of at least <paramref name="length"/> bytes, with any contents.</summary>
+    /// <summary>Takes a buffer of at least <paramref name="length"/> bytes, with any contents.</summary>
     public NativeBuffer Rent(int length)
     {
         int index = IndexOf(length);
@@ -30,7 +32,7 @@ public sealed class BufferPool(long maxSpareBytes) : IDisposable
             }
         }
 
-        return new NativeBuffer(1 << (index + SmallestLog));
+        return new NativeBuffer(1 << (index + MinLog));
     }
 
     /// <summary>Takes a buffer back; its owner must not touch it any more.</summary>
@@ -49,7 +51,7 @@ public sealed class BufferPool(long maxSpareBytes) : IDisposable
         buffer.Free();
     }
 
-    /// <summary>Frees what nobody uses; what comes back later is freed then.</summary>
+    /// <summary>Frees the buffers that nobody uses. The others are freed when they come back.</summary>
     public void Dispose()
     {
         lock (_spare)
@@ -64,5 +66,5 @@ public sealed class BufferPool(long maxSpareBytes) : IDisposable
     }
 
     private static int IndexOf(int length)
-        => Math.Max(0, BitOperations.Log2(BitOperations.RoundUpToPowerOf2((uint)length)) - SmallestLog);
+        => Math.Max(0, BitOperations.Log2(BitOperations.RoundUpToPowerOf2((uint)length)) - MinLog);
 }

@@ -14,9 +14,9 @@ public enum WorkPhase
 /// Work that a thread defers to the end of its batch, because it is cheaper once for many than for each (a system call
 /// that sends what has gathered), or because nobody waits for it.
 /// <para>
-/// A receiving loop owns the batch of its thread: the session's loop, or that of a connection to a remote. It begins the
-/// batch, runs the deferred work before the thread waits for anything, and ends the batch. Everybody else only defers.
-/// Without a batch nothing is deferred: the caller does its work at once, or gives it to another thread.
+/// A receiving loop owns the batch of its thread: the session's loop, or that of a connection to a remote. It begins
+/// the batch, runs the deferred work before the thread waits for anything, and ends the batch. Everybody else only
+/// defers. Without a batch nothing is deferred: the caller does its work at once, or gives it to another thread.
 /// </para>
 /// <para>
 /// All state belongs to one thread, so there is no lock. Work that runs may defer more, also of an earlier phase, and

@@ -5,19 +5,23 @@ namespace Xnbd.Storage.Threads;
 /// <summary>Work that waits for a disk.</summary>
 internal interface IDiskWork
 {
-    /// <summary>Does it, on a thread that may wait. Throws nothing.</summary>
+    /// <summary>Does the work, on a thread that may wait. Throws nothing.</summary>
     void Run();
 }
 
 /// <summary>
-/// Threads that wait for disks, so that a session's thread need not. They are started when there is more work than
-/// idle threads, up to a maximum, and stay. Shared by all images of the process.
+/// Threads that wait for disks, so that a session's thread need not. They are started when there is more work than idle
+/// threads, up to a maximum, and stay. All images of the process share them.
+/// <para>
+/// <c>_gate</c> guards the queue and the counts. Work runs while no lock is held. If the system has no thread to give,
+/// the thread that hands work over does it itself (<see cref="WorkHere"/>).
+/// </para>
 /// </summary>
 internal sealed class DiskThreads
 {
     /// <summary>
-    /// The most requests of one kind that wait for disks at the same time. Measured with cold random reads at depth 32:
-    /// 16 threads beat both 8 and 32.
+    /// How many requests of one kind wait for disks at the same time at most. Measured with cold random reads at depth
+    /// 32: 16 threads beat both 8 and 32.
     /// </summary>
     private const int MaxThreads = 16;
 
@@ -28,7 +32,9 @@ internal sealed class DiskThreads
     private int _threads;
     private int _idle;
 
-    /// <summary>Those whose work this thread does in their place: it will come to what is handed over meanwhile.</summary>
+    /// <summary>
+    /// The groups whose work this thread does in their place: it also does what is handed over meanwhile.
+    /// </summary>
     [ThreadStatic]
     private static List<DiskThreads>? t_replaced;
 
@@ -48,8 +54,8 @@ internal sealed class DiskThreads
     public static DiskThreads Writers { get; } = new("disk writer", MaxThreads);
 
     /// <summary>
-    /// For questions where data and holes are. In a badly fragmented file the kernel may take long for one; however many
-    /// are asked, they keep two threads busy, and no read waits behind them.
+    /// For questions where data and holes are. In a badly fragmented file the kernel may take long to answer one.
+    /// However many are asked, they keep two threads busy, and no read waits behind them.
     /// </summary>
     public static DiskThreads Lookers { get; } = new("disk looker", 2);
 
@@ -77,13 +83,13 @@ internal sealed class DiskThreads
     }
 
     /// <summary>
-    /// The system has no thread to give. Those that there are will come to what waits, or the last one that could not
-    /// start one does all of it: each of them has counted as a thread until then, on which the others have relied. Work
-    /// that hands over more of it does not go deeper: this loop comes to that, too.
+    /// Does the work that waits, since the system has no thread to give. If there are threads, they do it. Else the
+    /// last caller that could not start one does all of it: until then each such caller has counted as a thread, on
+    /// which the others have relied. Work that hands over more does not go deeper: this loop does that, too.
     /// </summary>
     private void WorkHere()
     {
-        DeferredWork.Run(); // what follows may wait for a disk, or for others who wait for this thread
+        DeferredWork.Run(); // the work may wait, and somebody else may wait for what this thread has deferred
         (t_replaced ??= []).Add(this);
         try
         {
@@ -105,7 +111,7 @@ internal sealed class DiskThreads
         }
     }
 
-    /// <summary>Whether others wait: then long work gives its place up from time to time.</summary>
+    /// <summary>Whether other work waits. If so, long work gives its place up from time to time.</summary>
     public bool HasWaiting
     {
         get

@@ -1,9 +1,13 @@
 namespace Xnbd.Storage.Threads;
 
 /// <summary>
-/// Lets any number of writers through, until somebody closes it: then it waits for those inside, and keeps new ones
-/// out until it is opened again. A snapshot begins and ends while it is closed, so that each write lies wholly
-/// before or wholly after that moment. Passing it costs two interlocked additions and takes no lock.
+/// Lets any number of writers through until somebody closes it. Whoever closes it waits for those inside, and keeps new
+/// ones out until the gate is opened again. A snapshot begins and ends while the gate is closed, so that each write
+/// lies wholly before or wholly after that moment. Passing it costs two interlocked additions and takes no lock.
+/// <para>
+/// Locks: <c>_closing</c>, held while the gate is closed; then <c>_changed</c>, for those who wait. Writers inside may
+/// take other locks, but must not wait for anybody who waits to enter.
+/// </para>
 /// </summary>
 internal sealed class WriteGate
 {

@@ -5,25 +5,31 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Cache;
 
 /// <summary>
-/// A cache of a far disk, from its files to the day when it needs that disk no more: opened, filled, and at last replaced by
-/// the image alone (<see cref="Switch"/>), with all that use it going on.
+/// A cache of a far disk, from its files on: it is opened, filled, and in the end replaced by its image alone
+/// (<see cref="Switch"/>), while clients use it.
+/// <para>
+/// States: cache; target, after a switch; closed. <c>_switching</c> is held while the disk is switched, while the
+/// origin's address or contents change, and while all is closed. Clients' operations take no lock here. It is the first
+/// lock in the order: blocks, and the locks of the cache's parts, are taken inside it.
+/// </para>
+/// <para>What survives: the map's header notes the switch durably, before the disk is replaced.</para>
 /// </summary>
-public sealed class CacheDisk : IDisposable
+public sealed class OriginCache : IDisposable
 {
-    /// <summary>The end of the program waits so long for a switch that is under way.</summary>
-    private static readonly TimeSpan s_longestSwitch = TimeSpan.FromSeconds(5);
+    /// <summary>How long the end of the program waits for a switch that is under way.</summary>
+    private static readonly TimeSpan s_maxSwitch = TimeSpan.FromSeconds(5);
 
     private readonly SwitchableDisk _disk;
     private readonly CachingDisk _cache;
     private readonly ImageFile _image;
     private readonly SafeFileHandle _mapFile;
     private readonly Disk _origin;
-    private readonly Lock _switching = new(); // held while the disk is switched, the origin's address or contents change, or all is closed
+    private readonly Lock _switching = new();
     private readonly CancellationTokenSource _closing = new();
     private bool _isClosed;
 
-    /// <summary>Composes it of open parts, which it owns from now on.</summary>
-    internal CacheDisk(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
+    /// <summary>Composes a cache of open parts, which it owns from now on.</summary>
+    internal OriginCache(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
     {
         _cache = cache;
         _image = image;
@@ -32,10 +38,10 @@ public sealed class CacheDisk : IDisposable
         _disk = new SwitchableDisk(cache);
     }
 
-    /// <summary>What is served.</summary>
+    /// <summary>The disk that is served.</summary>
     public Disk Disk => _disk;
 
-    /// <summary>It has been switched: the image, which alone is the disk now; null before.</summary>
+    /// <summary>The image, if it alone is the disk now, after a switch; null before.</summary>
     public ImageFile? Image => ReferenceEquals(_disk.Current, _image) ? _image : null;
 
     /// <summary>What has been done so far.</summary>
@@ -43,15 +49,15 @@ public sealed class CacheDisk : IDisposable
 
     /// <summary>Opens the cache's files, or makes them.</summary>
     /// <param name="origin">The far disk; owned from now on, also when this fails.</param>
-    /// <param name="originName">Its address, by which it is known again.</param>
-    /// <param name="imagePath">The cache image.</param>
-    /// <param name="mapPath">Its map.</param>
+    /// <param name="originName">The origin's address, by which it is recognized.</param>
+    /// <param name="imagePath">Path of the cache image.</param>
+    /// <param name="mapPath">Path of its map.</param>
     /// <param name="opening">What to do with a map that is there.</param>
     /// <param name="readOnly">Clients may not write.</param>
-    /// <param name="limits">Of what is under way.</param>
+    /// <param name="limits">Bounds of what is under way.</param>
     /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
-    /// <exception cref="DiskException">The files do not fit; they are untouched.</exception>
-    public static CacheDisk Open(
+    /// <exception cref="DiskException">The files do not match; they are untouched.</exception>
+    public static OriginCache Open(
         Disk origin,
         string originName,
         string imagePath,
@@ -63,11 +69,12 @@ public sealed class CacheDisk : IDisposable
     {
         try
         {
-            (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(imagePath, mapPath, originName, origin.Length, opening);
+            (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(
+                imagePath, mapPath, originName, origin.Length, opening);
             var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
             if (!map.IsCommitted)
                 cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says
-            return new CacheDisk(cache, image, mapFile, origin);
+            return new OriginCache(cache, image, mapFile, origin);
         }
         catch
         {
@@ -77,14 +84,22 @@ public sealed class CacheDisk : IDisposable
     }
 
     /// <summary>Fetches all that is missing; see <see cref="CachingDisk.CacheAll"/>.</summary>
+    /// <param name="blocksPerRequest">How many blocks one request fetches at most; 1 to 256.</param>
+    /// <param name="cancel">Ends the work; what was fetched stays.</param>
+    /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
     public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
     {
-        const int parallel = 16; // enough for a line of 1 GB/s and 10 ms with requests of 1 MiB
+        const int parallel = 16; // enough for 1 GB/s and 10 ms with requests of 1 MiB
         await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), parallel, cancel);
     }
 
-    /// <summary>Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.</summary>
-    /// <exception cref="DiskException">The origin does not answer, or the map cannot be written, or the image alone is the disk now.</exception>
+    /// <summary>
+    /// Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.
+    /// </summary>
+    /// <exception cref="DiskException">
+    /// The origin does not answer, or something was written here, or the map cannot be written, or the image alone is
+    /// the disk now.
+    /// </exception>
     public void Invalidate()
     {
         lock (_switching)
@@ -96,8 +111,8 @@ public sealed class CacheDisk : IDisposable
         }
     }
 
-    /// <summary>Whether a cache was switched to, so that its image is the disk without origin and map.</summary>
-    /// <param name="mapPath">Its map.</param>
+    /// <summary>Whether a cache was switched, so that its image is the disk without origin and map.</summary>
+    /// <param name="mapPath">Path of its map.</param>
     public static bool WasSwitched(string mapPath) => CacheFiles.WasSwitched(mapPath);
 
     /// <summary>Whether an origin's address can be recorded.</summary>
@@ -105,7 +120,7 @@ public sealed class CacheDisk : IDisposable
     public static bool CanRecord(string originName) => MapHeader.FitsPath(originName);
 
     /// <summary>Records that the origin has another address now.</summary>
-    /// <exception cref="DiskException">It cannot be written.</exception>
+    /// <exception cref="DiskException">The map cannot be written, or the image alone is the disk now.</exception>
     public void Rebind(string originName)
     {
         lock (_switching)
@@ -118,19 +133,22 @@ public sealed class CacheDisk : IDisposable
     }
 
     /// <summary>
-    /// Makes the image alone the disk, and lets go of the origin. All that is in use goes on; only what waits for the
-    /// origin waits for the end of the switch instead.
+    /// Makes the image alone the disk, and closes the origin. Clients notice nothing; only what waits for the origin
+    /// waits for the end of the switch instead.
     /// <para>
-    /// The order. 1. The map is sealed: no block becomes zero any more but in the file itself. 2. What the map calls
-    /// zero is made zero in the file. From then on all blocks are local, and stay so. So the cache does to the file
-    /// what the image alone would do, whatever is still under way: nothing is fetched or stored, no block is
-    /// completed from elsewhere, and the map's states do not matter. 3. Data and map are made durable. So after a
-    /// death of the machine, too, the map calls every block local, and a proxy that is started on it never fetches or
-    /// zeroes one that the image alone has written. 4. The header notes the switch. 5. The disk is replaced.
+    /// The order: 1. The map is sealed: from now on blocks become zero in the file itself only. 2. What the map calls
+    /// zero is made zero in the file. From then on all blocks are local, and stay so. Whatever is still under way, the
+    /// cache does to the file what the image alone would do: nothing is fetched or stored, no block is completed from
+    /// elsewhere, and the map's states do not matter. 3. Data and map are made durable. So the map calls every block
+    /// local after a death of the machine, too, and a proxy that is started on it never fetches or zeroes a block that
+    /// the image alone has written. 4. The header notes the switch. 5. The disk is replaced.
     /// </para>
     /// </summary>
-    /// <param name="force">Also if blocks are missing: they become zeroes.</param>
-    /// <exception cref="DiskException">Blocks are missing, or the image cannot be made complete; it goes on as before. (With force, missing blocks may be zeroes already.)</exception>
+    /// <param name="force">Switches also if blocks are missing: they become zeroes.</param>
+    /// <exception cref="DiskException">
+    /// Blocks are missing, or the image cannot be made complete; the cache goes on as before. (With
+    /// <paramref name="force"/>, missing blocks may be zeroes already.)
+    /// </exception>
     public void Switch(bool force)
     {
         lock (_switching)
@@ -146,7 +164,8 @@ public sealed class CacheDisk : IDisposable
                 {
                     Complete(force);
                     mayHaveNoted = true;
-                    _cache.Map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites | MapFlags.Switched });
+                    _cache.Map.ChangeHeader(
+                        header => header with { Flags = header.Flags | MapFlags.MayHoldWrites | MapFlags.Switched });
                     return _image;
                 }
                 catch (OperationCanceledException)
@@ -162,11 +181,13 @@ public sealed class CacheDisk : IDisposable
             });
             _image.ShareLock();
             _origin.Dispose();
-            _cache.StopStoring(); // nothing is left to be stored; this gives memory back
+            _cache.StopStoring(); // nothing is left to store; this frees memory
         }
     }
 
-    /// <summary>Makes durable all that is cached, also of a disk that clients may not write, and what has just been fetched.</summary>
+    /// <summary>
+    /// Makes durable all that is cached, and what has just been fetched, also of a disk that clients may not write.
+    /// </summary>
     public async Task FlushAll()
     {
         if (Image is null)
@@ -176,14 +197,14 @@ public sealed class CacheDisk : IDisposable
 
     /// <inheritdoc/>
     /// <remarks>
-    /// A switch that is under way is given up, or ends first. If the disk that it waits for does not answer, the
-    /// files stay open until the end of the process.
+    /// A switch that is under way is given up, or ends first. If the file that it waits for does not answer, the files
+    /// stay open until the end of the process.
     /// </remarks>
     public void Dispose()
     {
         _closing.Cancel();
-        _origin.Dispose(); // who waits for it comes back
-        if (!_switching.TryEnter(s_longestSwitch))
+        _origin.Dispose(); // what waits for it fails
+        if (!_switching.TryEnter(s_maxSwitch))
             return;
         try
         {
@@ -209,14 +230,14 @@ public sealed class CacheDisk : IDisposable
 
     private static DiskException Closed() => new(DiskError.Permission, "the server is ending");
 
-    /// <summary>The file holds every byte of the disk, and file and map are durable. Both stay so.</summary>
+    /// <summary>Makes the file hold every byte of the disk, and makes file and map durable. Both stay so.</summary>
     private void Complete(bool force)
     {
         CancellationToken cancel = _closing.Token;
         _cache.Map.Seal();
         if (force)
         {
-            // All that may fail, or takes long, comes before anything is given up.
+            // Before anything is given up comes all that may fail, or takes long.
             _cache.ZeroAbsent(cancel).GetAwaiter().GetResult();
             _cache.FlushAll().AsTask().GetAwaiter().GetResult();
             _cache.Detach(); // a writer that waits for the origin holds its blocks
@@ -224,15 +245,17 @@ public sealed class CacheDisk : IDisposable
 
         _cache.Materialize(giveUpAbsent: force, cancel).GetAwaiter().GetResult();
         if (_cache.Map.Count(BlockState.Absent) + _cache.Map.Count(BlockState.Zero) is var left and > 0)
-            throw new DiskException(DiskError.Io, $"{left} blocks are not in the image"); // it cannot be: then it must not go on
+            // That cannot happen; if it does, the switch fails
+            throw new DiskException(DiskError.Io, $"{left} blocks are not in the image");
         _cache.Map.WriteBehind();
         _cache.FlushAll().AsTask().GetAwaiter().GetResult();
         cancel.ThrowIfCancellationRequested();
-        _cache.Detach(); // a read that still waits for the origin, of blocks that were written meanwhile, has them here
+        _cache.Detach(); // a read may still wait for the origin, of blocks that were written here meanwhile
     }
 
     /// <summary>
-    /// The switch has failed. As long as the header may say that the image is complete, the image stays so.
+    /// The switch has failed, and the cache goes on. As long as the header may say that the image is complete, the
+    /// image stays so.
     /// </summary>
     private void GoOn(bool mayHaveNoted)
     {
