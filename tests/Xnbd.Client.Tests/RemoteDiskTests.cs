@@ -7,7 +7,7 @@ using Peer = Xnbd.TestKit.FakeServer.Peer;
 
 namespace Xnbd.Client.Tests;
 
-/// <summary>A remote disk, whose server lies, stalls, breaks off, or answers in an order of its own.</summary>
+/// <summary>A remote disk whose server lies, stalls, breaks off, or answers in an order of its own.</summary>
 public sealed class RemoteDiskTests : IDisposable
 {
     private const int Size = 1 << 20;
@@ -105,7 +105,7 @@ public sealed class RemoteDiskTests : IDisposable
         peer.Send(reply);
     }
 
-    /// <summary>The first connection lies; the read goes to the next one, and the log names the culprit.</summary>
+    /// <summary>The first connection lies. The read goes to the next one, and the log names the culprit.</summary>
     [Theory]
     [MemberData(nameof(Lies))]
     public async Task A_server_that_lies_is_named_and_its_data_are_not_used(string lie)
@@ -150,7 +150,7 @@ public sealed class RemoteDiskTests : IDisposable
                 if (request.Command != NbdCommand.BlockStatus || request.Offset < 512 * 1024)
                     return false;
                 if (request.Offset == 512 * 1024)
-                    // Zeroes with space, no zeroes without it, and more than was asked for
+                    // Zeroes with space, no zeroes without it, and more than was asked for.
                     peer.SendStatus(request.Cookie, 7, (4096, 2), (4096, 1), (uint.MaxValue, 3));
                 else
                     peer.SendChunk(NbdChunkFlags.Done, NbdChunkType.Error, request.Cookie, [0, 0, 0, 5, 0, 0]);
@@ -209,7 +209,7 @@ public sealed class RemoteDiskTests : IDisposable
         return header;
     }
 
-    /// <summary>It is named, the question is not asked again, and reads go on with the next connection.</summary>
+    /// <summary>The server is named, the question is not repeated, and reads go to the next connection.</summary>
     [Theory]
     [MemberData(nameof(StatusLies))]
     public async Task A_server_that_lies_of_zeroes_is_named_and_all_is_data(string lie)
@@ -232,9 +232,9 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.Equal(2, server.Count);
     }
 
-    /// <summary>It is said why, once, and not asked all the time.</summary>
+    /// <summary>The log says why, once, and the server is not asked all the time.</summary>
     [Fact]
-    public async Task A_server_that_comes_back_with_another_length_is_said_so()
+    public async Task A_server_that_comes_back_with_another_length_is_named_in_the_log()
     {
         FakeServer first = new FakeServer(SocketPath, _image).Start();
         using RemoteDisk disk = Connect(patienceSeconds: 2);
@@ -277,7 +277,7 @@ public sealed class RemoteDiskTests : IDisposable
     /// One of two connections has become silent: what was asked for on it lately goes to the other one.
     /// </summary>
     [Fact]
-    public async Task Young_reads_of_a_silent_connection_are_tried_on_another_one()
+    public async Task Recent_reads_of_a_silent_connection_go_to_another_one()
     {
         int silent = -1;
         using FakeServer server = new FakeServer(SocketPath, _image)
@@ -344,7 +344,7 @@ public sealed class RemoteDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task Structured_replies_that_were_not_agreed_on_are_a_lie_too()
+    public async Task Structured_replies_that_were_not_negotiated_are_a_lie_too()
     {
         using FakeServer server = new FakeServer(SocketPath, _image)
         {
@@ -375,12 +375,12 @@ public sealed class RemoteDiskTests : IDisposable
         }.Start();
         using RemoteDisk disk = Connect(patienceSeconds: 1);
         DiskException failure = await Assert.ThrowsAsync<DiskException>(() => Read(disk, 0, 4096));
-        // As it ends
+        // Whether there is a connection when the patience ends is chance.
         Assert.True(failure.Error is DiskError.TimedOut or DiskError.Unreachable, failure.Error.ToString());
     }
 
     [Fact]
-    public async Task A_connection_that_breaks_off_amid_a_reply_is_made_anew()
+    public async Task A_connection_that_breaks_amid_a_reply_is_made_anew()
     {
         using FakeServer server = new FakeServer(SocketPath, _image)
         {
@@ -417,7 +417,7 @@ public sealed class RemoteDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task An_error_is_the_reads_alone()
+    public async Task An_error_fails_its_own_read_only()
     {
         using FakeServer server = new FakeServer(SocketPath, _image)
         {
@@ -643,7 +643,7 @@ public sealed class RemoteDiskTests : IDisposable
 
     public static TheoryData<string> BadHandshakes => [.. s_badHandshakes.Keys];
 
-    /// <summary>Agrees on structured replies, tells no zeroes, and answers GO as it is told.</summary>
+    /// <summary>Agrees on structured replies, tells no zeroes, and answers GO as the test says.</summary>
     private static void Negotiate(
         Peer peer, Action<Peer, NbdOption> answer, Action<Peer, NbdOption>? tellContexts = null)
     {
@@ -680,7 +680,7 @@ public sealed class RemoteDiskTests : IDisposable
         Assert.Contains(SocketPath, failure.Message, StringComparison.Ordinal);
     }
 
-    /// <summary>Of the wanted sizes of blocks and payloads.</summary>
+    /// <summary>With several sizes of blocks and payloads that a server wants.</summary>
     [Theory]
     [InlineData(1u, 4096u)]
     [InlineData(512u, 1536u)]
@@ -698,9 +698,7 @@ public sealed class RemoteDiskTests : IDisposable
                 => Assert.True(request.Length <= most && request.Length % block == 0 && request.Offset % block == 0));
     }
 
-    /// <summary>
-    /// A server that wants blocks of a size and no more than so much at once, and notes what it is asked.
-    /// </summary>
+    /// <summary>A server that wants whole blocks and short requests, and notes what it is asked.</summary>
     private FakeServer Demanding(string path, uint block, uint most, List<NbdRequest> seen)
         => new FakeServer(path, _image)
     {
@@ -724,7 +722,7 @@ public sealed class RemoteDiskTests : IDisposable
     }.Start();
 }
 
-/// <summary>A log that is kept.</summary>
+/// <summary>Keeps what is logged.</summary>
 internal sealed class MessageList : ILogger
 {
     private readonly System.Text.StringBuilder _text = new();

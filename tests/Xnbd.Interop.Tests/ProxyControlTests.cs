@@ -33,7 +33,7 @@ public sealed class ProxyControlTests : IDisposable
     private static string Reconnect(string host)
         => $$$"""{"jsonrpc":"2.0","id":1,"method":"reconnect","params":{"host":"{{{host}}}","port":"-"}}""";
 
-    /// <summary>An origin that takes its time for each read, until it is told to hurry.</summary>
+    /// <summary>An origin that takes long for each read, until it is told to hurry.</summary>
     private FakeServer SlowOrigin(ManualResetEventSlim hurry)
         => new FakeServer(_folder.File("slow"), File.ReadAllBytes(_image))
     {
@@ -45,7 +45,7 @@ public sealed class ProxyControlTests : IDisposable
     }.Start();
 
     [Fact]
-    public async Task The_control_channel_answers_everybody_and_is_its_owners()
+    public async Task The_control_channel_answers_everybody_who_is_its_owner()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         using ServerProcess proxy = Proxies.Start(_folder, origin);
@@ -140,7 +140,7 @@ public sealed class ProxyControlTests : IDisposable
     }
 
     [Fact]
-    public async Task A_remote_is_named_by_a_URI_wherever_one_is_named()
+    public async Task A_URI_names_a_remote_wherever_one_is_named()
     {
         string folder = Directory.CreateDirectory(_folder.File("a b%c")).FullName, socket = Path.Combine(folder, "s");
         string uri = $"nbd+unix:///?socket={Uri.EscapeDataString(socket)}";
@@ -178,12 +178,12 @@ public sealed class ProxyControlTests : IDisposable
             unix, ["--proxy", "--target-exportname", "x", "--unix", unix, uri.Replace(
                 "///", "///disk%20one", StringComparison.Ordinal), .. files])).Message;
         Assert.Contains("give one of them", refused, StringComparison.Ordinal);
-        // The map knows it again
+        // The map recognizes it.
         ServerProcess.Start(
             unix, ["--proxy", "--target-exportname", "disk one", "--unix", unix, uri, .. files]).Dispose();
     }
 
-    /// <summary>A name that is legal, and yet too long for the map.</summary>
+    /// <summary>A name that is valid, but too long for the map.</summary>
     [Fact]
     public async Task A_remote_whose_address_is_too_long_to_be_recorded_is_not_used()
     {
@@ -212,7 +212,7 @@ public sealed class ProxyControlTests : IDisposable
 
     /// <summary>A quarter of the disk is data, and only that crosses the line.</summary>
     [Fact]
-    public async Task Progress_shows_zeroes_apart_from_what_crosses_the_line()
+    public async Task Progress_shows_zeroes_apart_from_fetched_data()
     {
         byte[] sparse = File.ReadAllBytes(_image);
         sparse.AsSpan(2 << 20).Clear();
@@ -230,7 +230,7 @@ public sealed class ProxyControlTests : IDisposable
 
     /// <summary>Sixteen silent clients, and then as many again, push out no client that works.</summary>
     [Fact]
-    public async Task Silent_clients_push_out_each_other_and_nobody_who_works()
+    public async Task Silent_clients_push_out_each_other_and_no_client_that_works()
     {
         using var hurry = new ManualResetEventSlim();
         using FakeServer origin = SlowOrigin(hurry);
@@ -246,7 +246,7 @@ public sealed class ProxyControlTests : IDisposable
                 silent.Add(socket);
                 socket.Connect(new UnixDomainSocketEndPoint(Proxies.Socket(_folder)));
                 if (i % 10 == 0)
-                    // Meanwhile the one that works has asked again
+                    // Meanwhile the client that works has asked again.
                     await Task.Delay(300, TestContext.Current.CancellationToken);
             }
 

@@ -59,7 +59,7 @@ public sealed class ProxySwitchTests : IDisposable
         using NbdTestClient prefetching = proxy.Open(), writing = proxy.Open(), local = proxy.Open();
         Assert.Equal(_bytes[..4096], local.Read(0, 4096));
         prefetching.SendRequest(NbdCommand.Cache, 0, Size);
-        // A part of a block: the rest never comes
+        // A part of a block: the rest never comes.
         writing.SendRequest(NbdCommand.Write, (3 * Silent) + 100, 3, payload: [1, 2, 3]);
         Wait.Until(() => Query().Result.GetProperty("requests-in-flight").GetInt64() >= 2, "the remote is asked");
         Task<ToolResult> switching = Control("--switch", "--force", Proxies.Socket(_folder));
@@ -95,7 +95,7 @@ public sealed class ProxySwitchTests : IDisposable
     }
 
     [Fact]
-    public async Task The_end_amid_a_switch_is_a_clean_one()
+    public async Task The_end_amid_a_switch_is_clean()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         for (int round = 0; round < 10; round++)
@@ -134,7 +134,7 @@ public sealed class ProxySwitchTests : IDisposable
         Assert.Contains($"start xnbd-server --target {_folder.File("cache.img")}", refused, StringComparison.Ordinal);
         Assert.Equal(_bytes, File.ReadAllBytes(_folder.File("cache.img")));
         using (ServerProcess origin = ServerProcess.Start(remote, serve))
-        // Is one again, and may keep zeroes in its map alone
+        // It is a proxy again, and may keep zeroes in its map alone.
         using (ServerProcess proxy = Proxies.Start(_folder, origin))
             Assert.Equal(0, proxy.Stop());
         Assert.DoesNotContain(hint, Refused(), StringComparison.Ordinal);

@@ -6,7 +6,7 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>Starts proxies, with names of files that all tests share.</summary>
+/// <summary>Starts proxies, with file names that all tests share.</summary>
 internal static class Proxies
 {
     public static string Control { get; } = Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl");
@@ -157,10 +157,11 @@ public sealed class ProxyTests : IDisposable
     }
 
     /// <summary>
-    /// As QEMU does: who waits for a machine reads the first block already, while that still runs and writes elsewhere.
+    /// Like QEMU, which waits for a machine to arrive and reads the first block already, while the machine still runs
+    /// and writes elsewhere.
     /// </summary>
     [Fact]
-    public async Task What_was_fetched_before_the_machine_came_is_given_up_durably()
+    public async Task What_was_fetched_before_the_machine_moved_is_given_up_durably()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image);
         byte[] model = [.. _before];
@@ -204,7 +205,7 @@ public sealed class ProxyTests : IDisposable
     }
 
     [Fact]
-    public async Task State_is_kept_and_what_does_not_fit_is_refused()
+    public async Task State_is_kept_and_what_does_not_match_is_refused()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         using (ServerProcess proxy = Proxies.Start(_folder, origin))
@@ -250,9 +251,9 @@ public sealed class ProxyTests : IDisposable
         Assert.Equal(0, await Figure("cached-blocks"));
     }
 
-    /// <summary>A slip of the pen in the five arguments must not cost a file.</summary>
+    /// <summary>A mistake in the five arguments must not cost a file.</summary>
     [Fact]
-    public void Files_that_are_named_twice_are_refused_and_stay()
+    public void Files_that_are_named_twice_are_refused_and_left_alone()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         string one
@@ -280,7 +281,7 @@ public sealed class ProxyTests : IDisposable
         => Assert.Throws<InvalidOperationException>(() => Proxies.Start(_folder, origin, options)).Message;
 
     [Fact]
-    public async Task A_bitmap_of_the_original_is_taken_over_when_that_is_asked_for()
+    public async Task A_bitmap_of_the_original_is_imported_on_request()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         byte[] bitmap = new byte[((Size / 4096) + 1 + 63) / 64 * 8];
@@ -290,7 +291,7 @@ public sealed class ProxyTests : IDisposable
         cache.AsSpan(4096, 4096).Fill(9);
         File.WriteAllBytes(_folder.File("cache.img"), cache);
         Assert.Contains("--import-bitmap", Refused(origin), StringComparison.Ordinal);
-        // A slip of the pen: nothing of the image may be taken for missing
+        // A mistake in a name: no block of the image may count as missing.
         File.Move(_folder.File("cache.map"), _folder.File("other.map"));
         Assert.Contains("there is no bitmap", Refused(origin, "--import-bitmap"), StringComparison.Ordinal);
         Assert.Contains("holds data, and there is no map", Refused(origin), StringComparison.Ordinal);
@@ -352,7 +353,7 @@ public sealed class ProxyTests : IDisposable
     }
 
     [Fact]
-    public async Task A_remote_that_comes_late_is_waited_for_also_by_name_over_TCP()
+    public async Task A_remote_that_starts_late_is_waited_for_also_by_name_over_TCP()
     {
         int port = ServerProcess.FreePort();
         string number = port.ToString(System.Globalization.CultureInfo.InvariantCulture), socket = _folder.File("o");
@@ -386,7 +387,7 @@ public sealed class ProxyTests : IDisposable
     }
 
     [Fact]
-    public async Task Small_limits_slow_nobody_into_a_halt()
+    public async Task Small_limits_stop_nobody()
     {
         using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
         using ServerProcess proxy = Proxies.Start(
@@ -405,11 +406,9 @@ public sealed class ProxyTests : IDisposable
         await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
     }
 
-    /// <summary>
-    /// The origin answers nothing: the second miss is not even received, and no time is spent on waiting.
-    /// </summary>
+    /// <summary>The origin answers nothing. The second miss is not even received, and waiting takes no time.</summary>
     [Fact]
-    public async Task At_its_limit_the_proxy_reads_no_further_and_sleeps()
+    public async Task At_its_limit_the_proxy_receives_no_more_and_sleeps()
     {
         using var held = new SemaphoreSlim(0);
         int asked = 0;
@@ -482,7 +481,7 @@ public sealed class ProxyTests : IDisposable
         Assert.Equal($"nbd://[::1]:{port}/", (await Query()).GetProperty("remote").GetString());
     }
 
-    /// <summary>A router that loses its table tells nobody: what is sent is never answered.</summary>
+    /// <summary>A router that has lost its table tells nobody: what is sent is never answered.</summary>
     [Fact]
     public async Task A_line_that_has_forgotten_its_connections_costs_time_but_no_error()
     {
@@ -554,13 +553,13 @@ public sealed class ProxyTests : IDisposable
         }
     }
 
-    /// <summary>An image as they are: mostly empty.</summary>
+    /// <summary>An image like most: mostly empty.</summary>
     [Theory]
     [InlineData("xnbd")]
     [InlineData("nbdkit")]
     [InlineData("qemu-nbd")]
     [InlineData("proxy")]
-    public async Task Of_a_sparse_image_the_data_are_fetched_alone(string kind)
+    public async Task Only_the_data_of_a_sparse_image_are_fetched(string kind)
     {
         Assert.SkipWhen(kind is not ("xnbd" or "proxy") && Tool.Find(kind) is null, $"{kind} is absent");
         const int length = 2_000_000_000, data = 4 << 20;
@@ -587,7 +586,7 @@ public sealed class ProxyTests : IDisposable
             _ => new ForeignServer(kind, sparse, socket, _folder),
         };
         using ServerProcess proxy = Proxies.Start(_folder, "unix:" + socket, "-");
-        // Cold
+        // The proxy starts without cached blocks.
         Assert.Contains("hole,zero", await Tool.Succeed("nbdinfo", "--map", proxy.Uri), StringComparison.Ordinal);
         await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
         Assert.InRange(await Figure("fetched-bytes"), 3 << 20, data);

@@ -92,7 +92,7 @@ public sealed class CachingDiskTests : IDisposable
             },
         };
 
-    /// <summary>Lets the file go on when a test has failed: the disk waits for it at its end.</summary>
+    /// <summary>Lets the file go on when a test has failed, since the disk waits for it at its end.</summary>
     private sealed class Release(ManualResetEventSlim hold) : IDisposable
     {
         public void Dispose() => hold.Set();
@@ -183,7 +183,7 @@ public sealed class CachingDiskTests : IDisposable
         await Soon(disk.WriteAsync(2 * Block, whole, durable: true)); // whole blocks wait for nobody
         await Soon(disk.ZeroAsync(5 * Block, Block, ZeroMode.MayPunch, durable: false));
         await Soon(disk.TrimAsync(6 * Block, Block, durable: false));
-        // Waits for the rest of its block
+        // Waits for the rest of its block.
         ValueTask partial = disk.WriteAsync((7 * Block) + 10, new byte[] { 1, 2, 3 }, durable: false);
         Assert.False(partial.IsCompleted);
         hold.SetResult();
@@ -236,7 +236,7 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task A_random_reader_is_not_read_ahead_of_and_one_in_sequence_is_within_bounds()
+    public async Task A_random_reader_is_not_read_ahead_of_and_a_sequential_one_is_within_bounds()
     {
         using (CachingDisk disk = Open())
         {
@@ -258,7 +258,7 @@ public sealed class CachingDiskTests : IDisposable
         File.Delete(_folder.File("map"));
         lock (_asked)
             _asked.Clear();
-        // At once: nobody is read ahead of while much is to be stored
+        // At once: nobody is read ahead of while much is to be stored.
         using CachingDisk fresh = Open(storeLater: work => work.Run());
         const int read = 4 << 20;
         for (int offset = 0; offset < read; offset += Block)
@@ -269,7 +269,7 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task An_origin_that_fails_fails_who_needs_it_and_is_asked_again()
+    public async Task A_failing_origin_fails_those_who_need_it_and_is_asked_again()
     {
         using CachingDisk disk = Open();
         _origin.Before = (_, offset, _)
@@ -283,7 +283,7 @@ public sealed class CachingDiskTests : IDisposable
         await Soon(disk.WriteAsync(9 * Block, new byte[Block], durable: true));
         await Assert.ThrowsAsync<DiskException>(() => disk.CacheAll(1, 4, CancellationToken.None));
         _origin.Before = Ask;
-        // The write that failed has changed nothing
+        // The write that failed has changed nothing.
         Assert.Equal(Expected(8 * Block, Block), await Soon(Read(disk, 8 * Block, Block)));
         await disk.CacheAll(256, 4, CancellationToken.None);
         Assert.Equal(0, disk.Statistics.AbsentBlocks);
@@ -291,7 +291,7 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task A_bad_sector_fails_nobody_who_does_not_need_it()
+    public async Task A_bad_sector_fails_only_those_who_need_it()
     {
         using CachingDisk disk = Open();
         _origin.Before = (_, offset, length) => offset <= 50 * Block && offset + length > 50 * Block
@@ -317,9 +317,7 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
-    /// <summary>
-    /// The file takes nothing: what was fetched fills the room that there is, and no more is fetched.
-    /// </summary>
+    /// <summary>The file takes nothing. What was fetched fills the room, and then no more is fetched.</summary>
     [Fact]
     public async Task What_is_fetched_and_not_stored_is_bounded()
     {
@@ -352,7 +350,7 @@ public sealed class CachingDiskTests : IDisposable
             var hold = new TaskCompletionSource();
             Hold(hold.Task);
             Task<byte[]> all = Read(disk, at, 256 * Block); // all of the room
-            // Holds its last block, and needs one behind
+            // Holds its last block, and needs one behind.
             ValueTask writer = disk.WriteAsync(at + (255 * Block) + 1, new byte[2 * Block], durable: false);
             hold.SetResult();
             await Soon(writer);
@@ -447,7 +445,7 @@ public sealed class CachingDiskTests : IDisposable
         Assert.Equal([new(1 << 20, false, 1), new(8 << 20, true, 1)], extents.Extents);
     }
 
-    /// <summary>Of each moment in a fetch's life: waiting for room, with the origin, being stored, stored.</summary>
+    /// <summary>A fetch at each moment of its life: waiting for room, sent, being stored, stored.</summary>
     [Fact]
     public async Task An_origin_that_has_changed_is_asked_anew()
     {
@@ -506,7 +504,7 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task What_was_fetched_of_an_origin_that_has_gone_is_not_given_up()
+    public async Task What_was_fetched_is_not_given_up_while_the_origin_is_away()
     {
         using CachingDisk disk = Open();
         await Soon(Read(disk, 0, 4 * Block));
@@ -516,7 +514,7 @@ public sealed class CachingDiskTests : IDisposable
         Assert.Equal(Expected(0, 4 * Block), await Soon(Read(disk, 0, 4 * Block)));
     }
 
-    /// <summary>A target notes no more what it writes: it may be where something was fetched.</summary>
+    /// <summary>A target does not note what it writes, and may write where something was fetched.</summary>
     [Fact]
     public async Task What_was_written_after_a_switch_is_not_given_up()
     {
@@ -556,7 +554,7 @@ public sealed class CachingDiskTests : IDisposable
         map.SetFetched(new BlockRange(0, map.BlockCount));
         using var disk = new CachingDisk(
             _origin, new MemoryDisk(0), map, readOnly: false, new CacheLimits(64, 32 << 20), _notStored.Add);
-        // A quarter of a second; else minutes
+        // A quarter of a second; else minutes.
         await disk.Materialize(giveUpAbsent: false, CancellationToken.None).WaitAsync(
             TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
         await disk.CacheAll(256, 4, CancellationToken.None).WaitAsync(
@@ -608,7 +606,7 @@ public sealed class CachingDiskTests : IDisposable
             }
         };
         using CachingDisk disk = Open();
-        // A part of a block: it is fetched for that
+        // A part of a block: it is fetched for that.
         await Soon(disk.WriteAsync((7 << 20) + 5, new byte[] { 1, 2, 3 }, durable: false));
         ((byte[])[1, 2, 3]).CopyTo(_bytes, (7 << 20) + 5);
         await Soon(Read(disk, 8 << 20, Block));
@@ -699,7 +697,7 @@ public sealed class CachingDiskTests : IDisposable
         Assert.InRange(mostUnsynced, 1 << 20, 48 << 20);
     }
 
-    /// <summary>What would have to be fetched is not fast to zero.</summary>
+    /// <summary>A part of an absent block cannot be zeroed fast: the rest would have to be fetched.</summary>
     [Fact]
     public async Task Fast_zeroes_fetch_nothing_and_change_nothing_that_they_refuse()
     {
@@ -719,11 +717,11 @@ public sealed class CachingDiskTests : IDisposable
 
         Assert.Equal(disk.Map.BlockCount, disk.Statistics.AbsentBlocks);
         Assert.Empty(Asked);
-        // Whole blocks are,
+        // Whole blocks are fast.
         await Soon(disk.ZeroAsync(8 * Block, 4 * Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
-        // And the end of the disk,
+        // So is the end of the disk.
         await Soon(disk.ZeroAsync(Length - 1234, 1234, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
-        // And what is here
+        // So is what is local.
         await Soon(disk.ZeroAsync((8 * Block) + 1, Block, ZeroMode.FastOnly | ZeroMode.MayPunch, durable: false));
         Assert.Empty(Asked);
     }

@@ -166,7 +166,7 @@ public sealed class CowDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task A_base_that_cannot_be_read_fails_the_partial_write_and_nothing_else()
+    public async Task A_base_that_cannot_be_read_fails_a_partial_write_and_nothing_else()
     {
         using LayerFile layer = MakeLayer();
         bool fails = true;
@@ -249,12 +249,12 @@ public sealed class CowDiskTests : IDisposable
         Assert.Equal(1 << 20, two.Length + 100);
         Assert.True(disk.TryLocate(0, 65536, findHoles: true).IsHole);
         Assert.Equal(FileRange.None, disk.TryLocate((1 << 20) - 4096, 65536, findHoles: true)); // the layer may change
-        // The base may not
+        // The base may not change.
         Assert.Equal((1 << 19) - 100, disk.TryLocate((3 << 19) + 100, 1 << 19, findHoles: true).Length);
     }
 
     [Fact]
-    public async Task Zeroes_that_are_to_be_allocated_take_space()
+    public async Task Allocated_zeroes_take_space()
     {
         using Disk disk = LayerStack.OpenKept(_basePath, [LayerPath], readOnly: false, force: false, _ => { });
         await disk.ZeroAsync(0, 1 << 20, ZeroMode.None, durable: true);
@@ -283,7 +283,7 @@ public sealed class CowDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task Those_who_wait_for_a_commit_share_it()
+    public async Task Writers_that_wait_for_a_commit_share_it()
     {
         using LayerFile layer = MakeLayer();
         int syncs = 0;

@@ -13,10 +13,10 @@ public sealed class DiskThreadsTests
     }
 
     [Fact]
-    public void Without_threads_all_is_done_that_several_hand_over_at_once()
+    public void Without_threads_all_work_is_done_that_several_callers_hand_over_at_once()
     {
         const int count = 4;
-        // Each has handed its work over before one has learned that there is no thread
+        // All have handed their work over before any learns that there is no thread.
         using var all = new Barrier(count);
         var threads = new DiskThreads("none", 16, (_, _) =>
         {
@@ -32,7 +32,7 @@ public sealed class DiskThreadsTests
     }
 
     [Fact]
-    public void Without_threads_work_that_gives_its_place_up_goes_on_and_no_deeper()
+    public void Without_threads_work_that_gives_its_place_up_goes_on_at_the_same_depth()
     {
         var threads = new DiskThreads("none", 16, (_, _) => null);
         int left = 100, depth = 0, deepest = 0;

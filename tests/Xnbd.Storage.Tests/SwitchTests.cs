@@ -71,7 +71,7 @@ public sealed class SwitchTests : IDisposable
     private static byte[] Filled(int length, byte value) => [.. Enumerable.Repeat(value, length)];
 
     /// <summary>
-    /// The origin never answers what was prefetched: nobody else notices, and neither does who prefetches.
+    /// The origin never answers what was prefetched. Nobody notices, not even the client that prefetches.
     /// </summary>
     [Fact]
     public async Task Neither_a_long_prefetch_nor_the_switch_holds_anybody_up()
@@ -142,7 +142,7 @@ public sealed class SwitchTests : IDisposable
         Assert.Equal(new byte[Block], await read);
     }
 
-    /// <summary>It fails at the last moment that it may: when everything has been let go of.</summary>
+    /// <summary>It fails at the last possible moment: when the origin has been detached.</summary>
     [Fact]
     public async Task A_switch_that_fails_changes_nothing_and_can_be_tried_again()
     {
@@ -150,7 +150,7 @@ public sealed class SwitchTests : IDisposable
         await cache.Disk.ZeroAsync(0, Block, ZeroMode.MayPunch, durable: false);
         BeSilent();
         Task<byte[]> read = Read(cache, 80 * Block, Block);
-        // Holds its block, so that zeroes are written in the second pass only
+        // Holds its block, so that zeroes are written in the second pass only.
         Task write = Write(cache, (90 * Block) + 1, Filled(10, 3));
         int zeroings = 0;
         _image!.Before = (operation, _, _) => operation == "zero" && Interlocked.Increment(ref zeroings) == 2
@@ -184,7 +184,7 @@ public sealed class SwitchTests : IDisposable
         using OriginCache cache = Open();
         await Soon(cache.CacheAll(256, CancellationToken.None));
         if (held == "zero")
-            // What the switch has to do
+            // The switch has to make these zeroes real.
             await cache.Disk.ZeroAsync(100 * Block, Block, ZeroMode.MayPunch, durable: true);
         using var isHeld = new ManualResetEventSlim();
         using var hold = new ManualResetEventSlim();
@@ -224,7 +224,7 @@ public sealed class SwitchTests : IDisposable
         AssertAllIsLocalDurably();
     }
 
-    /// <summary>As after a death of the machine.</summary>
+    /// <summary>Opens the map as after a death of the machine.</summary>
     private void AssertAllIsLocalDurably()
     {
         Linux.LinuxFile.Open(_folder.File("map"), Linux.OpenMode.ReadOnly, out SafeFileHandle? file);
@@ -287,7 +287,7 @@ public sealed class SwitchTests : IDisposable
             Task zeroing = Task.Run(async () =>
             {
                 for (int last = 0; last < 10; last += hasSwitched.IsCancellationRequested ? 1 : 0)
-                    // Whole blocks, all the time
+                    // Whole blocks, again and again.
                     await Soon(
                         cache.Disk.ZeroAsync(
                             Length - (4 * Block), 4 * Block, ZeroMode.MayPunch, durable: false).AsTask());
@@ -303,7 +303,7 @@ public sealed class SwitchTests : IDisposable
 
         AssertAllIsLocalDurably();
         BeSilent();
-        using OriginCache again = Open(); // what a proxy may do, no image alone may
+        using OriginCache again = Open(); // a proxy may keep zeroes in its map alone
         Assert.Equal(model, await Soon(Read(again, 0, Length)));
         Linux.LinuxFile.Open(_folder.File("map"), Linux.OpenMode.ReadOnly, out SafeFileHandle? file);
         using (file)
@@ -313,7 +313,7 @@ public sealed class SwitchTests : IDisposable
         }
     }
 
-    /// <summary>As SIGTERM amid a switch.</summary>
+    /// <summary>Like SIGTERM amid a switch.</summary>
     [Fact]
     public async Task The_end_waits_for_a_switch_that_is_under_way_and_lets_none_begin()
     {

@@ -52,7 +52,7 @@ public sealed class OriginCache : IDisposable
     /// <param name="originName">The origin's address, by which it is recognized.</param>
     /// <param name="imagePath">Path of the cache image.</param>
     /// <param name="mapPath">Path of its map.</param>
-    /// <param name="opening">What to do with a map that is there.</param>
+    /// <param name="opening">What to do with a map that exists.</param>
     /// <param name="readOnly">Clients may not write.</param>
     /// <param name="limits">Bounds of what is under way.</param>
     /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
@@ -245,7 +245,7 @@ public sealed class OriginCache : IDisposable
 
         _cache.Materialize(giveUpAbsent: force, cancel).GetAwaiter().GetResult();
         if (_cache.Map.Count(BlockState.Absent) + _cache.Map.Count(BlockState.Zero) is var left and > 0)
-            // That cannot happen; if it does, the switch fails
+            // This cannot happen; if it does, the switch fails.
             throw new DiskException(DiskError.Io, $"{left} blocks are not in the image");
         _cache.Map.WriteBehind();
         _cache.FlushAll().AsTask().GetAwaiter().GetResult();
