@@ -26,7 +26,7 @@ internal sealed class RemoteHandshake
     /// <summary>The bound of a reply to an option, in bytes: a description and a message are far shorter.</summary>
     private const int MaxReplyData = 64 * 1024;
 
-    /// <summary>The bound of replies to one option: each piece of information is one, and there are few kinds.</summary>
+    /// <summary>The bound of replies to one option: each piece of information is one; there are few kinds.</summary>
     private const int MaxReplies = 64;
 
     /// <summary>
