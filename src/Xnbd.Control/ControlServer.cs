@@ -88,6 +88,7 @@ public sealed class ControlServer : IDisposable
         _socket.Dispose();
         lock (_clients)
         {
+            Monitor.PulseAll(_clients);
             foreach (Socket client in _clients.Where(client => !_calling.Contains(client)))
                 client.Dispose();
             long end = Environment.TickCount64 + (long)s_endTime.TotalMilliseconds;
@@ -136,16 +137,19 @@ public sealed class ControlServer : IDisposable
         bool isRefused;
         lock (_clients)
         {
+            if (_clients.Count == MaxClients && _calling.Count < MaxThreads)
+            {
+                Socket longestSilent = _clients.Find(c => !_calling.Contains(c)) ?? _clients[0];
+                longestSilent.Dispose();
+                _clients.Remove(longestSilent);
+            }
+
+            // Without a call, the thread of a client that was pushed out ends at once.
+            while (_threads >= MaxThreads && _calling.Count < MaxThreads && !_isClosed)
+                Monitor.Wait(_clients);
             isRefused = _threads >= MaxThreads || _isClosed;
             if (!isRefused)
             {
-                if (_clients.Count == MaxClients)
-                {
-                    Socket longestSilent = _clients.Find(c => !_calling.Contains(c)) ?? _clients[0];
-                    longestSilent.Dispose();
-                    _clients.Remove(longestSilent);
-                }
-
                 _clients.Add(client);
                 _threads++;
             }
@@ -156,12 +160,12 @@ public sealed class ControlServer : IDisposable
         return !isRefused;
     }
 
-    private static void Refuse(Socket client)
+    private void Refuse(Socket client)
     {
         try
         {
             client.Blocking = false; // a new client's socket has room
-            client.Send(ControlMessage.Error(null, ControlException.Failed, "too many calls are under way"));
+            client.Send(ControlMessage.Error(null, ControlException.Failed, _isClosed ? "the server is ending" : "too many calls are under way"));
         }
         catch (SocketException)
         {
@@ -246,8 +250,9 @@ public sealed class ControlServer : IDisposable
                 _clients.Add(client);
             if (isUnderWay)
                 _calling.Add(client);
-            else if (_calling.Remove(client))
-                Monitor.PulseAll(_clients);
+            else
+                _calling.Remove(client);
+            Monitor.PulseAll(_clients);
         }
     }
 
@@ -259,7 +264,7 @@ public sealed class ControlServer : IDisposable
         try
         {
             JsonNode? result = _call(request.Method, request.Parameters);
-            return request.IsNotification ? null : ControlMessage.Result(request.Id, result);
+            return request.IsNotification ? null : ControlMessage.Result(request.Id?.DeepClone(), result);
         }
         catch (Exception failure)
         {

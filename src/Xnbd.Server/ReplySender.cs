@@ -17,6 +17,8 @@ namespace Xnbd.Server;
 /// </summary>
 internal sealed class ReplySender : IDisposable
 {
+    private static readonly byte[] s_zeroes = new byte[64 * 1024];
+
     private readonly object _sending = new();
     private readonly Connection _connection;
     private readonly SessionServices _services;
@@ -303,14 +305,13 @@ internal sealed class ReplySender : IDisposable
 
     private bool SendZeroes(int length)
     {
-        ReadOnlySpan<byte> zeroes = new byte[4096]; // a constant: nothing is allocated
-        for (; length > zeroes.Length; length -= zeroes.Length)
+        for (; length > s_zeroes.Length; length -= s_zeroes.Length)
         {
-            if (!SendAll(zeroes, more: true))
+            if (!SendAll(s_zeroes, more: true))
                 return false;
         }
 
-        return SendAll(zeroes[..length], more: true);
+        return SendAll(s_zeroes.AsSpan(0, length), more: true);
     }
 
     /// <param name="file">The file.</param>

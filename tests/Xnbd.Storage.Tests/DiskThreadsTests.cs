@@ -32,6 +32,23 @@ public sealed class DiskThreadsTests
     }
 
     [Fact]
+    public void Without_threads_deferred_work_is_done_before_each_piece_that_may_wait()
+    {
+        var threads = new DiskThreads("none", 16, (_, _) => null);
+        var done = new List<string>();
+        var second = new Job(() => done.Add("second"));
+        var first = new Job(() =>
+        {
+            Assert.True(DeferredWork.TryDefer(WorkPhase.Send, () => done.Add("reply of the first")));
+            threads.Enqueue(second);
+        });
+        DeferredWork.Begin();
+        threads.Enqueue(first);
+        DeferredWork.End();
+        Assert.Equal(["reply of the first", "second"], done);
+    }
+
+    [Fact]
     public void Without_threads_work_that_gives_its_place_up_goes_on_at_the_same_depth()
     {
         var threads = new DiskThreads("none", 16, (_, _) => null);

@@ -79,6 +79,23 @@ public sealed class FetchQueueTests : IDisposable
         => [.. Enumerable.Range(0, length).Select(i => Origin.ByteAt(offset + i))];
 
     [Fact]
+    public async Task Readers_have_their_data_even_if_it_cannot_be_stored()
+    {
+        // The store may be faster than the thread that received the data.
+        var full = new DiskException(DiskError.NoSpace, "the disk is full");
+        FetchQueue queue = null!;
+        queue = _queue = new FetchQueue(
+            _origin, _map, new CacheLimits(4, 1 << 20), (_, _) => ValueTask.CompletedTask, fetch => queue.End([(fetch, full)]));
+        Task<byte[]> read = Read(5000, 100);
+        _origin.Answer(0);
+        Assert.Equal(Expected(5000, 100), await read);
+        Task<(BlockRange, bool)> fetched = queue.FetchAsync(new BlockRange(9, 1));
+        _origin.Answer(1);
+        DiskException failure = await Assert.ThrowsAsync<DiskException>(() => fetched);
+        Assert.Equal(DiskError.NoSpace, failure.Error);
+    }
+
+    [Fact]
     public async Task A_block_that_is_being_fetched_is_joined_until_it_is_stored()
     {
         FetchQueue queue = Open();

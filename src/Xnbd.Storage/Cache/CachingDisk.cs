@@ -307,8 +307,15 @@ internal sealed class CachingDisk : OverlayDisk
     /// <summary>Starts to fetch what a reader in sequence will want.</summary>
     private void StartAhead(BlockRange ahead)
     {
-        while (ahead.Count > 0)
-            ahead = ahead.After(_fetches.Start(ReadAhead.FirstPiece(ahead)));
+        try
+        {
+            while (ahead.Count > 0)
+                ahead = ahead.After(_fetches.Start(ReadAhead.FirstPiece(ahead)));
+        }
+        catch (OutOfMemoryException)
+        {
+            // Nobody waits for it; and a read that has begun must not be left.
+        }
     }
 
     /// <summary>Fetches what is absent of a range, until it is in the file, and fails if it cannot be.</summary>

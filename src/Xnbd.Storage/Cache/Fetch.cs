@@ -68,8 +68,14 @@ internal sealed class Fetch(BlockRange range, bool mayGrow)
     public void Fail(DiskException failure)
     {
         Arrived.TrySetException(failure);
-        Stored.TrySetException(failure);
         _ = Arrived.Task.Exception; // observed, also if nobody waits
-        _ = Stored.Task.Exception;
+        FailStoring(failure);
+    }
+
+    /// <summary>Fails those who wait until the data are stored. Readers of the data are not concerned.</summary>
+    public void FailStoring(DiskException failure)
+    {
+        Stored.TrySetException(failure);
+        _ = Stored.Task.Exception; // observed, also if nobody waits
     }
 }

@@ -339,6 +339,7 @@ internal sealed partial class FetchQueue : IDisposable
         else
         {
             EndOne(fetch, failure);
+            fetch.Fail(failure);
         }
 
         SendSoon();
@@ -418,7 +419,7 @@ internal sealed partial class FetchQueue : IDisposable
         if (failure is null)
             fetch.Stored.TrySetResult();
         else
-            fetch.Fail(failure);
+            fetch.FailStoring(failure);
         Release(fetch);
     }
 

@@ -176,11 +176,8 @@ internal sealed class LayerFile : IDisposable
     /// </summary>
     public void RemoveIfDisposable()
     {
-        if (_isRemovedAtEnd && !_isRemoved)
-        {
-            _isRemoved = true;
+        if (_isRemovedAtEnd && !Interlocked.Exchange(ref _isRemoved, true))
             _ = LinuxFile.Unlink(Path);
-        }
     }
 
     /// <summary>

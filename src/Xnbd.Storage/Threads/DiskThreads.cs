@@ -89,7 +89,6 @@ internal sealed class DiskThreads
     /// </summary>
     private void WorkHere()
     {
-        DeferredWork.Run(); // the work may wait, and somebody else may wait for what this thread has deferred
         (t_replaced ??= []).Add(this);
         try
         {
@@ -102,6 +101,7 @@ internal sealed class DiskThreads
                         return;
                 }
 
+                DeferredWork.Run(); // the work may wait, and somebody else may wait for what this thread has deferred
                 work.Run();
             }
         }
