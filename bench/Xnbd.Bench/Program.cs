@@ -4,13 +4,16 @@ using Xnbd.Bench;
 using Xnbd.TestKit;
 
 // xNBD and its peers side by side: see script/bench and docs/benchmarks.md.
-bool isQuick = args.Contains("--quick"), isJson = args.Contains("--json");
-string? only = Value("--only");
-int rounds = int.Parse(Value("--rounds") ?? (isQuick ? "2" : "3"), CultureInfo.InvariantCulture);
-double seconds = double.Parse(Value("--seconds") ?? (isQuick ? "1" : "3"), CultureInfo.InvariantCulture);
+BenchOptions? options = BenchOptions.Parse(args, out string? fault);
+if (options is null)
+{
+    (fault is null ? Console.Out : Console.Error).WriteLine(fault is null ? BenchOptions.Usage : $"{fault}\n{BenchOptions.Usage}");
+    return fault is null ? 0 : 2;
+}
 
+(bool isQuick, string? only, int rounds, double seconds) = (options.IsQuick, options.Only, options.Rounds, options.Seconds);
 using var memory = new TempFolder("/dev/shm");
-using var disk = new TempFolder(Value("--disk") ?? Path.Combine(Repository.Root, "out"));
+using var disk = new TempFolder(options.Disk ?? Path.Combine(Repository.Root, "out"));
 string warmImage = memory.Random("image", 512 << 20);
 string coldImage = "", sparseImage = "";
 
@@ -67,14 +70,11 @@ for (int round = 0; round < rounds; round++)
 Dictionary<Peer, double[]> idle = only is null ? MeasureIdle() : [];
 if (!Console.IsErrorRedirected)
     Console.Error.Write("\r\e[K");
-if (isJson)
+if (options.IsJson)
     PrintJson();
 else
     PrintTable();
 return 0;
-
-string? Value(string option)
-    => Array.IndexOf(args, option) is >= 0 and var at && at + 1 < args.Length ? args[at + 1] : null;
 
 string SparseImage()
 {
