@@ -51,9 +51,9 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
     {
         CheckExportName(exportName);
         if (path.Length == 0 || path.Contains('\0', StringComparison.Ordinal)
-            || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.LongestPath)
+            || System.Text.Encoding.UTF8.GetByteCount(Path.GetFullPath(path)) > Linux.UnixSocket.MaxPath)
             throw new FormatException(
-                $"'{path}': the path of a Unix socket has 1 to {Linux.UnixSocket.LongestPath} bytes");
+                $"'{path}': the path of a Unix socket has 1 to {Linux.UnixSocket.MaxPath} bytes");
         return new RemoteAddress(null, 0, Path.GetFullPath(path), exportName);
     }
 

@@ -33,7 +33,13 @@ public sealed class ControlClient : IDisposable
     /// <exception cref="IOException">The server has gone.</exception>
     public JsonNode? Call(string method, JsonObject? parameters = null)
     {
-        var request = new JsonObject { ["jsonrpc"] = "2.0", ["id"] = ++_id, ["method"] = method, ["params"] = parameters ?? [] };
+        var request = new JsonObject
+        {
+            ["jsonrpc"] = "2.0",
+            ["id"] = ++_id,
+            ["method"] = method,
+            ["params"] = parameters ?? [],
+        };
         try
         {
             _socket.Send(Encoding.UTF8.GetBytes(request.ToJsonString() + "\n"));

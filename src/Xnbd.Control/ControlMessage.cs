@@ -30,7 +30,10 @@ internal static class ControlMessage
             {
                 // Of an absent id and one that is null, only the absent one makes a notification.
                 request = new ControlRequest(
-                    method!, message["params"] as JsonObject ?? [], message["id"]?.DeepClone(), !message.ContainsKey("id"));
+                    method!,
+                    message["params"] as JsonObject ?? [],
+                    message["id"]?.DeepClone(),
+                    !message.ContainsKey("id"));
                 return true;
             }
 

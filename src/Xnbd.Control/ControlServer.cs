@@ -6,8 +6,8 @@ using Xnbd.Linux;
 namespace Xnbd.Control;
 
 /// <summary>
-/// The server's end of the control channel (docs/control.md): a Unix socket, for its owner alone, on which each line is a
-/// request of JSON-RPC 2.0. Each client has a thread. A client that is silent, slow or malformed harms nobody else.
+/// The server's end of the control channel (docs/control.md): a Unix socket, for its owner alone, on which each line is
+/// a request of JSON-RPC 2.0. Each client has a thread. A client that is silent, slow or malformed harms nobody else.
 /// <para>
 /// <c>_clients</c> guards itself, <c>_calling</c> and <c>_threads</c>; no call is made and nothing is sent while it is
 /// held. A client that leaves during a call keeps its thread until the call has ended.
@@ -22,7 +22,8 @@ public sealed class ControlServer : IDisposable
     internal const int MaxClients = 16;
 
     /// <summary>
-    /// Threads at once: clients, and calls whose clients have left. Beyond that new clients are refused until a call ends.
+    /// Threads at once: clients, and calls whose clients have left. Beyond that new clients are refused until a call
+    /// ends.
     /// </summary>
     internal const int MaxThreads = 2 * MaxClients;
 
@@ -79,8 +80,8 @@ public sealed class ControlServer : IDisposable
     }
 
     /// <summary>
-    /// Closes the channel, removes its socket, and waits a moment for the calls that are under way. Those that end in time
-    /// are answered.
+    /// Closes the channel, removes its socket, and waits a moment for the calls that are under way. Those that end in
+    /// time are answered.
     /// </summary>
     public void Dispose()
     {
@@ -220,10 +221,12 @@ public sealed class ControlServer : IDisposable
             length += count;
             NoteCall(client, isUnderWay: true);
             int start = 0;
-            for (int end; !_isClosed && (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0; start += end + 1)
+            int end;
+            while (!_isClosed && (end = buffer.AsSpan(start, length - start).IndexOf((byte)'\n')) >= 0)
             {
                 if (Answer(buffer.AsSpan(start, end)) is { } answer)
                     client.Send(answer);
+                start += end + 1;
             }
 
             NoteCall(client, isUnderWay: false);
@@ -269,9 +272,12 @@ public sealed class ControlServer : IDisposable
         catch (Exception failure)
         {
             // Whatever a client sends, and whatever goes wrong with it: the disk is served on.
-            int code = failure is ControlException known ? known.Code
-                : failure is InvalidOperationException or FormatException or JsonException ? ControlException.InvalidParameters
-                : ControlException.Failed;
+            int code = failure switch
+            {
+                ControlException known => known.Code,
+                InvalidOperationException or FormatException or JsonException => ControlException.InvalidParameters,
+                _ => ControlException.Failed,
+            };
             return request.IsNotification ? null : ControlMessage.Error(request.Id, code, failure.Message);
         }
     }

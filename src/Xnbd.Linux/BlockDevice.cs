@@ -21,11 +21,11 @@ public static unsafe class BlockDevice
     private const nuint IoctlLoopStatus = 0x4c05; // LOOP_GET_STATUS64
 
     /// <summary>
-    /// Reads the counters of a device or a partition. What is in the page cache only has not been counted yet: sync
-    /// first.
+    /// Reads the counters of a device or a partition. Data that is only in the page cache is not counted yet, so
+    /// callers sync first.
     /// </summary>
     /// <param name="device">The open device.</param>
-    /// <param name="counters">What is counted.</param>
+    /// <param name="counters">The counters.</param>
     /// <returns>False if this kernel, or the device's driver, does not count.</returns>
     public static bool TryReadCounters(SafeFileHandle device, out BlockDeviceCounters counters)
     {
@@ -33,7 +33,7 @@ public static unsafe class BlockDevice
         if (LinuxFile.Status(device, out FileStatus status) != Errno.None || status.Kind != FileKind.BlockDevice)
             return false;
 
-        // Some drivers claim to count, and do not. So a read that passes the page cache must make a difference.
+        // Some drivers claim to count but do not. So a read past the page cache must change the counters.
         if (!TryRead(status, out BlockDeviceCounters before) || !ReadStart(device))
             return false;
         return TryRead(status, out counters) && counters.SectorsRead != before.SectorsRead;
@@ -93,7 +93,8 @@ public static unsafe class BlockDevice
             return LinuxFile.Read(direct!, buffer.GetSpan(), 0) > 0;
     }
 
-    /// <summary>A file of sysfs without the end of its line; null if it is absent.</summary>
+    /// <summary>Reads a file of sysfs, without the end of its line.</summary>
+    /// <returns>Null if the file is absent.</returns>
     private static string? ReadText(string path)
     {
         try
@@ -107,7 +108,7 @@ public static unsafe class BlockDevice
         }
     }
 
-    /// <summary>A device number as the loop driver has it.</summary>
+    /// <summary>Encodes a device number as the loop driver does.</summary>
     /// <param name="device">Major number in the upper half, minor number in the lower half.</param>
     private static ulong Encode(ulong device)
     {

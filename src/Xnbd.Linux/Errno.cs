@@ -3,8 +3,8 @@ using System.Runtime.InteropServices;
 namespace Xnbd.Linux;
 
 /// <summary>
-/// Linux error numbers that xNBD tells apart. The calls of this project answer with a count, or with a negated
-/// error number, as the kernel itself does: on the data path an error is a value, not an exception.
+/// Linux error numbers that xNBD tells apart. The calls of this project return a count or a negated error
+/// number, as the kernel does: on the data path an error is a value, not an exception.
 /// </summary>
 public enum Errno
 {
@@ -101,7 +101,7 @@ public static class ErrnoExtensions
 {
     extension(Errno)
     {
-        /// <summary>The error that a call answered with instead of a count; <see cref="Errno.None"/> for a count.</summary>
+        /// <summary>The error that a call returned instead of a count; <see cref="Errno.None"/> for a count.</summary>
         /// <param name="result">A count, or a negated error number.</param>
         public static Errno Of(long result) => result < 0 ? (Errno)(-result) : Errno.None;
     }

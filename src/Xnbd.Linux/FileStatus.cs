@@ -1,6 +1,6 @@
 namespace Xnbd.Linux;
 
-/// <summary>What kind of file stands behind a descriptor.</summary>
+/// <summary>The kind of a file.</summary>
 public enum FileKind
 {
     /// <summary>A regular file.</summary>
@@ -19,18 +19,19 @@ public enum FileKind
     Other,
 }
 
-/// <summary>What <c>statx</c> tells of a file.</summary>
-/// <param name="Kind">What kind of file it is.</param>
+/// <summary>The status of a file, as <c>statx</c> reports it.</summary>
+/// <param name="Kind">The kind of file.</param>
 /// <param name="Length">A regular file's length in bytes.</param>
-/// <param name="AllocatedBytes">Space it takes on its file system, in bytes.</param>
+/// <param name="AllocatedBytes">Space that it takes on its file system, in bytes.</param>
 /// <param name="Inode">Its number within its file system.</param>
 /// <param name="Device">The file system's device, major and minor number.</param>
-/// <param name="Permissions">Who may do what, as <c>chmod</c> has it.</param>
+/// <param name="Permissions">Its permissions, as for <c>chmod</c>.</param>
 /// <param name="User">Its owner.</param>
 /// <param name="Group">Its group.</param>
-/// <param name="ModifiedNanoseconds">When its contents were last changed, since 1970.</param>
-/// <param name="BlockBytes">The unit in which its file system allocates and reads, in bytes (<c>st_blksize</c>).</param>
-/// <param name="Number">Which device it is, if it is one: its major and minor number.</param>
+/// <param name="ModifiedNanoseconds">Time of the last change of its contents, in nanoseconds since 1970.</param>
+/// <param name="BlockBytes">The unit in which its file system allocates and reads, in bytes
+/// (<c>st_blksize</c>).</param>
+/// <param name="Number">Major and minor number, if the file is a device.</param>
 public readonly record struct FileStatus(
     FileKind Kind,
     long Length,

@@ -56,7 +56,8 @@ internal static unsafe partial class LibC
     internal static partial int IoCtl(SafeHandle file, nuint request, nint argument);
 
     [LibraryImport(Name, EntryPoint = "renameat2", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
-    internal static partial int RenameAt2(int oldDirectory, string oldPath, int newDirectory, string newPath, uint flags);
+    internal static partial int RenameAt2(
+        int oldDirectory, string oldPath, int newDirectory, string newPath, uint flags);
 
     [LibraryImport(Name, EntryPoint = "rename", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int Rename(string oldPath, string newPath);
@@ -143,7 +144,8 @@ internal static unsafe partial class LibC
     internal static partial int Dup2(int from, int to);
 
     [LibraryImport(Name, EntryPoint = "mmap64")]
-    internal static partial byte* MMap(byte* address, nuint length, int protection, int flags, int descriptor, long offset);
+    internal static partial byte* MMap(
+        byte* address, nuint length, int protection, int flags, int descriptor, long offset);
 
     [LibraryImport(Name, EntryPoint = "munmap")]
     internal static partial int MUnmap(byte* address, nuint length);
@@ -158,13 +160,13 @@ internal static unsafe partial class LibC
     internal const int SocketStream = 1;
     internal const int SocketCloseOnExec = 0x80000;
 
-    /// <summary>The kernel takes it down to what the system allows.</summary>
+    /// <summary>The kernel reduces it to what the system allows.</summary>
     internal const int MaxBacklog = int.MaxValue;
 
-    /// <summary>What a call that answers with a count said: the count, or the negated error number.</summary>
+    /// <summary>The result of a call that returns a count: the count, or the negated error number.</summary>
     internal static long Result(nint answer) => answer >= 0 ? answer : -Marshal.GetLastPInvokeError();
 
-    /// <summary>What a call that answers with 0 or -1 said.</summary>
+    /// <summary>The result of a call that returns 0 or -1.</summary>
     internal static Errno Outcome(int answer) => answer >= 0 ? Errno.None : (Errno)Marshal.GetLastPInvokeError();
 
     /// <summary><c>struct iovec</c>.</summary>

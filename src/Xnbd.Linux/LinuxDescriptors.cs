@@ -3,16 +3,17 @@ using System.Runtime.InteropServices;
 namespace Xnbd.Linux;
 
 /// <summary>
-/// How many descriptors this process may have. The last ones are a reserve, which clients do not get: without it they
-/// could take what a broken remote needs to come back, the control channel, the log, or a snapshot.
+/// How many descriptors this process may have. The last ones are a reserve, which clients do not get. Without the
+/// reserve, clients could take the descriptors that the remote's connections, the control channel, the log and
+/// snapshots need.
 /// </summary>
 public static unsafe class LinuxDescriptors
 {
     private const int NumberOfFiles = 7; // RLIMIT_NOFILE
 
     /// <summary>
-    /// The most that is asked for: the clients that a server takes, several times over. A hard limit may be a billion,
-    /// and programs that walk through all numbers would then take minutes.
+    /// The highest limit that is set: several times the number of clients that a server accepts. A hard limit may be a
+    /// billion, and a child process that walks through all numbers would then take minutes.
     /// </summary>
     private const int MostWanted = 65_536;
 
@@ -21,7 +22,7 @@ public static unsafe class LinuxDescriptors
     /// </summary>
     private const int LargestReserve = 128;
 
-    /// <summary>The limit at present: descriptors are smaller numbers.</summary>
+    /// <summary>The present limit: all descriptors are smaller numbers.</summary>
     public static int Limit
     {
         get
@@ -32,8 +33,8 @@ public static unsafe class LinuxDescriptors
     }
 
     /// <summary>
-    /// Raises this process's limit to what it may be (<c>RLIMIT_NOFILE</c>, from soft to hard). Its children inherit
-    /// it.
+    /// Raises the soft limit of this process towards its hard limit (<c>RLIMIT_NOFILE</c>). Child processes inherit the
+    /// limit.
     /// </summary>
     public static void RaiseLimit()
     {
@@ -48,8 +49,8 @@ public static unsafe class LinuxDescriptors
     }
 
     /// <summary>
-    /// Whether a descriptor is one of the reserve. The kernel gives out the smallest number that is free, so all that
-    /// are not of the reserve are in use then.
+    /// Whether a descriptor is one of the reserve. The kernel gives out the smallest free number, so all descriptors
+    /// outside the reserve are in use then.
     /// </summary>
     /// <param name="descriptor">The descriptor; it is open.</param>
     /// <param name="limit">The <see cref="Limit"/>.</param>

@@ -2,11 +2,11 @@ using Microsoft.Win32.SafeHandles;
 
 namespace Xnbd.Linux;
 
-/// <summary>An <c>eventfd</c>: lets one thread end another's <see cref="LinuxSocket.Wait"/>.</summary>
+/// <summary>An <c>eventfd</c>, by which one thread ends the <see cref="LinuxSocket.Wait"/> of another one.</summary>
 public sealed unsafe class LinuxEvent : IDisposable
 {
     /// <summary>Creates an event that is not signalled.</summary>
-    /// <exception cref="IOException">No more descriptors are to be had.</exception>
+    /// <exception cref="IOException">There are no more descriptors.</exception>
     public LinuxEvent()
     {
         int descriptor = Create();
@@ -21,7 +21,7 @@ public sealed unsafe class LinuxEvent : IDisposable
     internal SafeFileHandle Handle { get; }
 
     /// <summary>Creates an event that is not signalled, for a client's connection.</summary>
-    /// <returns>Null when no more descriptors are to be had, but for the reserve (<see cref="LinuxDescriptors"/>).</returns>
+    /// <returns>Null when no descriptors are left outside the reserve (<see cref="LinuxDescriptors"/>).</returns>
     public static LinuxEvent? TryCreate()
     {
         int descriptor = Create();
@@ -41,7 +41,7 @@ public sealed unsafe class LinuxEvent : IDisposable
         _ = LibC.Write(Handle, (byte*)&one, sizeof(ulong));
     }
 
-    /// <summary>Takes the signal back.</summary>
+    /// <summary>Resets the event, so that it is not signalled any more.</summary>
     public void Reset()
     {
         ulong value;

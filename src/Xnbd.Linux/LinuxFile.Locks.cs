@@ -12,19 +12,22 @@ public static unsafe partial class LinuxFile
 
     private const short ReadLock = 0, WriteLock = 1, Unlocked = 2;
 
-    /// <summary>Takes a lock on the open file, without waiting; it ends with the last descriptor of this opening.</summary>
+    /// <summary>
+    /// Takes a lock on the open file, without waiting. The lock ends with the last descriptor of the open file.
+    /// </summary>
     /// <param name="file">The file.</param>
-    /// <param name="shared">Others may hold it as well, if they share it too.</param>
-    /// <returns><see cref="Errno.EAGAIN"/> when somebody else holds it.</returns>
+    /// <param name="shared">Other processes may hold a shared lock at the same time.</param>
+    /// <returns><see cref="Errno.EAGAIN"/> when another process holds it.</returns>
     public static Errno TryLock(SafeFileHandle file, bool shared = false)
         => LibC.Outcome(LibC.FLock(file, (shared ? LockShared : LockExclusive) | LockNonBlocking));
 
     /// <summary>Takes a lock on one byte of the file (an open-file-description lock), without waiting.</summary>
-    /// <param name="file">The file; open for writing, if nobody else is to hold the lock.</param>
-    /// <param name="offset">The byte.</param>
-    /// <param name="shared">Others may hold it as well, if they share it too.</param>
+    /// <param name="file">The file; open for writing if the lock is not shared.</param>
+    /// <param name="offset">Offset of the byte.</param>
+    /// <param name="shared">Other processes may hold a shared lock at the same time.</param>
     /// <returns>
-    /// <see cref="Errno.EAGAIN"/> when somebody else's lock forbids it; another error where there are no such locks.
+    /// <see cref="Errno.EAGAIN"/> when a lock of another process forbids it; another error if the file system has no
+    /// such locks.
     /// </returns>
     public static Errno TryLockByte(SafeFileHandle file, long offset, bool shared = true)
     {
@@ -33,7 +36,7 @@ public static unsafe partial class LinuxFile
         return LibC.Outcome(LibC.FCntl(file, setLock, &range));
     }
 
-    /// <summary>Lets go of a lock of <see cref="TryLockByte"/>.</summary>
+    /// <summary>Releases a lock of <see cref="TryLockByte"/>.</summary>
     public static void UnlockByte(SafeFileHandle file, long offset)
     {
         const int setLock = 37; // F_OFD_SETLK
@@ -42,8 +45,8 @@ public static unsafe partial class LinuxFile
     }
 
     /// <summary>
-    /// Lets go of all locks of this opening of the file. Closing does that too; but a child that this process is starting at that
-    /// moment would hold them until it runs its own program.
+    /// Releases all locks of this open file. Closing it does that, too; but a child process that is being started at
+    /// that moment would hold them until it runs its own program.
     /// </summary>
     public static void Unlock(SafeFileHandle file)
     {
@@ -53,7 +56,7 @@ public static unsafe partial class LinuxFile
         _ = LibC.FLock(file, LockRelease);
     }
 
-    /// <summary>Whether somebody else holds a lock on one byte of the file.</summary>
+    /// <summary>Whether another process holds a lock on one byte of the file.</summary>
     public static bool IsByteLocked(SafeFileHandle file, long offset)
     {
         const int getLock = 36; // F_OFD_GETLK

@@ -3,13 +3,13 @@ using Microsoft.Win32.SafeHandles;
 
 namespace Xnbd.Linux;
 
-/// <content>What kind of file it is, and where it stands.</content>
+/// <content>What kind of file it is, and on which file system.</content>
 public static unsafe partial class LinuxFile
 {
     private const uint StatXBasic = 0x7ff;
     private const int StatXLength = 256;
 
-    /// <summary>What kind of file it is, how long, and which.</summary>
+    /// <summary>Reads the status of an open file.</summary>
     public static Errno Status(SafeHandle file, out FileStatus status)
     {
         const int emptyPath = 0x1000;
@@ -19,7 +19,7 @@ public static unsafe partial class LinuxFile
         return errno;
     }
 
-    /// <summary>The same of what a path names; of a symbolic link, what it leads to.</summary>
+    /// <summary>Reads the status of a file by its path; symbolic links are followed.</summary>
     public static Errno Status(string path, out FileStatus status)
     {
         byte* buffer = stackalloc byte[StatXLength];

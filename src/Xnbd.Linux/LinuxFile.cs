@@ -19,15 +19,18 @@ public enum OpenMode
     /// <summary>Create it, for its owner alone, if it is absent.</summary>
     Create = 0x40,
 
-    /// <summary>For writing at its end, wherever that is by then; create it if it is absent, readable for all.</summary>
+    /// <summary>
+    /// For writing at the end that the file has by then; create it if it is absent, readable for all.
+    /// </summary>
     Append = 1 | 0x400 | 0x40,
 
     /// <summary>
-    /// Refuse a symbolic link, with <see cref="Errno.ELOOP"/>. (The number is ours: it differs between architectures.)
+    /// Refuse a symbolic link with <see cref="Errno.ELOOP"/>. (The number is our own: it differs between
+    /// architectures.)
     /// </summary>
     NoFollow = 1 << 30,
 
-    /// <summary>Past the page cache, for aligned reads of devices. (The number is ours, too.)</summary>
+    /// <summary>Past the page cache, for aligned reads of devices. (The number is our own, too.)</summary>
     Direct = 1 << 29,
 }
 
@@ -46,9 +49,9 @@ public enum AllocateMode
 }
 
 /// <summary>
-/// Files by descriptor: positioned reads and writes and what else the BCL lacks. Counts and offsets are bytes.
-/// Methods that return a <c>long</c> answer with a count, or with a negated <see cref="Errno"/>. Interrupted calls
-/// are repeated.
+/// Files by descriptor: positioned reads and writes, and other calls that the BCL lacks. Counts and offsets are in
+/// bytes. Methods that return a <c>long</c> return a count or a negated <see cref="Errno"/> (see
+/// <see cref="ErrnoExtensions"/>). Interrupted calls are repeated.
 /// </summary>
 public static unsafe partial class LinuxFile
 {
@@ -73,10 +76,10 @@ public static unsafe partial class LinuxFile
 
     /// <summary>
     /// Opens a file; the descriptor is closed on exec. It never waits for another program: a FIFO is opened at once, or
-    /// fails with <see cref="Errno.ENXIO"/>, if it is to be written and nobody reads it.
+    /// fails with <see cref="Errno.ENXIO"/> if it is opened for writing and has no reader.
     /// </summary>
     /// <param name="path">The file.</param>
-    /// <param name="mode">How.</param>
+    /// <param name="mode">How it is opened.</param>
     /// <param name="file">The open file; null on failure.</param>
     public static Errno Open(string path, OpenMode mode, out SafeFileHandle? file)
     {
@@ -87,17 +90,17 @@ public static unsafe partial class LinuxFile
         uint permissions = (mode & OpenMode.Append) == OpenMode.Append ? 0b110_100_100u : 0b110_000_000u;
         Errno errno = Open(path, flags | OpenNonBlocking, permissions, out SafeFileHandle? opened);
 
-        // A lease, as Samba has: its holder is given the time to let go of it.
+        // Another program, such as Samba, holds a lease: this open waits until the program has released it.
         if (errno == Errno.EAGAIN && Status(path, out FileStatus leased) == Errno.None
             && leased.Kind == FileKind.Regular)
             errno = Open(path, flags, permissions, out opened);
         if (errno != Errno.None)
             return errno;
 
-        // From here on it is as if it had been opened without O_NONBLOCK.
+        // From here on the file behaves as if it had been opened without O_NONBLOCK.
         if (Status(opened!, out FileStatus status) == Errno.None && status.Kind == FileKind.BlockDevice)
         {
-            // Some drivers skip checks then, such as that for a medium: so the same device once more.
+            // With O_NONBLOCK some drivers skip checks, such as that for a medium. So the device is opened once more.
             errno = Open(NameOf(opened!), flags & ~(s_openNoFollow | (int)OpenMode.CreateNew), 0, out file);
             if (errno != Errno.ENOENT)
             {
@@ -111,7 +114,7 @@ public static unsafe partial class LinuxFile
         return Errno.None;
     }
 
-    /// <summary>A name that leads to an open file, wherever that is by now.</summary>
+    /// <summary>A path that leads to an open file, wherever the file is by now.</summary>
     public static string NameOf(SafeFileHandle file) => $"/proc/self/fd/{file.DangerousGetHandle()}";
 
     private static Errno Open(string path, int flags, uint permissions, out SafeFileHandle? file)
@@ -128,11 +131,11 @@ public static unsafe partial class LinuxFile
     }
 
     /// <summary>
-    /// Opens an open file once more, for reading: the same file, but a file position and locks of its own. Whatever has
-    /// become of the file's name does not matter.
+    /// Opens an open file once more, for reading: the same file, but with its own file position and locks. The file's
+    /// name does not matter.
     /// </summary>
     /// <param name="file">The open file.</param>
-    /// <param name="again">The second opening; null on failure, such as without /proc.</param>
+    /// <param name="again">The second open file; null on failure, for example without /proc.</param>
     public static Errno OpenAgain(SafeFileHandle file, out SafeFileHandle? again)
     {
         bool added = false;
@@ -170,7 +173,10 @@ public static unsafe partial class LinuxFile
     }
 
     /// <summary>Reads what is in memory, without waiting for a disk (<c>RWF_NOWAIT</c>).</summary>
-    /// <returns>Bytes read, perhaps fewer than asked for; -EAGAIN when the first is not in memory; -EOPNOTSUPP where the file system cannot tell.</returns>
+    /// <returns>
+    /// Bytes read, perhaps fewer than asked for; -EAGAIN when the first is not in memory; -EOPNOTSUPP where the file
+    /// system cannot tell.
+    /// </returns>
     public static long ReadNoWait(SafeFileHandle file, Span<byte> buffer, long offset)
     {
         fixed (byte* start = buffer)
@@ -189,7 +195,7 @@ public static unsafe partial class LinuxFile
     /// <summary>Writes the whole buffer.</summary>
     /// <param name="file">The file.</param>
     /// <param name="buffer">The data.</param>
-    /// <param name="offset">Where.</param>
+    /// <param name="offset">Offset in the file in bytes.</param>
     /// <returns>The buffer's length, or a negated error number; then a part may have been written.</returns>
     public static long Write(SafeFileHandle file, ReadOnlySpan<byte> buffer, long offset)
     {
@@ -218,7 +224,7 @@ public static unsafe partial class LinuxFile
             return LibC.Result(LibC.Write(file, start, (nuint)buffer.Length));
     }
 
-    /// <summary>Sets who may do what with a file, and, if this process may, whose it is.</summary>
+    /// <summary>Sets the permissions of a file, and its owner if this process may.</summary>
     public static Errno SetOwner(SafeFileHandle file, in FileStatus model)
     {
         _ = LibC.FChOwn(file, model.User, model.Group); // only root may give files away
@@ -238,11 +244,17 @@ public static unsafe partial class LinuxFile
     }
 
     /// <summary>The first byte at or after <paramref name="offset"/> that is data.</summary>
-    /// <returns>Its offset; -ENXIO when only a hole follows; another negated error where the file system cannot tell.</returns>
-    public static long NextData(SafeFileHandle file, long offset) => LibC.Result((nint)LibC.LSeek(file, offset, SeekData));
+    /// <returns>
+    /// Its offset; -ENXIO when only a hole follows; another negated error where the file system cannot tell.
+    /// </returns>
+    public static long NextData(SafeFileHandle file, long offset)
+        => LibC.Result((nint)LibC.LSeek(file, offset, SeekData));
 
-    /// <summary>The first byte at or after <paramref name="offset"/> that is in a hole; the end of the file counts as one.</summary>
-    public static long NextHole(SafeFileHandle file, long offset) => LibC.Result((nint)LibC.LSeek(file, offset, SeekHole));
+    /// <summary>
+    /// The first byte at or after <paramref name="offset"/> that is in a hole; the end of the file counts as one.
+    /// </summary>
+    public static long NextHole(SafeFileHandle file, long offset)
+        => LibC.Result((nint)LibC.LSeek(file, offset, SeekHole));
 
     /// <summary>Makes all data written so far durable, and the metadata needed to read it.</summary>
     public static Errno SyncData(SafeFileHandle file) => LibC.Outcome(LibC.FDataSync(file));
@@ -250,17 +262,19 @@ public static unsafe partial class LinuxFile
     /// <summary>Makes data and all metadata durable; for a directory, its entries.</summary>
     public static Errno Sync(SafeFileHandle file) => LibC.Outcome(LibC.FSync(file));
 
-    /// <summary>Makes now the time of a file's last change.</summary>
+    /// <summary>Sets the time of a file's last change to now.</summary>
     public static Errno Touch(SafeFileHandle file) => LibC.Outcome(LibC.FUTimeNs(file, null));
 
     /// <summary>Sets a file's length.</summary>
     public static Errno Truncate(SafeFileHandle file, long length) => LibC.Outcome(LibC.FTruncate(file, length));
 
-    /// <summary>Asks the kernel to bring a range into memory soon; a hint, which never fails visibly.</summary>
+    /// <summary>Asks the kernel to read a range into memory soon: a hint, whose failure does not matter.</summary>
     public static void AdviseWillNeed(SafeFileHandle file, long offset, long length)
         => _ = LibC.FAdvise(file, offset, length, AdviceWillNeed);
 
-    /// <summary>Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).</summary>
+    /// <summary>
+    /// Makes the whole of <paramref name="target"/> share the blocks of <paramref name="source"/> (<c>FICLONE</c>).
+    /// </summary>
     public static Errno Clone(SafeFileHandle source, SafeFileHandle target)
         => LibC.Outcome(LibC.IoCtl(target, IoctlClone, source.DangerousGetHandle()));
 
@@ -273,10 +287,11 @@ public static unsafe partial class LinuxFile
         return errno;
     }
 
-    /// <summary>Makes the entries of the directory in which a file stands durable, as far as the file system can.</summary>
+    /// <summary>Makes the entries of a file's directory durable, as far as the file system can.</summary>
     public static void SyncDirectoryOf(string path)
     {
-        if (Open(Path.GetDirectoryName(Path.GetFullPath(path))!, OpenMode.ReadOnly, out SafeFileHandle? directory) != Errno.None)
+        string folder = Path.GetDirectoryName(Path.GetFullPath(path))!;
+        if (Open(folder, OpenMode.ReadOnly, out SafeFileHandle? directory) != Errno.None)
             return;
         using (directory)
             _ = Sync(directory!);
@@ -289,11 +304,11 @@ public static unsafe partial class LinuxFile
         Errno errno = LibC.Outcome(LibC.RenameAt2(CurrentDirectory, oldPath, CurrentDirectory, newPath, noReplace));
         if (errno is not (Errno.EINVAL or Errno.ENOSYS))
             return errno;
-        errno = LibC.Outcome(LibC.Link(oldPath, newPath)); // a file system without that flag, such as NFS
+        errno = LibC.Outcome(LibC.Link(oldPath, newPath)); // the file system does not know the flag, as NFS does not
         return errno == Errno.None ? Unlink(oldPath) : errno;
     }
 
-    /// <summary>Renames a file, in place of one that may be there.</summary>
+    /// <summary>Renames a file, and replaces one that may have the new name.</summary>
     public static Errno Rename(string oldPath, string newPath) => LibC.Outcome(LibC.Rename(oldPath, newPath));
 
     /// <summary>Removes a file's name.</summary>

@@ -1,10 +1,10 @@
 namespace Xnbd.Linux;
 
 /// <summary>
-/// Signals that one thread waits for, in place of handlers. A signal that all threads block waits until that thread
-/// takes it. So no signal is lost or ends the process from <see cref="BlockInAllThreads"/> on, and taking one needs no
-/// further thread. (The runtime's own handling starts a thread for each SIGINT. Where none can be had, that ends the
-/// process.)
+/// Signals for which one thread waits, instead of handlers. A signal that all threads block stays pending until that
+/// thread takes it. So from <see cref="BlockInAllThreads"/> on no signal is lost or ends the process, and taking one
+/// needs no further thread. (The runtime's own handling starts a thread for each SIGINT. If there is none, the process
+/// ends.)
 /// </summary>
 public static unsafe class LinuxSignals
 {
@@ -24,8 +24,8 @@ public static unsafe class LinuxSignals
     public const int Terminate = 15;
 
     /// <summary>
-    /// Blocks signals. To be called at the start of the program, on its first thread: threads inherit what is blocked
-    /// from those that start them, and so does a child process.
+    /// Blocks signals. It must be called at the start of the program, on its first thread: threads and child processes
+    /// inherit the blocked signals from the thread that starts them.
     /// </summary>
     public static void BlockInAllThreads(params ReadOnlySpan<int> signals)
     {
@@ -49,7 +49,7 @@ public static unsafe class LinuxSignals
         return ignored is not null && (Convert.ToUInt64(ignored[line.Length..], 16) & BitOf(signal)) != 0;
     }
 
-    /// <summary>Waits for one of some signals, which are blocked.</summary>
+    /// <summary>Waits for one of several blocked signals.</summary>
     /// <returns>Its number.</returns>
     public static int Wait(params ReadOnlySpan<int> signals)
     {
@@ -76,7 +76,7 @@ public static unsafe class LinuxSignals
     private static void Block(LibC.SignalSet set)
     {
         const int block = 0; // SIG_BLOCK
-        _ = LibC.SigProcMask(block, &set, null); // on Linux it speaks of the calling thread
+        _ = LibC.SigProcMask(block, &set, null); // on Linux it applies to the calling thread
     }
 
     [System.Runtime.CompilerServices.MethodImpl(System.Runtime.CompilerServices.MethodImplOptions.NoInlining)]

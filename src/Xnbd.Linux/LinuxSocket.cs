@@ -25,7 +25,8 @@ public enum Readiness
 
 /// <summary>
 /// Stream sockets by descriptor, with the flags that the BCL's <c>Socket</c> does not offer. Methods that return a
-/// <c>long</c> answer with a count of bytes, or with a negated <see cref="Errno"/>. Interrupted calls are repeated.
+/// <c>long</c> return a count of bytes, or a negated <see cref="Errno"/> (see <see cref="ErrnoExtensions"/>).
+/// Interrupted calls are repeated.
 /// </summary>
 public static unsafe class LinuxSocket
 {
@@ -47,20 +48,23 @@ public static unsafe class LinuxSocket
     /// <param name="socket">The socket.</param>
     /// <param name="buffer">The data.</param>
     /// <param name="more">More will follow at once: the kernel may hold back a partial packet.</param>
-    /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when the time ran out with nothing.</returns>
+    /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when none were sent in time.</returns>
     public static long Send(SafeHandle socket, ReadOnlySpan<byte> buffer, bool more)
         => Send(socket, buffer, more ? NoSignal | More : NoSignal);
 
     /// <summary>Sends what the socket takes at once.</summary>
     /// <returns>Bytes sent, perhaps fewer than asked for; -EAGAIN when it takes none.</returns>
-    public static long SendNow(SafeHandle socket, ReadOnlySpan<byte> buffer) => Send(socket, buffer, NoSignal | DontWait);
+    public static long SendNow(SafeHandle socket, ReadOnlySpan<byte> buffer)
+        => Send(socket, buffer, NoSignal | DontWait);
 
-    /// <summary>Whether an error of <see cref="SendFile"/> is the socket's, not the file's.</summary>
+    /// <summary>Whether an error of <see cref="SendFile"/> belongs to the socket, not to the file.</summary>
     public static bool IsOfSocket(Errno errno)
         => errno is Errno.EPIPE or Errno.ECONNRESET or Errno.ETIMEDOUT or Errno.ENOTCONN or Errno.EAGAIN;
 
     /// <summary>Sends a part of a file without copying it through this process.</summary>
-    /// <returns>Bytes sent, perhaps fewer than asked for; 0 at the end of the file; -EAGAIN when the send timeout ran out with nothing.</returns>
+    /// <returns>
+    /// Bytes sent, perhaps fewer than asked for; 0 at the end of the file; -EAGAIN when none were sent in time.
+    /// </returns>
     public static long SendFile(SafeHandle socket, SafeFileHandle file, long offset, long length)
     {
         long count;
@@ -76,11 +80,16 @@ public static unsafe class LinuxSocket
     /// <param name="socket">The socket.</param>
     /// <param name="forReading">Wait for data.</param>
     /// <param name="forWriting">Wait for room to send.</param>
-    /// <param name="timeoutMilliseconds">How long; negative: without end.</param>
+    /// <param name="timeoutMilliseconds">Longest time to wait; negative for no limit.</param>
     /// <param name="first">An event to wait for as well; may be null.</param>
     /// <param name="second">Another one; may be null.</param>
     public static Readiness Wait(
-        SafeHandle socket, bool forReading, bool forWriting, int timeoutMilliseconds, LinuxEvent? first = null, LinuxEvent? second = null)
+        SafeHandle socket,
+        bool forReading,
+        bool forWriting,
+        int timeoutMilliseconds,
+        LinuxEvent? first = null,
+        LinuxEvent? second = null)
     {
         var entries = stackalloc LibC.PollEntry[3];
         bool addedSocket = false, addedFirst = false, addedSecond = false;
@@ -95,7 +104,7 @@ public static unsafe class LinuxSocket
 
             int answer = LibC.Poll(entries, count, timeoutMilliseconds);
             if (answer <= 0)
-                return Readiness.None; // also when interrupted: callers loop
+                return Readiness.None; // also when interrupted: callers wait again
 
             Readiness ready = Readiness.None;
             if ((entries[0].Returned & PollIn) != 0)
@@ -111,7 +120,8 @@ public static unsafe class LinuxSocket
             void Add(SafeHandle handle, short events, ref bool added)
             {
                 handle.DangerousAddRef(ref added);
-                entries[count++] = new LibC.PollEntry { Descriptor = (int)handle.DangerousGetHandle(), Events = events };
+                int descriptor = (int)handle.DangerousGetHandle();
+                entries[count++] = new LibC.PollEntry { Descriptor = descriptor, Events = events };
             }
         }
         finally

@@ -14,7 +14,7 @@ public enum SyslogSeverity
     /// <summary>Informational.</summary>
     Information = 6,
 
-    /// <summary>For those who look for a fault in the program.</summary>
+    /// <summary>For debugging.</summary>
     Debug = 7,
 }
 
@@ -24,9 +24,11 @@ public static class LinuxSyslog
     private const int LogWithProcessId = 1;
     private const int FacilityDaemon = 3 << 3;
 
-    /// <summary>Names the program in all lines to come.</summary>
+    /// <summary>Sets the program's name for all further lines.</summary>
+    /// <remarks>The name is never freed, since the C library keeps the pointer.</remarks>
     public static void Open(string program)
-        => LibC.OpenLog(Marshal.StringToCoTaskMemUTF8(program), LogWithProcessId, FacilityDaemon); // syslog keeps the pointer
+       
+        => LibC.OpenLog(Marshal.StringToCoTaskMemUTF8(program), LogWithProcessId, FacilityDaemon);
 
     /// <summary>Logs one line.</summary>
     public static void Write(SyslogSeverity severity, string message)

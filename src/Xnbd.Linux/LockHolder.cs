@@ -5,17 +5,17 @@ namespace Xnbd.Linux;
 
 /// <summary>A program that holds a lock.</summary>
 /// <param name="ProcessId">Its process.</param>
-/// <param name="Program">Its name, as the kernel knows it.</param>
+/// <param name="Program">The program's name, as the kernel knows it.</param>
 public sealed record LockHolder(int ProcessId, string Program)
 {
     /// <summary>Finds another process that holds a lock on a file, for a message to people.</summary>
     /// <remarks>
-    /// Nothing here waits for a file system. It takes a look at all processes, so it is for refusals only.
-    /// Processes of other users tell whose descriptor it is to root alone.
+    /// Nothing here waits for a file system. It looks at all processes, so it is only for refusals. Only root can see
+    /// the descriptors of other users' processes.
     /// </remarks>
     /// <param name="file">The file, opened.</param>
     /// <param name="lockedByte">The byte that is locked; null for the lock of the whole file (<c>flock</c>).</param>
-    /// <returns>Null if it cannot be found, or if it has let go by now.</returns>
+    /// <returns>Null if the process cannot be found, or has released the lock meanwhile.</returns>
     public static LockHolder? Find(SafeFileHandle file, long? lockedByte)
     {
         if (NameInLocks(file) is not { } name)
@@ -24,8 +24,9 @@ public sealed record LockHolder(int ProcessId, string Program)
     }
 
     /// <summary>
-    /// Who has a descriptor whose opening holds the lock. Locks of bytes belong to no process: this is the only way to
-    /// find out. And a program may have handed its descriptor on, to a child that lives longer.
+    /// Finds a process that has a descriptor for the open file that holds the lock. Locks of bytes belong to no
+    /// process, so this is the only way to find out. A program may also have passed its descriptor on, to a child that
+    /// lives longer.
     /// </summary>
     private static LockHolder? FindByDescriptors(string name, long? lockedByte)
     {
@@ -46,7 +47,7 @@ public sealed record LockHolder(int ProcessId, string Program)
         return null;
     }
 
-    /// <summary>Who is named in the kernel's list: all users may read that.</summary>
+    /// <summary>Finds the process that the kernel's list of locks names. All users may read that list.</summary>
     private static LockHolder? FindByLocks(string name)
     {
         foreach (string line in Lines("/proc/locks"))
@@ -62,7 +63,7 @@ public sealed record LockHolder(int ProcessId, string Program)
         return null;
     }
 
-    /// <summary>Whether a line speaks of a lock, such as "1: OFDLCK ADVISORY READ -1 fe:00:1234 101 101".</summary>
+    /// <summary>Whether a line describes the lock, such as "1: OFDLCK ADVISORY READ -1 fe:00:1234 101 101".</summary>
     private static bool IsLock(string line, string name, long? lockedByte)
     {
         string[] words = line.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries);
@@ -77,8 +78,8 @@ public sealed record LockHolder(int ProcessId, string Program)
     }
 
     /// <summary>
-    /// How the kernel names the file in its lists of locks: device and inode. Its device is that of the mount, which on
-    /// Btrfs is another one than that of <c>stat</c>.
+    /// The file's name in the kernel's lists of locks: device and inode. The device is that of the mount, which on
+    /// Btrfs differs from that of <c>stat</c>.
     /// </summary>
     private static string? NameInLocks(SafeFileHandle file)
     {
@@ -106,7 +107,7 @@ public sealed record LockHolder(int ProcessId, string Program)
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
-            return []; // it has ended, or belongs to somebody else
+            return []; // the process has ended, or belongs to another user
         }
     }
 

@@ -4,15 +4,15 @@ namespace Xnbd.Linux;
 
 /// <summary>
 /// A page-aligned buffer outside the managed heap: system calls use it without pinning, a large one costs the
-/// collector nothing, and freeing it gives its pages back at once. One owner at a time; the owner frees it.
+/// garbage collector nothing, and freeing it returns its pages at once. It has one owner at a time, who frees it.
 /// </summary>
 public sealed unsafe class NativeBuffer : MemoryManager<byte>
 {
     private byte* _start;
 
     /// <summary>Allocates a buffer; its pages are touched only when they are used.</summary>
-    /// <param name="length">In bytes, at least 1.</param>
-    /// <exception cref="OutOfMemoryException">The memory is not to be had.</exception>
+    /// <param name="length">Length in bytes, at least 1.</param>
+    /// <exception cref="OutOfMemoryException">There is not enough memory.</exception>
     public NativeBuffer(int length)
     {
         const int readWrite = 1 | 2, privateAnonymous = 2 | 0x20;
@@ -26,7 +26,7 @@ public sealed unsafe class NativeBuffer : MemoryManager<byte>
         Length = length;
     }
 
-    /// <summary>In bytes.</summary>
+    /// <summary>Length in bytes.</summary>
     public int Length { get; }
 
     /// <inheritdoc/>

@@ -5,35 +5,35 @@ using Microsoft.Win32.SafeHandles;
 namespace Xnbd.Linux;
 
 /// <summary>
-/// A listening Unix socket, and its file. The file is made and removed under a lock on its directory (<c>flock</c>), so
-/// programs that use this class never replace, or remove, each other's socket: a socket without a listener is a killed
-/// process's, and at the end the file is removed only if it is still this one's. The lock is held for a moment each
-/// time.
+/// A listening Unix socket and its file. The file is created and removed under a lock on its directory (<c>flock</c>),
+/// which is held for a moment each time. So programs that use this class never replace or remove each other's sockets.
+/// A socket without a listener was left by a killed process, and is replaced. At the end the file is removed only if it
+/// still belongs to this socket.
 /// </summary>
 public sealed unsafe class UnixSocket : IDisposable
 {
     /// <summary>The longest path of a Unix socket, in bytes: <c>sockaddr_un</c>, unix(7).</summary>
-    public const int LongestPath = 107;
+    public const int MaxPath = 107;
 
     private const string OtherFile = "there is another file of that name";
 
     /// <summary>
-    /// How long to wait for a directory that somebody else has locked. Programs that start together need milliseconds;
-    /// another program's lock, which is not meant for us, may last.
+    /// How long to wait for a directory that another process has locked. Programs that start together need
+    /// milliseconds; an unrelated program may hold its lock for long.
     /// </summary>
     private static readonly TimeSpan s_lockTime = TimeSpan.FromSeconds(5);
 
-    /// <summary>The same at the end, when a file that stays does no harm.</summary>
+    /// <summary>The same at the end, when a file that is left does no harm.</summary>
     private static readonly TimeSpan s_endTime = TimeSpan.FromSeconds(1);
 
     /// <summary>
-    /// How long a socket that is there may take to accept a connection; one that takes longer has a listener.
+    /// How long an existing socket may take to accept a connection. A socket that takes longer has a listener.
     /// </summary>
     private static readonly TimeSpan s_probeTime = TimeSpan.FromSeconds(1);
 
     private readonly string _path;
     private readonly FileStatus _file;
-    private int _isDisposed; // 1 when it is
+    private int _isDisposed; // 0 or 1
 
     private UnixSocket(string path, Socket socket, in FileStatus file)
     {
@@ -42,10 +42,10 @@ public sealed unsafe class UnixSocket : IDisposable
         _file = file;
     }
 
-    /// <summary>The listening socket. Disposing of it alone leaves its file.</summary>
+    /// <summary>The listening socket. Disposing of it alone leaves the file.</summary>
     public Socket Socket { get; }
 
-    /// <summary>The address of a path.</summary>
+    /// <summary>Makes an address of a path.</summary>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public static UnixDomainSocketEndPoint Address(string path)
     {
@@ -55,9 +55,9 @@ public sealed unsafe class UnixSocket : IDisposable
 
     /// <summary>Listens on a path. A socket on which nobody listens any more is replaced.</summary>
     /// <param name="path">The path.</param>
-    /// <param name="isPrivate">For the process's own user alone; else the umask says who may connect.</param>
+    /// <param name="isPrivate">Only the process's own user may connect; otherwise the umask says who may.</param>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
-    /// <exception cref="IOException">It cannot be done; the message says why.</exception>
+    /// <exception cref="IOException">The socket cannot be opened; the message says why.</exception>
     public static UnixSocket Listen(string path, bool isPrivate)
     {
         CheckLength(path);
@@ -87,7 +87,8 @@ public sealed unsafe class UnixSocket : IDisposable
             if (errno != Errno.None)
                 throw new IOException(errno.Describe());
 
-            // Not the BCL's Bind: a Socket that knows its path removes whatever stands there when it is disposed of.
+            // The BCL's Bind is not used: a Socket that knows its path removes whatever file is there when it is
+            // disposed of.
             return new UnixSocket(path, new Socket(handle), file);
         }
         catch
@@ -100,8 +101,8 @@ public sealed unsafe class UnixSocket : IDisposable
     }
 
     /// <summary>
-    /// Stops listening, and removes the file, unless another one has taken its place. If that is not allowed, it stays,
-    /// as that of a killed process does.
+    /// Stops listening, and removes the file, unless another one has taken its place. A file that cannot be removed
+    /// stays, as after the death of a process.
     /// </summary>
     public void Dispose()
     {
@@ -117,7 +118,7 @@ public sealed unsafe class UnixSocket : IDisposable
         }
         catch (IOException)
         {
-            // The directory has gone, or somebody keeps it locked: the next one that listens there replaces the file.
+            // The directory is gone or locked. The next process that listens there replaces the file.
         }
 
         Socket.Dispose();
@@ -125,17 +126,17 @@ public sealed unsafe class UnixSocket : IDisposable
 
     private static void CheckLength(string path)
     {
-        if (Encoding.UTF8.GetByteCount(path) is 0 or > LongestPath)
-            throw new ArgumentException($"the path of a Unix socket has 1 to {LongestPath} bytes");
+        if (Encoding.UTF8.GetByteCount(path) is 0 or > MaxPath)
+            throw new ArgumentException($"the path of a Unix socket has 1 to {MaxPath} bytes");
     }
 
     /// <summary>Opens a directory and locks it.</summary>
-    private static SafeFileHandle Lock(string folder, TimeSpan atMost)
+    private static SafeFileHandle Lock(string folder, TimeSpan maxTime)
     {
         if (!Directory.Exists(folder))
         {
             throw new IOException(
-                File.Exists(folder) ? $"'{folder}' is no directory" : $"there is no directory '{folder}'");
+                File.Exists(folder) ? $"'{folder}' is not a directory" : $"there is no directory '{folder}'");
         }
 
         Errno errno = LinuxFile.Open(folder, OpenMode.ReadOnly, out SafeFileHandle? directory);
@@ -144,21 +145,22 @@ public sealed unsafe class UnixSocket : IDisposable
         long start = Environment.TickCount64;
         while ((errno = LinuxFile.TryLock(directory!)) == Errno.EAGAIN)
         {
-            if (Environment.TickCount64 - start > atMost.TotalMilliseconds)
+            if (Environment.TickCount64 - start > maxTime.TotalMilliseconds)
             {
                 directory!.Dispose();
                 throw new IOException(
-                    $"the directory '{folder}' has been locked by another process for {atMost.TotalSeconds:0} seconds");
+                    $"the directory '{folder}' has been locked by another process for "
+                    + $"{maxTime.TotalSeconds:0} seconds");
             }
 
             Thread.Sleep(10);
         }
 
-        return directory!; // where a file system has no such locks, go on without
+        return directory!; // if the file system has no such locks, go on without one
     }
 
     /// <summary>
-    /// Removes a socket that nobody listens on any more, as a killed process leaves it. The directory is locked.
+    /// Removes a socket without a listener, which a killed process has left. The directory is locked.
     /// </summary>
     /// <exception cref="IOException">Something else is there.</exception>
     private static void RemoveStale(string path)
@@ -186,7 +188,7 @@ public sealed unsafe class UnixSocket : IDisposable
         }
         catch (SocketException)
         {
-            // It is there, and has too many clients waiting, or is of another kind.
+            // There is a listener with too many waiting clients, or a socket of another kind.
         }
 
         throw new IOException("another process listens there");
@@ -195,7 +197,7 @@ public sealed unsafe class UnixSocket : IDisposable
     private static Errno Bind(SafeSocketHandle socket, string path)
     {
         const int familyBytes = sizeof(ushort);
-        Span<byte> address = stackalloc byte[familyBytes + LongestPath + 1];
+        Span<byte> address = stackalloc byte[familyBytes + MaxPath + 1];
         address.Clear();
         BitConverter.TryWriteBytes(address, (ushort)LibC.AddressFamilyUnix);
         int length = familyBytes + Encoding.UTF8.GetBytes(path, address[familyBytes..]) + 1; // and a zero byte

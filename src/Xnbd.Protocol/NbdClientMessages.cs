@@ -17,7 +17,8 @@ public static class NbdGreeting
     {
         ulong second = BinaryPrimitives.ReadUInt64BigEndian(source[8..]);
         isNewstyle = second == NbdMagic.Option;
-        return BinaryPrimitives.ReadUInt64BigEndian(source) == NbdMagic.Init && (isNewstyle || second == NbdMagic.Oldstyle);
+        return BinaryPrimitives.ReadUInt64BigEndian(source) == NbdMagic.Init
+            && (isNewstyle || second == NbdMagic.Oldstyle);
     }
 }
 
@@ -85,7 +86,8 @@ public static class NbdClientHandshake
 
     /// <summary>Reads the data of an <c>NBD_REP_META_CONTEXT</c> reply.</summary>
     /// <returns>False when it is malformed.</returns>
-    public static bool TryReadMetaContext(ReadOnlySpan<byte> data, out uint contextId, [NotNullWhen(true)] out string? name)
+    public static bool TryReadMetaContext(
+        ReadOnlySpan<byte> data, out uint contextId, [NotNullWhen(true)] out string? name)
     {
         (contextId, name) = (0, null);
         if (data.Length < 4)
@@ -100,11 +102,15 @@ public static class NbdClientHandshake
 /// <param name="Flags">What it can do.</param>
 /// <param name="MinimumBlock">Requests are to be multiples of this, in bytes.</param>
 /// <param name="MaximumPayload">Of a read or write, in bytes.</param>
-public sealed record NbdExportInfo(ulong Length, NbdTransmissionFlags Flags, uint MinimumBlock = 1, uint MaximumPayload = 32 << 20)
+public sealed record NbdExportInfo(
+    ulong Length, NbdTransmissionFlags Flags, uint MinimumBlock = 1, uint MaximumPayload = 32 << 20)
 {
-    /// <summary>Takes in the data of an <c>NBD_REP_INFO</c> reply; information that is unknown is passed over.</summary>
+    /// <summary>
+    /// Takes in the data of an <c>NBD_REP_INFO</c> reply; information that is unknown is passed over.
+    /// </summary>
     /// <returns>False when it is malformed.</returns>
-    public static bool TryRead(ReadOnlySpan<byte> data, NbdExportInfo known, [NotNullWhen(true)] out NbdExportInfo? info)
+    public static bool TryRead(
+        ReadOnlySpan<byte> data, NbdExportInfo known, [NotNullWhen(true)] out NbdExportInfo? info)
     {
         info = known;
         if (data.Length < 2)
@@ -123,7 +129,8 @@ public sealed record NbdExportInfo(ulong Length, NbdTransmissionFlags Flags, uin
             case NbdInfo.BlockSize:
                 if (data.Length != 14)
                     return false;
-                uint minimum = BinaryPrimitives.ReadUInt32BigEndian(data[2..]), maximum = BinaryPrimitives.ReadUInt32BigEndian(data[10..]);
+                uint minimum = BinaryPrimitives.ReadUInt32BigEndian(data[2..]);
+                uint maximum = BinaryPrimitives.ReadUInt32BigEndian(data[10..]);
                 info = known with { MinimumBlock = minimum, MaximumPayload = maximum };
                 return minimum > 0 && maximum >= minimum;
             default:
@@ -168,6 +175,11 @@ public readonly record struct NbdReplyHeader(
                 cookie,
                 BinaryPrimitives.ReadUInt32BigEndian(source[16..]))
             : new NbdReplyHeader(
-                false, (NbdError)BinaryPrimitives.ReadUInt32BigEndian(source[4..]), NbdChunkFlags.Done, NbdChunkType.None, cookie, 0);
+                false,
+                (NbdError)BinaryPrimitives.ReadUInt32BigEndian(source[4..]),
+                NbdChunkFlags.Done,
+                NbdChunkType.None,
+                cookie,
+                0);
     }
 }

@@ -1,6 +1,8 @@
 namespace Xnbd.Protocol;
 
-/// <summary>Magic numbers of the NBD protocol. Source: the specification's sections "Handshake" and "Transmission".</summary>
+/// <summary>
+/// Magic numbers of the NBD protocol. Source: the specification's sections "Handshake" and "Transmission".
+/// </summary>
 public static class NbdMagic
 {
     /// <summary><c>NBDMAGIC</c>: the first 8 bytes of every greeting (<c>INIT_PASSWD</c>).</summary>
@@ -43,7 +45,9 @@ public static class NbdSize
     /// <summary>The header of a reply to an option: magic, option, reply type, length of its data.</summary>
     public const int OptionReplyHeader = 8 + 4 + 4 + 4;
 
-    /// <summary>The reserved zeroes at the end of an oldstyle greeting and of the answer to <c>NBD_OPT_EXPORT_NAME</c>.</summary>
+    /// <summary>
+    /// The reserved zeroes at the end of an oldstyle greeting and of the answer to <c>NBD_OPT_EXPORT_NAME</c>.
+    /// </summary>
     public const int ReservedZeroes = 124;
 
     /// <summary>A request's header: magic, flags, type, cookie, offset, length.</summary>
@@ -208,7 +212,9 @@ public enum NbdOptionReplyType : uint
     ErrTooBig = (1u << 31) + 9,
 }
 
-/// <summary>Information types of <c>NBD_OPT_INFO</c> and <c>NBD_OPT_GO</c> (section "Option reply types", <c>NBD_REP_INFO</c>).</summary>
+/// <summary>
+/// Information types of <c>NBD_OPT_INFO</c> and <c>NBD_OPT_GO</c> (section "Option reply types", <c>NBD_REP_INFO</c>).
+/// </summary>
 public enum NbdInfo : ushort
 {
     /// <summary><c>NBD_INFO_EXPORT</c>: size and transmission flags.</summary>

@@ -61,7 +61,9 @@ public sealed record NbdInfoRequest(string ExportName, bool WantsName, bool Want
     }
 }
 
-/// <summary>The data of <c>NBD_OPT_LIST_META_CONTEXT</c> and <c>NBD_OPT_SET_META_CONTEXT</c> (section "Option types").</summary>
+/// <summary>
+/// The data of <c>NBD_OPT_LIST_META_CONTEXT</c> and <c>NBD_OPT_SET_META_CONTEXT</c> (section "Option types").
+/// </summary>
 /// <param name="ExportName">The export concerned; empty for the default one.</param>
 /// <param name="Queries">The queries, each with its namespace, in the order sent; may be empty.</param>
 public sealed record NbdMetaContextRequest(string ExportName, IReadOnlyList<string> Queries)

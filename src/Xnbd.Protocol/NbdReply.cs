@@ -9,7 +9,10 @@ namespace Xnbd.Protocol;
 /// </summary>
 public static class NbdReply
 {
-    /// <summary>An error chunk's message is cut to this many bytes: enough for a sentence, far below <see cref="NbdSize.MaxString"/>.</summary>
+    /// <summary>
+    /// An error chunk's message is cut to this many bytes: enough for a sentence, far below
+    /// <see cref="NbdSize.MaxString"/>.
+    /// </summary>
     public const int MaxErrorMessage = 256;
 
     /// <summary>The most that <see cref="WriteErrorChunk"/> writes.</summary>
@@ -36,16 +39,23 @@ public static class NbdReply
         return NbdSize.StructuredReply;
     }
 
-    /// <summary>Writes the header and offset of an offset-data chunk; <paramref name="dataLength"/> bytes (at least 1) are to follow it.</summary>
+    /// <summary>
+    /// Writes the header and offset of an offset-data chunk; <paramref name="dataLength"/> bytes (at least 1) are to
+    /// follow it.
+    /// </summary>
     public static int WriteOffsetData(
         Span<byte> destination, NbdChunkFlags flags, ulong cookie, ulong offset, int dataLength)
     {
-        int at = WriteChunkHeader(destination, flags, NbdChunkType.OffsetData, cookie, NbdSize.OffsetDataPrefix + dataLength);
+        int at = WriteChunkHeader(
+            destination, flags, NbdChunkType.OffsetData, cookie, NbdSize.OffsetDataPrefix + dataLength);
         BinaryPrimitives.WriteUInt64BigEndian(destination[at..], offset);
         return at + NbdSize.OffsetDataPrefix;
     }
 
-    /// <summary>Writes an offset-hole chunk: <paramref name="holeLength"/> bytes (at least 1) from <paramref name="offset"/> are zeroes.</summary>
+    /// <summary>
+    /// Writes an offset-hole chunk: <paramref name="holeLength"/> bytes (at least 1) from <paramref name="offset"/> are
+    /// zeroes.
+    /// </summary>
     public static int WriteOffsetHole(
         Span<byte> destination, NbdChunkFlags flags, ulong cookie, ulong offset, uint holeLength)
     {
@@ -78,11 +88,14 @@ public static class NbdReply
     /// <summary>What one extent takes in a block-status chunk, in bytes.</summary>
     public const int ExtentLength = 8;
 
-    /// <summary>Writes the header and context id of a block-status chunk; the extents follow through <see cref="WriteExtent"/>.</summary>
+    /// <summary>
+    /// Writes the header and context id of a block-status chunk; the extents follow through <see cref="WriteExtent"/>.
+    /// </summary>
     public static int WriteBlockStatus(
         Span<byte> destination, NbdChunkFlags flags, ulong cookie, uint contextId, int extentCount)
     {
-        int at = WriteChunkHeader(destination, flags, NbdChunkType.BlockStatus, cookie, 4 + (ExtentLength * extentCount));
+        int at = WriteChunkHeader(
+            destination, flags, NbdChunkType.BlockStatus, cookie, 4 + (ExtentLength * extentCount));
         BinaryPrimitives.WriteUInt32BigEndian(destination[at..], contextId);
         return at + 4;
     }

@@ -17,7 +17,10 @@ public readonly record struct NbdRequest(
     /// <summary>Reads a request's header.</summary>
     /// <param name="source">At least <see cref="NbdSize.Request"/> bytes.</param>
     /// <param name="request">The request read.</param>
-    /// <returns>False when the magic is not <see cref="NbdMagic.Request"/>: the stream is out of step, and only a disconnect can follow.</returns>
+    /// <returns>
+    /// False when the magic is not <see cref="NbdMagic.Request"/>: the stream is out of step, and only a disconnect can
+    /// follow.
+    /// </returns>
     public static bool TryRead(ReadOnlySpan<byte> source, out NbdRequest request)
     {
         if (BinaryPrimitives.ReadUInt32BigEndian(source) != NbdMagic.Request)

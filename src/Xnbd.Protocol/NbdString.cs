@@ -6,7 +6,8 @@ namespace Xnbd.Protocol;
 /// <summary>Strings as the protocol has them: UTF-8, no NUL, at most 4096 bytes (section "Conventions").</summary>
 public static class NbdString
 {
-    private static readonly UTF8Encoding s_strict = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
+    private static readonly UTF8Encoding s_strict
+        = new(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
     /// <summary>Reads a string that fills <paramref name="source"/>.</summary>
     /// <returns>False when it is too long, holds a NUL, or is not UTF-8.</returns>

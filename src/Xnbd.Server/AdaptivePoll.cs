@@ -5,11 +5,11 @@ using Xnbd.Linux;
 namespace Xnbd.Server;
 
 /// <summary>
-/// Polls a socket for a short time before its thread blocks. Blocking and waking costs a client that sends one
-/// request at a time more than the request itself; polling for a client that is slow costs processor time for
-/// nothing. So a session polls only while it has credit: earned when data came within the poll's time (polled or
-/// not), lost at each poll in vain. And only while there are fewer sessions at work than processors: otherwise the
-/// poll would take its processor from those for whom it waits.
+/// Polls a socket for a short time before its thread blocks. For a client that sends one request at a time, blocking
+/// and waking cost more than the request itself. For a slow client, polling wastes processor time. So a session polls
+/// only while it has credit. It earns credit when data arrives within the time of a poll, polled or not, and loses
+/// credit with each poll in vain. It also polls only while few sessions are at work: otherwise the poll would take the
+/// processor away from the threads for which it waits.
 /// </summary>
 internal struct AdaptivePoll
 {
@@ -17,7 +17,7 @@ internal struct AdaptivePoll
     private const int CreditToPoll = 4;
     private const int LossInVain = 4;
 
-    /// <summary>A poll needs a processor, and those for whom it waits another one.</summary>
+    /// <summary>A poll needs one processor, and the client for which it waits another one.</summary>
     private static readonly int s_maxAwake = Math.Max(1, Environment.ProcessorCount / 2);
 
     private static readonly long s_pollTicks = (long)(ServerLimits.PollTime.TotalSeconds * Stopwatch.Frequency);
@@ -53,10 +53,10 @@ internal struct AdaptivePoll
         return count;
     }
 
-    /// <summary>Notes how long the thread was blocked: had it been short, polling would have paid off.</summary>
+    /// <summary>Notes how long the thread was blocked: after a short time, polling would have paid off.</summary>
     public void NoteBlockedTime(TimeSpan time)
     {
-        // Waking takes about as long as polling may, hence twice its time.
+        // Waking takes about as long as a poll may take, hence twice the time of a poll.
         _credit = time < 2 * ServerLimits.PollTime ? Math.Min(MaxCredit, _credit + 1) : Math.Max(0, _credit - 1);
     }
 }

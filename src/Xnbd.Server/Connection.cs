@@ -5,8 +5,8 @@ using Xnbd.Linux;
 namespace Xnbd.Server;
 
 /// <summary>
-/// A client's socket, in blocking mode. Its owner is the connection's thread; any thread may end it. The first reason
-/// for which it ends is kept, all later ones are noise.
+/// A client's socket, in blocking mode. The connection's thread owns it; any thread may end it. The first reason for
+/// its end is kept; later ones are ignored.
 /// </summary>
 internal sealed class Connection : IDisposable
 {
@@ -21,7 +21,8 @@ internal sealed class Connection : IDisposable
         if (socket.ProtocolType == ProtocolType.Tcp)
         {
             socket.NoDelay = true;
-            socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true); // or a vanished peer stays for ever
+            // otherwise a vanished peer would stay for ever
+            socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
         }
 
         if (socket.AddressFamily == AddressFamily.Unix)
@@ -31,7 +32,7 @@ internal sealed class Connection : IDisposable
         socket.ReceiveTimeout = ServerLimits.StallCheckMilliseconds;
     }
 
-    /// <summary>For calls on the socket.</summary>
+    /// <summary>The descriptor, for calls on the socket.</summary>
     public SafeSocketHandle Handle { get; }
 
     /// <summary>Who the client is, for log lines.</summary>
@@ -41,7 +42,7 @@ internal sealed class Connection : IDisposable
     public string? EndReason => Volatile.Read(ref _endReason);
 
     /// <summary>Notes why the connection ends; only the first reason counts.</summary>
-    /// <returns>False, so that a failing step can end with it.</returns>
+    /// <returns>False, so that a failing step can return it.</returns>
     public bool End(string reason)
     {
         Interlocked.CompareExchange(ref _endReason, reason, null);
@@ -49,20 +50,21 @@ internal sealed class Connection : IDisposable
     }
 
     /// <summary>
-    /// Puts what explains the end before its reason, for the log. For the connection's own thread, after it has ended.
+    /// Puts an explanation before the reason, for the log. For the connection's own thread, after the connection has
+    /// ended.
     /// </summary>
     public void AddToEndReason(string explanation)
         => Volatile.Write(ref _endReason, EndReason is { } reason ? $"{explanation} ({reason})" : explanation);
 
-    /// <summary>Breaks the connection off, from any thread: whoever waits for it is woken.</summary>
+    /// <summary>Breaks the connection off, from any thread. Threads that wait for it are woken.</summary>
     public void Abort(string reason)
     {
         End(reason);
         Shutdown(SocketShutdown.Both);
     }
 
-    /// <summary>Receives exactly what fills the buffer, before a deadline.</summary>
-    /// <returns>False when the stream or the time ended first.</returns>
+    /// <summary>Fills the whole buffer before a deadline.</summary>
+    /// <returns>False when the stream has ended, or the deadline has passed.</returns>
     public bool ReceiveExactly(Span<byte> buffer, Deadline deadline)
     {
         while (buffer.Length > 0)
@@ -107,15 +109,15 @@ internal sealed class Connection : IDisposable
     }
 
     /// <summary>
-    /// Sends the end of the stream, and gives the client a moment to close: closing a socket with unread data would
+    /// Sends the end of the stream, and gives the client a moment to close. Closing a socket with unread data would
     /// discard the replies that are still on their way.
     /// </summary>
-    public void Linger(TimeSpan atMost)
+    public void Linger(TimeSpan maxTime)
     {
         Shutdown(SocketShutdown.Send);
         Span<byte> scratch = stackalloc byte[4096];
         long start = Environment.TickCount64;
-        while (Environment.TickCount64 - start < atMost.TotalMilliseconds)
+        while (Environment.TickCount64 - start < maxTime.TotalMilliseconds)
         {
             long count = LinuxSocket.ReceiveNow(Handle, scratch);
             if (Errno.Of(count) == Errno.EAGAIN)
@@ -141,7 +143,7 @@ internal sealed class Connection : IDisposable
         }
         catch (SocketException)
         {
-            return "client"; // it has left already
+            return "client"; // the client has already left
         }
     }
 
@@ -153,7 +155,7 @@ internal sealed class Connection : IDisposable
         }
         catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
         {
-            // It is gone already, which is what was wanted.
+            // The connection is already gone, as intended.
         }
     }
 }

@@ -16,7 +16,9 @@ internal readonly struct Deadline
     }
 
     /// <summary>The time that is left, at least 0.</summary>
-    public TimeSpan Left => _length - _time.GetElapsedTime(_start) is var left && left > TimeSpan.Zero ? left : TimeSpan.Zero;
+    public TimeSpan Left
+        => _length - _time.GetElapsedTime(_start) is var left && left > TimeSpan.Zero
+        ? left : TimeSpan.Zero;
 
     /// <summary>The moment has come.</summary>
     public bool HasPassed => Left == TimeSpan.Zero;

@@ -11,11 +11,11 @@ internal static class ErrorMap
         DiskError.NoSpace => NbdError.NoSpace,
         DiskError.Permission => NbdError.Permission,
         DiskError.NoMemory => NbdError.NoMemory,
-        DiskError.NotSupported => NbdError.NotSupported, // arises from fast zeroes only
+        DiskError.NotSupported => NbdError.NotSupported, // only fast zeroes fail in this way
         _ => NbdError.Io,
     };
 
-    /// <summary>What a client is told in words. The cause, which may name files of this host, stands in the log.</summary>
+    /// <summary>The message for the client. The cause, which may name files of this host, is only logged.</summary>
     public static string Describe(NbdError error) => error switch
     {
         NbdError.NoSpace => "the server's disk is full",

@@ -4,24 +4,22 @@ using Xnbd.Storage;
 namespace Xnbd.Server;
 
 /// <summary>A disk that clients can ask for by name.</summary>
-/// <param name="Name">As clients ask for it; may be empty.</param>
+/// <param name="Name">The name by which clients ask for it; may be empty.</param>
 /// <param name="Description">A text for people, shown by <c>nbdinfo</c>.</param>
-/// <param name="Disk">What is served.</param>
-/// <param name="CanMultiConn">
-/// All connections that a client can open under this name see one disk, and a flush on one of them covers what was
-/// written on all. Connections of one server always do. Those of several servers, one for each connection, do if they
-/// write one file; not if each has a layer or a cache of its own.
-/// </param>
+/// <param name="Disk">The disk.</param>
+/// <param name="CanMultiConn"> All connections that a client can open under this name see one disk, and a flush on one
+/// of them covers writes on all. This is always true for the connections of one server. With a server for each
+/// connection it is true if all servers write one file, but not if each has a layer or a cache of its own. </param>
 public sealed record Export(string Name, string Description, Disk Disk, bool CanMultiConn = true)
 {
     /// <summary>Writing is refused.</summary>
     public bool IsReadOnly => (Disk.Features & DiskFeatures.ReadOnly) != 0;
 
-    /// <summary>Its disk consists of layers, and tells which of them holds what.</summary>
+    /// <summary>The disk consists of layers, and tells which of them holds a block.</summary>
     public bool HasLayers => (Disk.Features & DiskFeatures.Layered) != 0;
 
     /// <summary>The transmission flags of a connection.</summary>
-    /// <param name="structuredReplies">They have been negotiated: DF is offered only then.</param>
+    /// <param name="structuredReplies">Structured replies have been negotiated; DF is offered only then.</param>
     public NbdTransmissionFlags TransmissionFlags(bool structuredReplies)
     {
         NbdTransmissionFlags flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.SendFlush
@@ -39,13 +37,14 @@ public sealed record Export(string Name, string Description, Disk Disk, bool Can
 /// <param name="exports">In the order in which clients see them; the first is the default one.</param>
 public sealed class ExportTable(params IReadOnlyList<Export> exports)
 {
-    /// <summary>All of them.</summary>
+    /// <summary>All exports.</summary>
     public IReadOnlyList<Export> All { get; } = exports;
 
-    /// <summary>The one that the empty name always means.</summary>
+    /// <summary>The export that the empty name always means.</summary>
     public Export Default => All[0];
 
-    /// <summary>The export of a name; null when there is none.</summary>
+    /// <summary>Finds an export by its name.</summary>
+    /// <returns>Null when there is no such export.</returns>
     public Export? Find(string name)
         => name.Length == 0 ? Default : All.FirstOrDefault(export => export.Name == name);
 }

@@ -4,8 +4,8 @@ using Xnbd.Protocol;
 namespace Xnbd.Server;
 
 /// <summary>
-/// Logs requests that failed, at most <see cref="ServerLimits.MaxLoggedFailures"/> in a second: a dying disk must not fill
-/// another one. Any thread may use it.
+/// Logs requests that failed, at most <see cref="ServerLimits.MaxLoggedFailures"/> in a second: a dying disk must not
+/// fill another one. Any thread may use it.
 /// </summary>
 internal sealed class FailureLog(ILogger logger, TimeProvider time)
 {

@@ -18,8 +18,8 @@ internal enum FastReadResult
 }
 
 /// <summary>
-/// Answers reads that need not wait for the disk, on the session's thread: a large read of a file that nobody changes goes
-/// from the file to the socket; data in memory is copied into the output. It has no state of its own.
+/// Answers reads that need not wait for the disk, on the session's thread: a large read of a file that nobody changes
+/// goes from the file to the socket; data in memory is copied into the output. It has no state of its own.
 /// </summary>
 /// <param name="disk">What is read.</param>
 /// <param name="output">Where replies are gathered.</param>
@@ -28,7 +28,8 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
 {
     /// <summary>Answers a read as far as that is possible without waiting for the disk.</summary>
     /// <param name="request">A read of at least one byte; becomes the rest that must wait.</param>
-    /// <exception cref="DiskException">The disk failed. Chunks of the reply may have been sent, but not the last one.</exception>
+    /// <exception cref="DiskException">The disk failed. Chunks of the reply may have been sent, but not the last
+    /// one.</exception>
     public FastReadResult TryAnswer(ref NbdRequest request)
     {
         if (request.Length > ServerLimits.MaxUncutRead)
@@ -44,8 +45,8 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
     private bool MayCut(in NbdRequest request) => structured && (request.Flags & NbdCommandFlags.Df) == 0;
 
     /// <summary>
-    /// Copies data that are in memory into the output, behind their header. A long read goes piece by piece, if it may be
-    /// cut; otherwise all of its data must be in hand before its header goes out.
+    /// Copies data that are in memory into the output, behind their header. A long read goes piece by piece, if it may
+    /// be cut; otherwise all of its data must be in hand before its header goes out.
     /// </summary>
     private FastReadResult TryCopied(ref NbdRequest request)
     {
@@ -108,8 +109,10 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
         return true;
     }
 
-    /// <summary>Sends a large read from a file that nobody changes, without a copy through this process; holes as holes.</summary>
-    [MethodImpl(MethodImplOptions.NoInlining)] // the ranges on its stack are not to be cleared for each small read
+    /// <summary>
+    /// Sends a large read from a file that nobody changes, without a copy through this process; holes as holes.
+    /// </summary>
+    [MethodImpl(MethodImplOptions.NoInlining)] // small reads need not clear the ranges on the stack
     private FastReadResult TryLocated(in NbdRequest request)
     {
         var places = new FileRanges();

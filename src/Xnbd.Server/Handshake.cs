@@ -12,7 +12,7 @@ public enum HandshakeStyle
     /// <summary>Oldstyle: one greeting, no options; for clients from before 2013.</summary>
     Oldstyle,
 
-    /// <summary>None: the connection was negotiated by somebody else.</summary>
+    /// <summary>Not at all: another program has carried out the handshake.</summary>
     None,
 }
 
@@ -39,8 +39,8 @@ internal enum MetaContexts
 
 /// <summary>
 /// The server's side of the handshake (section "Handshake"): greet, then answer options one by one until the client
-/// enters the transmission phase or leaves. Options are read in full before they are judged, and nothing beyond the
-/// one at hand is read, so a later change of the stream (TLS) finds no leftovers.
+/// enters the transmission phase or leaves. Each option is read in full before it is validated, and nothing beyond it
+/// is read, so a later change of the stream (TLS) finds no leftovers.
 /// </summary>
 internal sealed class Handshake
 {
@@ -54,13 +54,13 @@ internal sealed class Handshake
     private readonly ExportTable _exports;
     private readonly Deadline _deadline;
 
-    // What has been negotiated so far; STARTTLS would forget it all.
+    // What has been negotiated so far. STARTTLS would reset it.
     private bool _noZeroes;
     private bool _structuredReplies;
-    private MetaContexts _contexts; // that are selected,
-    private string? _contextsExport; // for the export of this name; null for none
+    private MetaContexts _contexts; // the selected ones
+    private string? _contextsExport; // the export for which they are selected; null for none
     private Agreement? _agreement;
-    private string? _refusedName; // of the export that the client last wanted to enter and that does not exist
+    private string? _refusedName; // the last export that the client wanted to enter and that does not exist
 
     private Handshake(Connection connection, ExportTable exports, TimeProvider time)
     {
@@ -81,7 +81,8 @@ internal sealed class Handshake
             case HandshakeStyle.Oldstyle:
                 Export export = exports.Default;
                 byte[] greeting = new byte[NbdSize.OldstyleGreeting];
-                NbdHandshake.WriteOldstyleGreeting(greeting, export.Disk.Length, export.TransmissionFlags(structuredReplies: false));
+                NbdHandshake.WriteOldstyleGreeting(
+                    greeting, export.Disk.Length, export.TransmissionFlags(structuredReplies: false));
                 return connection.SendExactly(greeting, handshake._deadline)
                     ? handshake.Agree(export) with { InOrder = true }
                     : null;
@@ -121,7 +122,7 @@ internal sealed class Handshake
             if (!_connection.ReceiveExactly(headerBytes, _deadline))
                 return false;
             if (!NbdOptionHeader.TryRead(headerBytes, out NbdOptionHeader header))
-                return _connection.End("no option where one was due");
+                return _connection.End("bytes that are no option");
             if (header.Length > ServerLimits.MaxOptionData)
             {
                 if (!DrainOversize(header))
@@ -144,7 +145,7 @@ internal sealed class Handshake
         if (header.Option == NbdOption.ExportName || header.Length > ServerLimits.MaxDrainedOptionData)
             return _connection.End($"option with {header.Length} bytes of data");
         if (header.Option == NbdOption.SetMetaContext)
-            _contextsExport = null; // a failed selection replaces the former one too
+            _contextsExport = null; // a failed selection replaces the former one, too
         Span<byte> scratch = stackalloc byte[4096];
         for (uint left = header.Length; left > 0;)
         {
@@ -176,7 +177,8 @@ internal sealed class Handshake
             case NbdOption.List:
                 foreach (Export export in _exports.All)
                 {
-                    if (!Reply(option, NbdOptionReplyType.Server, NbdHandshake.ServerEntry(export.Name, export.Description)))
+                    byte[] entry = NbdHandshake.ServerEntry(export.Name, export.Description);
+                    if (!Reply(option, NbdOptionReplyType.Server, entry))
                         return false;
                 }
 
@@ -220,7 +222,11 @@ internal sealed class Handshake
         if (request.WantsName)
             sent = sent && Reply(option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Name, export.Name));
         if (request.WantsDescription)
-            sent = sent && Reply(option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Description, export.Description));
+        {
+            sent = sent && Reply(
+                option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Description, export.Description));
+        }
+
         if (request.WantsBlockSize)
         {
             sent = sent && Reply(
@@ -240,7 +246,7 @@ internal sealed class Handshake
     {
         bool isSelection = option == NbdOption.SetMetaContext;
         if (isSelection)
-            _contextsExport = null; // it replaces the former one, also when it fails
+            _contextsExport = null; // the selection replaces the former one, even if it fails
         if (!_structuredReplies)
             return Reply(option, NbdOptionReplyType.ErrInvalid, "structured replies must be negotiated first");
         if (!NbdMetaContextRequest.TryRead(data, out NbdMetaContextRequest? request))
@@ -255,7 +261,8 @@ internal sealed class Handshake
                 || (!isSelection && (request.Queries.Count == 0 || request.Queries.Contains(space)));
             if (!isAsked || (context == MetaContexts.AllocationDepth && !export.HasLayers))
                 continue;
-            if (!Reply(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(isSelection ? (uint)context : 0, name)))
+            byte[] answer = NbdHandshake.MetaContext(isSelection ? (uint)context : 0, name);
+            if (!Reply(option, NbdOptionReplyType.MetaContext, answer))
                 return false;
             found |= context;
         }
@@ -275,11 +282,11 @@ internal sealed class Handshake
         return _connection.SendExactly(reply, _deadline);
     }
 
-    /// <summary>A client's text as it may stand in a log line or a message.</summary>
+    /// <summary>Makes a client's text fit for a log line or a message.</summary>
     private static string Printable(string text)
     {
-        const int longest = 64;
-        string cut = text.Length > longest ? text[..longest] + "..." : text;
+        const int maxLength = 64;
+        string cut = text.Length > maxLength ? text[..maxLength] + "..." : text;
         return string.Concat(cut.Select(c => char.IsControl(c) || char.IsSurrogate(c) ? '?' : c));
     }
 }

@@ -12,7 +12,9 @@ internal static partial class Log
     [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: serving export '{Export}'")]
     public static partial void SessionStarted(this ILogger logger, string peer, string export);
 
-    [LoggerMessage(Level = LogLevel.Information, Message = "{Peer}: {Reason} after {Count} requests: read {Read}, wrote {Written}, {Seconds:0.0} s")]
+    [LoggerMessage(
+        Level = LogLevel.Information,
+        Message = "{Peer}: {Reason} after {Count} requests: read {Read}, wrote {Written}, {Seconds:0.0} s")]
     public static partial void SessionEnded(
         this ILogger logger, string peer, string reason, long count, string read, string written, double seconds);
 
@@ -34,6 +36,6 @@ internal static partial class Log
     [LoggerMessage(Level = LogLevel.Error, Message = "{Peer}: internal error, the connection is closed: {Cause}")]
     public static partial void SessionCrashed(this ILogger logger, string peer, string cause);
 
-    [LoggerMessage(Level = LogLevel.Warning, Message = "{Count} connections did not end in time and are broken off")]
+    [LoggerMessage(Level = LogLevel.Warning, Message = "{Count} connections did not end in time; they are broken off")]
     public static partial void SessionsBrokenOff(this ILogger logger, int count);
 }

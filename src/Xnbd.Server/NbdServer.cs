@@ -10,19 +10,24 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Server;
 
 /// <summary>
-/// An NBD server: listens, gives each connection a thread of its own, knows who is connected, and ends in good order.
+/// An NBD server: listens, gives each connection a thread of its own, keeps track of the connections, and ends in good
+/// order.
 /// <para>
-/// A connection is in its handshake, then in a session, then gone; <c>_connections</c> guards both lists. It ends on
-/// its own thread, which alone disposes of it.
+/// A connection is first in its handshake, then in a session, then gone. <c>_connections</c> guards both lists. A
+/// connection ends on its own thread, which alone disposes of it.
 /// </para>
 /// </summary>
 /// <param name="exports">What is served.</param>
 /// <param name="style">How clients are greeted.</param>
-/// <param name="logger">For what happens.</param>
+/// <param name="logger">Receives log messages.</param>
 /// <param name="limits">Bounds what is in flight; <see cref="RequestLimits.Default"/> unless given.</param>
 /// <param name="time">Tells how long clients take; the system's unless given.</param>
 public sealed class NbdServer(
-    ExportTable exports, HandshakeStyle style, ILogger logger, RequestLimits? limits = null, TimeProvider? time = null) : IDisposable
+    ExportTable exports,
+    HandshakeStyle style,
+    ILogger logger,
+    RequestLimits? limits = null,
+    TimeProvider? time = null) : IDisposable
 {
     private readonly TimeProvider _time = time ?? TimeProvider.System;
     private readonly SessionServices _services = new(
@@ -42,13 +47,13 @@ public sealed class NbdServer(
     private int _connectionCount;
     private volatile bool _isStopping;
 
-    /// <summary>Connections at present.</summary>
+    /// <summary>The number of connections.</summary>
     public int ConnectionCount => Volatile.Read(ref _connectionCount);
 
     /// <summary>Opens a listening socket; connections queue up until <see cref="Start"/>.</summary>
-    /// <param name="address">Where; the IPv6 wildcard address stands for all addresses of both kinds.</param>
-    /// <returns>Where it really listens.</returns>
-    /// <exception cref="SocketException">The address is in use, or not of this host.</exception>
+    /// <param name="address">The address and port. The IPv6 wildcard address means all IPv4 and IPv6 addresses.</param>
+    /// <returns>The address and port on which the server listens.</returns>
+    /// <exception cref="SocketException">The address is in use, or does not belong to this host.</exception>
     public IPEndPoint Listen(IPEndPoint address)
     {
         bool isWildcard = address.Address.Equals(IPAddress.IPv6Any);
@@ -59,8 +64,8 @@ public sealed class NbdServer(
         {
             if (listener.AddressFamily == AddressFamily.InterNetworkV6)
                 listener.DualMode = isWildcard;
-            // Binding sets SO_REUSEADDR, so that a server starts again at once. Not SocketOptionName.ReuseAddress, which is
-            // SO_REUSEPORT, too: a second server on the same port would get a part of the connections, to another disk.
+            // Bind sets SO_REUSEADDR, so that a server can be started again at once. SocketOptionName.ReuseAddress
+            // would set SO_REUSEPORT, too: a second server on the same port would get a part of the connections.
             listener.Bind(address);
             listener.Listen();
         }
@@ -76,7 +81,7 @@ public sealed class NbdServer(
         return actual;
     }
 
-    /// <summary>Opens a listening Unix socket. One that nobody listens on any more is replaced.</summary>
+    /// <summary>Opens a listening Unix socket. A socket on which nobody listens any more is replaced.</summary>
     /// <exception cref="IOException">The path is in use, or cannot be created; the message says why.</exception>
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public void Listen(string path)
@@ -108,7 +113,7 @@ public sealed class NbdServer(
         }
         catch (SocketException)
         {
-            socket.Dispose(); // it was gone before it began
+            socket.Dispose(); // the client has already left
             return;
         }
 
@@ -132,8 +137,8 @@ public sealed class NbdServer(
     }
 
     /// <summary>
-    /// Accepts no more, lets every session finish what it has received, and returns when all have ended; those that
-    /// take longer than <see cref="ServerLimits.StopTime"/> are broken off.
+    /// Accepts no more connections, lets every session finish the requests that it has received, and returns when all
+    /// have ended. Sessions that take longer than <see cref="ServerLimits.StopTime"/> are broken off.
     /// </summary>
     public void Stop()
     {
@@ -176,7 +181,7 @@ public sealed class NbdServer(
                     break;
                 if (failure is SocketException { SocketErrorCode: SocketError.TooManyOpenSockets } && spare is not null)
                 {
-                    // Not even the reserve has a descriptor. Who waits is told so by a close, rather than left to wait.
+                    // Not even the reserve has a descriptor. The client is disconnected rather than left to wait.
                     spare.Dispose();
                     Refuse(listener);
                     spare = OpenSpare();
@@ -184,7 +189,7 @@ public sealed class NbdServer(
                 }
 
                 _refusals.Log(failure.Message);
-                Thread.Sleep(100); // that passes
+                Thread.Sleep(100); // most causes pass
             }
         }
 
@@ -192,7 +197,7 @@ public sealed class NbdServer(
     }
 
     /// <summary>
-    /// Gives a new connection a thread, or closes it: nothing was received from it, so the client sees a clean end.
+    /// Gives a new connection a thread, or closes it. Nothing was received from it, so the client sees a clean end.
     /// </summary>
     private void Take(Socket socket)
     {
@@ -216,7 +221,7 @@ public sealed class NbdServer(
         }
         catch (SocketException)
         {
-            Thread.Sleep(100); // another thread was faster
+            Thread.Sleep(100); // another thread has accepted it
         }
 
         _refusals.Log("no descriptor is left");
@@ -228,7 +233,7 @@ public sealed class NbdServer(
         return spare;
     }
 
-    /// <summary>What clients are told to connect to.</summary>
+    /// <summary>The URI to which clients connect.</summary>
     private string UriOf(IPEndPoint address)
     {
         bool isAny = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any);
@@ -309,13 +314,14 @@ public sealed class NbdServer(
         }
     }
 
-    /// <returns>False when some are left after that time. The lock on <c>_connections</c> is held, and given up while waiting.</returns>
-    private bool WaitForSessions(TimeSpan atMost)
+    /// <summary>Waits for the end of all sessions. The lock is held, and released while this waits.</summary>
+    /// <returns>False when some are left after that time.</returns>
+    private bool WaitForSessions(TimeSpan maxTime)
     {
         long start = Environment.TickCount64;
         while (_sessions.Count > 0)
         {
-            TimeSpan left = atMost - TimeSpan.FromMilliseconds(Environment.TickCount64 - start);
+            TimeSpan left = maxTime - TimeSpan.FromMilliseconds(Environment.TickCount64 - start);
             if (left <= TimeSpan.Zero || !Monitor.Wait(_connections, left))
                 return _sessions.Count == 0;
         }

@@ -7,10 +7,11 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Server;
 
 /// <summary>
-/// A request that waits for the disk while its session goes on. It owns its buffer and its share of the byte budget from
-/// its start until its reply has been sent. Objects are reused, so a steady load allocates nothing.
-/// <para>States: the session's thread rents and fills it, and starts the disk's operation. The thread that completes the
-/// operation builds the reply (<see cref="ReplySender.Finish"/>). The thread that sends the last byte gives it back.</para>
+/// A request that waits for the disk while its session goes on. It owns its buffer and its share of the byte budget
+/// from its start until its reply has been sent. Objects are reused, so a steady load allocates nothing.
+/// <para>States: the session's thread rents and fills it, and starts the disk's operation. The thread that completes
+/// the operation builds the reply (<see cref="ReplySender.Finish"/>). The thread that sends the last byte gives it
+/// back.</para>
 /// </summary>
 internal sealed class PendingRequest
 {
@@ -38,7 +39,9 @@ internal sealed class PendingRequest
     /// <summary>The reply is built and waits to be sent. Guarded by <see cref="PendingRequests"/>.</summary>
     public bool IsFinished { get; set; }
 
-    /// <summary>The part of the reply that is still to be sent: its start in the buffer or the small reply, and its length.</summary>
+    /// <summary>
+    /// The part of the reply that is still to be sent: its start in the buffer or the small reply, and its length.
+    /// </summary>
     public (int Start, int Length) Unsent { get; private set; }
 
     /// <summary>Takes an object for a request.</summary>
@@ -46,7 +49,8 @@ internal sealed class PendingRequest
     /// <param name="request">The request's header.</param>
     /// <param name="buffer">A buffer, which the request owns from now on; may be null.</param>
     /// <param name="claimedBytes">Bytes of the budget, which the request owns from now on; may be 0.</param>
-    public static PendingRequest Rent(ReplySender sender, in NbdRequest request, NativeBuffer? buffer, long claimedBytes)
+    public static PendingRequest Rent(
+        ReplySender sender, in NbdRequest request, NativeBuffer? buffer, long claimedBytes)
     {
         PendingRequest pending = s_pool.Rent();
         pending._sender = sender;

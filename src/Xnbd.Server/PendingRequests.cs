@@ -5,8 +5,8 @@ namespace Xnbd.Server;
 /// <see cref="Add"/> to <see cref="Remove"/>; its reply waits to be sent from <see cref="Finish"/> to
 /// <see cref="Dequeue"/>.
 /// <para>
-/// Replies go out as they become ready, or in the order of the requests (<see cref="KeepsOrder"/>). In the first case the
-/// cookies of requests whose reply is not ready are known; in the second, the requests' order is.
+/// Replies go out as they become ready, or in the order of the requests (<see cref="KeepsOrder"/>). In the first case
+/// the cookies of requests whose reply is not ready are known; in the second, the requests' order is.
 /// </para>
 /// All members may be used by any thread, unless they say otherwise. One lock, <c>_finished</c>, guards all fields; no
 /// other lock is taken and nothing is sent while it is held.
@@ -31,10 +31,14 @@ internal sealed class PendingRequests(bool keepsOrder)
         }
     }
 
-    /// <summary>No request is in flight. For the session's thread, which alone adds requests; it takes no lock.</summary>
+    /// <summary>
+    /// No request is in flight. For the session's thread, which alone adds requests; it takes no lock.
+    /// </summary>
     public bool IsEmpty => Volatile.Read(ref _count) == 0;
 
-    /// <summary>Replies go out in the order of the requests. For the session's thread, which alone changes it.</summary>
+    /// <summary>
+    /// Replies go out in the order of the requests. For the session's thread, which alone changes it.
+    /// </summary>
     public bool KeepsOrder => _keepsOrder;
 
     /// <summary>From now on replies go out in the order of the requests. No request is in flight.</summary>
@@ -143,8 +147,8 @@ internal sealed class PendingRequests(bool keepsOrder)
     }
 
     /// <summary>
-    /// Waits until a reply is ready to be sent, or until no more than <paramref name="maxCount"/> requests are in flight.
-    /// For the session's thread, which must have done its deferred work before.
+    /// Waits until a reply is ready to be sent, or until no more than <paramref name="maxCount"/> requests are in
+    /// flight. For the session's thread, which must have done its deferred work before.
     /// </summary>
     /// <returns>False when no more than that are in flight.</returns>
     public bool WaitForReply(int maxCount)

@@ -4,17 +4,17 @@ namespace Xnbd.Server;
 
 /// <summary>
 /// The chunks of a structured reply to a read (section "Structured reply chunk"): data as data, and long runs of zeroes
-/// as holes, so that they take no time on the line.
+/// as holes, which take no time on the line.
 /// </summary>
 internal static class ReadChunks
 {
-    /// <summary>In front of a chunk's data, in bytes.</summary>
+    /// <summary>Length of what precedes a chunk's data, in bytes.</summary>
     public const int DataHeader = NbdSize.StructuredReply + NbdSize.OffsetDataPrefix;
 
     /// <summary>Length of a chunk that is a hole, in bytes; longer than a data chunk of 3 bytes.</summary>
     public const int HoleChunk = NbdSize.StructuredReply + NbdSize.OffsetHolePayload;
 
-    /// <summary>Data that is all zeroes over a whole aligned part of this size, in bytes, is sent as a hole.</summary>
+    /// <summary>A whole aligned part of this length in bytes is sent as a hole if it is all zeroes.</summary>
     private const int HoleGrain = 64 * 1024;
 
     /// <summary>Room for the headers of all chunks that a read may be cut into.</summary>
@@ -23,8 +23,8 @@ internal static class ReadChunks
 
     /// <summary>How long the data from here on is of one kind.</summary>
     /// <param name="data">At least one byte.</param>
-    /// <param name="offset">Its offset on the disk.</param>
-    /// <param name="mayCut">Data and zeroes may go into chunks of their own; otherwise all is one run.</param>
+    /// <param name="offset">Offset of the data on the disk in bytes.</param>
+    /// <param name="mayCut">Data and zeroes may go into separate chunks; otherwise all is one run.</param>
     /// <param name="isHole">The run is all zeroes.</param>
     public static int RunLength(ReadOnlySpan<byte> data, ulong offset, bool mayCut, out bool isHole)
     {
@@ -45,13 +45,13 @@ internal static class ReadChunks
     }
 
     /// <summary>
-    /// Lays down the chunks of data that stands behind room for their headers. They are laid down from the front; their
-    /// data moves forward, past headers that are no longer than the room for them.
+    /// Writes the chunks of data that stands behind room for their headers. They are written from the front. Their data
+    /// moves forward; the room is large enough, so headers never overwrite data that is still to be moved.
     /// </summary>
     /// <param name="buffer">The room for headers, then the data.</param>
-    /// <param name="headers">That room, in bytes: at least <see cref="HeaderRoom"/>.</param>
+    /// <param name="headers">Length of that room in bytes, at least <see cref="HeaderRoom"/>.</param>
     /// <param name="length">Length of the data in bytes.</param>
-    /// <param name="offset">Its offset on the disk.</param>
+    /// <param name="offset">Offset of the data on the disk in bytes.</param>
     /// <param name="cookie">The request's cookie.</param>
     /// <param name="mayCut">As for <see cref="RunLength"/>.</param>
     /// <param name="isLast">The reply ends with these chunks.</param>

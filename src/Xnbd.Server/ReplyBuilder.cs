@@ -4,15 +4,17 @@ using Xnbd.Storage;
 namespace Xnbd.Server;
 
 /// <summary>
-/// Builds the replies of requests whose disk operation has ended. It is used by whichever thread completes the operation,
-/// also by several at the same time, and has no state of its own.
+/// Builds the replies of requests whose disk operation has ended. It is used by whichever thread completes the
+/// operation, also by several at the same time, and has no state of its own.
 /// </summary>
-/// <param name="agreement">What the handshake agreed on: the form of replies.</param>
-/// <param name="failures">Told of requests that failed.</param>
-/// <param name="peer">Who the client is, for the log.</param>
+/// <param name="agreement">What the handshake agreed on; it determines the form of replies.</param>
+/// <param name="failures">Logs requests that failed.</param>
+/// <param name="peer">The client's name for the log.</param>
 internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, string peer)
 {
-    /// <summary>Builds the reply of a pending request whose disk operation has ended; of a failed one, an error.</summary>
+    /// <summary>
+    /// Builds the reply of a pending request whose disk operation has ended, or an error if it has failed.
+    /// </summary>
     public void Build(PendingRequest pending)
     {
         NbdRequest request = pending.Request;
@@ -53,11 +55,12 @@ internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, str
         }
 
         bool mayCut = (request.Flags & NbdCommandFlags.Df) == 0;
-        (int at, int all) = ReadChunks.Write(buffer, headers, length, request.Offset, request.Cookie, mayCut, isLast: true);
+        (int at, int all) = ReadChunks.Write(
+            buffer, headers, length, request.Offset, request.Cookie, mayCut, isLast: true);
         pending.ReplyFromBuffer(at, all);
     }
 
-    /// <summary>One chunk for each context; in each, neighbours of equal status are one extent.</summary>
+    /// <summary>Builds one chunk for each context; in it, neighbours of equal status are one extent.</summary>
     private void BuildBlockStatus(PendingRequest pending)
     {
         Span<byte> buffer = pending.Buffer!.GetSpan();
@@ -93,15 +96,16 @@ internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, str
     /// <summary>Writes an error, in the form that was agreed on.</summary>
     /// <param name="destination">At least <see cref="NbdReply.MaxErrorChunk"/> bytes.</param>
     /// <param name="request">The request that failed.</param>
-    /// <param name="error">What the client is told.</param>
-    /// <param name="message">The same in words.</param>
+    /// <param name="error">The error for the client.</param>
+    /// <param name="message">The message for people.</param>
     /// <returns>Bytes written.</returns>
     public int WriteError(Span<byte> destination, in NbdRequest request, NbdError error, string message)
         => agreement.StructuredReplies
             ? NbdReply.WriteErrorChunk(destination, request.Cookie, error, message)
             : NbdReply.WriteSimple(destination, error, request.Cookie);
 
-    /// <summary>Logs why a request failed, and says what the client is told.</summary>
+    /// <summary>Logs why a request failed.</summary>
+    /// <returns>The error for the client.</returns>
     public NbdError LogFailure(in NbdRequest request, Exception failure)
     {
         if (failure is DiskException { Error: DiskError.NotSupported })

@@ -9,12 +9,12 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Server;
 
 /// <summary>
-/// The replies that the session's thread gives at once: they are gathered in one buffer and sent with one call. Only the
-/// session's thread uses it.
+/// The replies that the session's thread gives at once: they are gathered in one buffer and sent with one call. Only
+/// the session's thread uses it.
 /// <para>
 /// A request is not answered before those that its client expects to be answered first. A client of the old style tells
-/// replies apart by their order, so it gets them in that order. A client that gives several requests one cookie relies on
-/// their order, too: from then on it gets all replies in order.
+/// replies apart by their order, so it gets them in that order. A client that gives several requests one cookie relies
+/// on their order, too: from then on it gets all replies in order.
 /// </para>
 /// </summary>
 /// <param name="sender">Sends what is gathered.</param>
@@ -56,8 +56,8 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     }
 
     /// <summary>
-    /// The request at hand becomes pending. Another thread may send its reply, so earlier replies on which it must not gain
-    /// go out first.
+    /// The request at hand becomes pending. Another thread may send its reply, so earlier replies that it must not
+    /// overtake go out first.
     /// </summary>
     /// <returns>False when the connection is broken.</returns>
     public bool BeginPending(ulong cookie)
@@ -102,7 +102,8 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     /// <param name="file">The file.</param>
     /// <param name="offset">Offset of the part in bytes.</param>
     /// <param name="length">Length of the part in bytes.</param>
-    /// <param name="padded">Bytes at the end of the part that could not be read: zeroes went out in their place.</param>
+    /// <param name="padded">Bytes at the end of the part that could not be read: zeroes went out in their
+    /// place.</param>
     /// <returns>False when the connection is broken.</returns>
     public bool FlushWithFile(SafeFileHandle file, long offset, int length, out int padded)
     {

@@ -5,8 +5,8 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Server;
 
 /// <summary>
-/// The sending side of a connection. The session's thread sends what it has gathered, waiting for the client as long as it
-/// takes. Replies of pending requests are sent by whichever thread holds the sending side, without waiting. When the
+/// The sending side of a connection. The session's thread sends what it has gathered, waiting for the client as long as
+/// it takes. Replies of pending requests are sent by whichever thread holds the sending side, without waiting. When the
 /// socket is full, the session's thread is woken and waits for it.
 /// <para>
 /// Any thread may call <see cref="Finish"/> and <see cref="SendFinished"/>; all other members are for the session's
@@ -28,9 +28,9 @@ internal sealed class ReplySender : IDisposable
     private volatile bool _isBroken;
 
     /// <summary>
-    /// Lets other threads wake the session's thread from its poll. It exists only while it may be needed, so that an idle
-    /// session takes one descriptor. The session's thread makes it and gives it back. Others use it while they hold
-    /// <c>_sending</c> and a request is in flight.
+    /// Lets other threads wake the session's thread from its poll. It exists only while it may be needed, so that an
+    /// idle session takes one descriptor. The session's thread makes it and gives it back. Others use it while they
+    /// hold <c>_sending</c> and a request is in flight.
     /// </summary>
     private LinuxEvent? _wakeUp;
 
@@ -71,7 +71,8 @@ internal sealed class ReplySender : IDisposable
     }
 
     /// <summary>
-    /// Sends finished replies as far as the socket takes them at once. A thread that is already sending goes on with them.
+    /// Sends finished replies as far as the socket takes them at once. A thread that is already sending goes on with
+    /// them.
     /// </summary>
     public void SendFinished()
     {
@@ -125,10 +126,10 @@ internal sealed class ReplySender : IDisposable
     /// <param name="file">The file.</param>
     /// <param name="offset">Offset of the part in bytes.</param>
     /// <param name="length">Length of the part in bytes.</param>
-    /// <param name="mayPad">
-    /// Zeroes may go out in the place of bytes that cannot be read; otherwise the connection is broken off.
-    /// </param>
-    /// <param name="padded">Bytes at the end of the part that could not be read: zeroes went out in their place.</param>
+    /// <param name="mayPad"> Zeroes may go out in the place of bytes that cannot be read; otherwise the connection is
+    /// broken off. </param>
+    /// <param name="padded">Bytes at the end of the part that could not be read: zeroes went out in their
+    /// place.</param>
     /// <returns>False when the connection is broken.</returns>
     public bool SendWithFile(
         ReadOnlySpan<byte> data, SafeFileHandle file, long offset, int length, bool mayPad, out int padded)
@@ -212,7 +213,8 @@ internal sealed class ReplySender : IDisposable
     {
         while (Pending.TryPeek(out PendingRequest? pending))
         {
-            if (!NoteSent(pending, _isBroken ? 0 : LinuxSocket.Send(_connection.Handle, pending.UnsentBytes, more: false)))
+            long count = _isBroken ? 0 : LinuxSocket.Send(_connection.Handle, pending.UnsentBytes, more: false);
+            if (!NoteSent(pending, count))
                 _ = EndIfStalled();
         }
 
@@ -220,7 +222,9 @@ internal sealed class ReplySender : IDisposable
         return !_isBroken;
     }
 
-    /// <summary>Sends the next finished reply, or several small ones with one call: copying them costs less than a call.</summary>
+    /// <summary>
+    /// Sends the next finished reply, or several small ones with one call: copying them costs less than a call.
+    /// </summary>
     private long SendSome(PendingRequest first)
     {
         if (Pending.FinishedCount < 2)

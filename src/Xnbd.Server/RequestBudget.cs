@@ -1,9 +1,9 @@
 namespace Xnbd.Server;
 
 /// <summary>
-/// How much may be in flight: bytes, and requests that hold them. Who must wait for a part of it is served in the order of
-/// asking, so that a large request is not passed by small ones for ever. Who waits must hold none of it: then there is no
-/// circle. A request that is larger than all of it passes alone.
+/// Bounds what is in flight: bytes, and requests that hold them. Sessions that must wait are served in the order in
+/// which they asked, so small requests cannot overtake a large one for ever. A session that waits must hold nothing of
+/// the budget, so no circle of waiting arises. A request that is larger than the whole budget passes alone.
 /// </summary>
 internal sealed class RequestBudget(RequestLimits limits)
 {
@@ -13,17 +13,17 @@ internal sealed class RequestBudget(RequestLimits limits)
     private long _nextTicket;
     private long _served;
 
-    /// <summary>Somebody is waiting.</summary>
+    /// <summary>A session is waiting.</summary>
     public bool IsContended => Volatile.Read(ref _nextTicket) != Volatile.Read(ref _served);
 
-    /// <summary>Lets a request in, if there is room and nobody waits.</summary>
+    /// <summary>Takes bytes for a request, if there is room and nobody waits.</summary>
     public bool TryAcquire(long bytes)
     {
         lock (_changed)
             return _nextTicket == _served && TryEnter(bytes);
     }
 
-    /// <summary>Lets a request in, waiting until there is room.</summary>
+    /// <summary>Takes bytes for a request, and waits until there is room.</summary>
     public void Acquire(long bytes)
     {
         lock (_changed)
@@ -36,7 +36,7 @@ internal sealed class RequestBudget(RequestLimits limits)
         }
     }
 
-    /// <summary>A request has ended.</summary>
+    /// <summary>Gives back the bytes of a request.</summary>
     public void Release(long bytes)
     {
         lock (_changed)
@@ -58,11 +58,13 @@ internal sealed class RequestBudget(RequestLimits limits)
     }
 }
 
-/// <summary>Bounds of what all connections of a server together have in flight, of requests that carry data and wait for it.</summary>
-/// <param name="Requests">At least 1.</param>
-/// <param name="Bytes">Of them, at least 1; a larger request passes alone.</param>
+/// <summary>
+/// Bounds on what all connections of a server together have in flight: requests that wait, and carry data.
+/// </summary>
+/// <param name="Requests">The number of requests, at least 1.</param>
+/// <param name="Bytes">Their bytes, at least 1; a larger request passes alone.</param>
 public readonly record struct RequestLimits(int Requests, long Bytes)
 {
-    /// <summary>Of a server of local images: its disks answer soon, so bytes alone matter.</summary>
+    /// <summary>The bounds for local images: their disks answer soon, so only bytes matter.</summary>
     public static RequestLimits Default => new(int.MaxValue, ServerLimits.MaxBytesInFlight);
 }

@@ -2,8 +2,8 @@ using Xnbd.Protocol;
 
 namespace Xnbd.Server;
 
-/// <summary>What makes a request valid. It is checked once, before anything is done (sections "Command flags", "Request types" and
-/// "Error values").</summary>
+/// <summary>What makes a request valid. It is checked once, before anything is done (sections "Command flags", "Request
+/// types" and "Error values").</summary>
 internal static class RequestRules
 {
     /// <summary>Validates a request.</summary>
@@ -61,9 +61,10 @@ internal static class RequestRules
             return request.Command is NbdCommand.Write or NbdCommand.WriteZeroes ? NbdError.NoSpace : NbdError.Invalid;
         }
 
-        if (request.Command == NbdCommand.BlockStatus && (agreement.Contexts == MetaContexts.None || request.Length == 0))
+        bool hasContexts = agreement.Contexts != MetaContexts.None;
+        if (request.Command == NbdCommand.BlockStatus && (!hasContexts || request.Length == 0))
         {
-            message = agreement.Contexts == MetaContexts.None ? "no metadata context was negotiated" : "block status of nothing";
+            message = hasContexts ? "block status of nothing" : "no metadata context was negotiated";
             return NbdError.Invalid;
         }
 

@@ -9,13 +9,13 @@ namespace Xnbd.Server;
 
 /// <summary>
 /// The transmission phase of one connection. One thread, the session's own, runs everything here. It receives requests
-/// (<see cref="SessionInput"/>), answers at once what needs no waiting, gathers those replies (<see cref="ReplyOutput"/>),
-/// and sends them with one call when its input is used up. A request that would wait for a disk becomes a
-/// <see cref="PendingRequest"/>. It completes on another thread, and its reply is sent from there
+/// (<see cref="SessionInput"/>), answers at once what needs no waiting, gathers those replies
+/// (<see cref="ReplyOutput"/>), and sends them with one call when its input is used up. A request that would wait for a
+/// disk becomes a <see cref="PendingRequest"/>. It completes on another thread, and its reply is sent from there
 /// (<see cref="ReplySender"/>).
 /// <para>
-/// A session that waits for bytes of the budget holds none, and only its own thread waits for its client. Hence no client
-/// can hold up another.
+/// A session that waits for bytes of the budget holds none, and only its own thread waits for its client. Hence no
+/// client can hold up another.
 /// </para>
 /// </summary>
 internal sealed class Session
@@ -102,7 +102,7 @@ internal sealed class Session
         while (_input.Length >= NbdSize.Request)
         {
             if (!NbdRequest.TryRead(_input.Peek(NbdSize.Request), out NbdRequest request))
-                return _connection.End("no request where one was due");
+                return _connection.End("bytes that are no request");
 
             bool isBatchedWrite = request.Command == NbdCommand.Write && request.Length <= ServerLimits.MaxBatchedWrite;
             if (isBatchedWrite && _input.Length < NbdSize.Request + (int)request.Length)

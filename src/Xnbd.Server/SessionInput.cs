@@ -12,7 +12,8 @@ namespace Xnbd.Server;
 /// payload, it sends what is gathered: the client may wait for earlier replies before it sends on.
 /// </para>
 /// </summary>
-internal sealed class SessionInput(Connection connection, SessionServices services, ReplyOutput output, ReplySender sender)
+internal sealed class SessionInput(
+    Connection connection, SessionServices services, ReplyOutput output, ReplySender sender)
 {
     // Received and not yet taken: _buffer[_head.._tail].
     private NativeBuffer? _buffer;
@@ -25,7 +26,9 @@ internal sealed class SessionInput(Connection connection, SessionServices servic
     /// <summary>Bytes that have been received and not yet taken.</summary>
     public int Length => _tail - _head;
 
-    /// <summary>Receives nothing more, from any thread. The caller signals <see cref="SessionServices.Stopping"/> afterwards.</summary>
+    /// <summary>
+    /// Receives nothing more, from any thread. The caller signals <see cref="SessionServices.Stopping"/> afterwards.
+    /// </summary>
     public void Stop() => _isStopping = true;
 
     /// <summary>The next bytes, which stay there to be taken.</summary>

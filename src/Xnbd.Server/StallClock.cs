@@ -2,8 +2,8 @@ namespace Xnbd.Server;
 
 /// <summary>
 /// Tells a client that keeps others waiting from one that is merely slow. The clock runs from the moment at which a
-/// session waits for its client while it holds bytes of the budget, until nothing of the session waits for the client any
-/// more. Single bytes do not wind it back. Any thread may use it; its figures need not agree to the byte.
+/// session waits for its client while it holds bytes of the budget, until nothing of the session waits for the client
+/// any more. Single bytes do not wind it back. Any thread may use it; its figures need not agree to the byte.
 /// </summary>
 internal sealed class StallClock(RequestBudget budget, TimeProvider time)
 {

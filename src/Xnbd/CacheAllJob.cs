@@ -6,10 +6,10 @@ using Xnbd.Storage.Cache;
 
 namespace Xnbd.Programs;
 
-/// <summary>The fetching of all that is missing, in the background.</summary>
+/// <summary>Fetches all that is missing, in the background.</summary>
 internal sealed class CacheAllJob
 {
-    private static readonly TimeSpan s_longestWait = TimeSpan.FromSeconds(30);
+    private static readonly TimeSpan s_maxWait = TimeSpan.FromSeconds(30);
 
     private readonly OriginCache _cache;
     private readonly CancellationTokenSource _cancel = new();
@@ -30,7 +30,8 @@ internal sealed class CacheAllJob
                 await cache.CacheAll(blocksPerRequest, _cancel.Token);
                 long absent = cache.Statistics.AbsentBlocks;
                 (_state, _error) = absent == 0 ? ("done", null) : ("failed", $"{absent} blocks are still missing");
-                log.LogInformation("caching all: {State}, {Seconds:0.0} s", _state, Stopwatch.GetElapsedTime(_start).TotalSeconds);
+                double seconds = Stopwatch.GetElapsedTime(_start).TotalSeconds;
+                log.LogInformation("caching all: {State}, {Seconds:0.0} s", _state, seconds);
             }
             catch (OperationCanceledException)
             {
@@ -45,23 +46,26 @@ internal sealed class CacheAllJob
         });
     }
 
+    /// <summary>Identifies the job on the control channel.</summary>
     public int Id { get; }
 
+    /// <summary>The job has not ended.</summary>
     public bool IsRunning => !_task.IsCompleted;
 
-    /// <summary>Ends it soon.</summary>
+    /// <summary>Tells the job to end, without waiting for it.</summary>
     public void End() => _cancel.Cancel();
 
+    /// <summary>Tells the job to end, and waits for that.</summary>
     public void Cancel()
     {
         End();
-        _task.Wait(s_longestWait);
+        _task.Wait(s_maxWait);
     }
 
-    /// <summary>How far it is, after it has ended, or this time.</summary>
+    /// <summary>Reports the state, after the job has ended or this time has passed.</summary>
     public JsonObject Status(int waitMilliseconds)
     {
-        _task.Wait(TimeSpan.FromMilliseconds(Math.Clamp(waitMilliseconds, 0, s_longestWait.TotalMilliseconds)));
+        _task.Wait(TimeSpan.FromMilliseconds(Math.Clamp(waitMilliseconds, 0, s_maxWait.TotalMilliseconds)));
         CacheStatistics figures = _cache.Statistics;
         return new JsonObject
         {

@@ -4,10 +4,12 @@ using System.Globalization;
 
 namespace Xnbd.Programs;
 
-/// <summary>What the command lines of all programs have in common.</summary>
+/// <summary>What the command lines of all programs share.</summary>
 internal static class CommandLine
 {
-    /// <summary>Reads a command line, and answers <c>--help</c> and <c>--version</c>, which every program has.</summary>
+    /// <summary>
+    /// Reads a command line, and answers <c>--help</c> and <c>--version</c>, which every program has.
+    /// </summary>
     /// <returns>Null when help or version was asked for, and printed.</returns>
     /// <exception cref="UsageException">The command line is wrong.</exception>
     public static ParseResult? Parse(Command program, string[] args)
@@ -42,13 +44,14 @@ internal static class CommandLine
 
     /// <summary>Reads an option's number.</summary>
     /// <returns>Null when the option was not given.</returns>
-    /// <exception cref="UsageException">It is no number, or out of its range.</exception>
-    public static int? Number(string option, string? word, int least, int most)
+    /// <exception cref="UsageException">It is not a number, or out of its range.</exception>
+    public static int? Number(string option, string? word, int min, int max)
     {
         if (word is null)
             return null;
-        return int.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture, out int number) && number >= least && number <= most
+        bool isNumber = int.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture, out int number);
+        return isNumber && number >= min && number <= max
             ? number
-            : throw new UsageException($"{option} {word}: not a number from {least} to {most}");
+            : throw new UsageException($"{option} {word}: not a number from {min} to {max}");
     }
 }

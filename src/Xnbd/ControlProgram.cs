@@ -43,39 +43,69 @@ internal static class ControlProgram
     private static int Control(string[] args)
     {
         var query = new Option<bool>("--query") { Description = "Show mode, remote, and how much is cached" };
-        var cacheAll = new Option<bool>("--cache-all") { Description = "Fetch all that is missing; returns when that is done" };
+        var cacheAll = new Option<bool>("--cache-all")
+        {
+            Description = "Fetch all that is missing; return when that is done",
+        };
         var cacheAll2 = new Option<bool>("--cache-all2") { Hidden = true };
-        var switches = new Option<bool>("--switch") { Description = "Become a plain target; refused while blocks are missing" };
+        var switches = new Option<bool>("--switch")
+        {
+            Description = "Become a plain target; refused while blocks are missing",
+        };
         var shutdown = new Option<bool>("--shutdown") { Hidden = true };
-        var reconnect = new Option<bool>("--reconnect") { Description = "Use this remote from now on: SOCKET HOST PORT, or SOCKET URI" };
-        var cancel = new Option<bool>("--cancel") { Description = "End a caching of all that is under way; what was fetched stays" };
-        var invalidate = new Option<bool>("--invalidate") { Description = "The remote has changed: give up what was fetched; what was written here stays" };
-        var progress = new Option<bool>("--progress") { Description = "With --cache-all: show how far it is" };
+        var reconnect = new Option<bool>("--reconnect")
+        {
+            Description = "Use this remote from now on: SOCKET HOST PORT, or SOCKET URI",
+        };
+        var cancel = new Option<bool>("--cancel")
+        {
+            Description = "Stop a --cache-all that is under way; what was fetched stays",
+        };
+        var invalidate = new Option<bool>("--invalidate")
+        {
+            Description = "The remote has changed: give up what was fetched",
+        };
+        var progress = new Option<bool>("--progress") { Description = "With --cache-all: show the progress" };
         var detach = new Option<bool>("--detach") { Description = "With --cache-all: start it, and return at once" };
         var blocks = new Option<string?>("--blocks-per-request")
         {
             Description = "With --cache-all: blocks of 4096 bytes that are fetched at a time, 1 to 256 [default: 256]",
             HelpName = "NUMBER",
         };
-        var force = new Option<bool>("--force") { Description = "With --switch: blocks that are missing become zeroes" };
+        var force = new Option<bool>("--force")
+        {
+            Description = "With --switch: blocks that are missing become zeroes",
+        };
         var exportName = new Option<string?>("--exportname")
         {
-            Description = "With --reconnect: the export there [default: as it was; with a URI: what that says]",
+            Description = "With --reconnect: the remote's export [default: the same name; with a URI: its name]",
             HelpName = "NAME",
         };
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs" };
-        var words = new Argument<string[]>("SOCKET") { Description = "The proxy's control socket", Arity = ArgumentArity.ZeroOrMore };
+        var words = new Argument<string[]>("SOCKET")
+        {
+            Description = "The proxy's control socket",
+            Arity = ArgumentArity.ZeroOrMore,
+        };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, invalidate, progress, detach, blocks, force, exportName, json, words,
+            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, invalidate, progress, detach, blocks,
+            force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
         Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel, invalidate];
-        Option<bool>[] given = [.. actions.Where(o => result.GetValue(o) || (o == cacheAll && result.GetValue(cacheAll2)) || (o == switches && result.GetValue(shutdown)))];
+        bool IsGiven(Option<bool> action) => result.GetValue(action)
+            || (action == cacheAll && result.GetValue(cacheAll2))
+            || (action == switches && result.GetValue(shutdown));
+        Option<bool>[] given = [.. actions.Where(IsGiven)];
         if (given.Length != 1)
-            throw new UsageException(given.Length == 0 ? "say what to do: --query, --cache-all, --switch, --reconnect, --cancel or --invalidate" : "only one thing can be done at a time");
+        {
+            throw new UsageException(given.Length > 0 ? "only one thing can be done at a time"
+                : "say what to do: --query, --cache-all, --switch, --reconnect, --cancel or --invalidate");
+        }
+
         foreach ((Option option, Option of) in ((Option, Option)[])
             [(progress, cacheAll), (detach, cacheAll), (blocks, cacheAll), (force, switches), (exportName, reconnect)])
         {
@@ -87,18 +117,25 @@ internal static class ControlProgram
             throw new UsageException("--progress shows what --detach does not wait for");
         int blocksPerRequest = CommandLine.Number(blocks.Name, result.GetValue(blocks), 1, 256) ?? 256;
         string[] arguments = result.GetValue(words) ?? [];
-        if (Array.Find(arguments, word => word.StartsWith("--", StringComparison.Ordinal) && !args.Contains("--")) is { } unknown)
+        bool takesOptions = !args.Contains("--");
+        string? unknown = Array.Find(
+            arguments, word => takesOptions && word.StartsWith("--", StringComparison.Ordinal));
+        if (unknown is not null)
             throw new UsageException($"unknown option '{unknown}'");
         JsonObject? remote = given[0] == reconnect ? RemoteOf(arguments, result.GetValue(exportName)) : null;
         if (remote is null && arguments.Length != 1)
-            throw new UsageException("the control socket's path is wanted, and nothing else");
+            throw new UsageException("the only argument is the path of the control socket");
 
         using ControlClient client = Connect(arguments[0]);
         bool isJson = result.GetValue(json);
         if (given[0] == query)
             return Show(client.Call("query")!, isJson);
         if (given[0] == switches)
-            return Say(client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!, isJson, "switched: the cache image is served as a target now");
+        {
+            JsonNode answer = client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!;
+            return Say(answer, isJson, "switched: the cache image is served as a target now");
+        }
+
         if (remote is not null)
         {
             JsonNode answer = client.Call("reconnect", remote)!;
@@ -106,7 +143,7 @@ internal static class ControlProgram
         }
 
         if (given[0] == invalidate)
-            return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched anew");
+            return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched again");
         if (given[0] == cancel)
         {
             if (client.Call("query")!["job"] is not { } running || running["state"]!.GetValue<string>() != "running")
@@ -122,7 +159,8 @@ internal static class ControlProgram
     }
 
     /// <summary>
-    /// The parameters of the method <c>reconnect</c>. Relative paths are of this folder, not of the proxy's.
+    /// The parameters of the method <c>reconnect</c>. Relative paths start at this program's folder, not at the
+    /// proxy's.
     /// </summary>
     private static JsonObject RemoteOf(string[] arguments, string? exportName)
     {
@@ -159,12 +197,15 @@ internal static class ControlProgram
         }
         catch (SocketException failure) when (failure.SocketErrorCode == SocketError.AccessDenied)
         {
-            throw new FailureException($"the control socket '{path}' is another user's: call this program as the proxy's own user, or as root");
+            throw new FailureException(
+                $"the control socket '{path}' belongs to another user: "
+                + "run this program as the proxy's own user, or as root");
         }
         catch (Exception failure) when (failure is SocketException or ArgumentException)
         {
             throw new FailureException(File.Exists(path)
-                ? $"nobody listens on '{path}': the proxy has ended, or this is no control socket ({failure.Message})"
+                ? $"nobody listens on '{path}': the proxy has ended, or this is not a control socket "
+                    + $"({failure.Message})"
                 : $"there is no control socket '{path}': is the proxy running?");
         }
     }
@@ -204,7 +245,8 @@ internal static class ControlProgram
                 if (showProgress && isTerminal)
                     Console.Error.WriteLine();
                 if (state != "done")
-                    throw new FailureException($"caching all: {state}{(status["error"] is { } error ? $": {error.GetValue<string>()}" : "")}");
+                    throw new FailureException(
+                        $"caching all: {state}{ErrorOf(status)}");
                 return Say(status, isJson, "all is cached");
             }
 
@@ -216,17 +258,18 @@ internal static class ControlProgram
                 if (Console.ReadLine()?.Trim().StartsWith("y", StringComparison.OrdinalIgnoreCase) == true)
                 {
                     client.Call("job.cancel", new JsonObject { ["job"] = id["job"]!.GetValue<int>() });
-                    throw new FailureException("interrupted: the caching has ended; what was fetched stays");
+                    throw new FailureException("interrupted: the caching was stopped; what was fetched stays");
                 }
             }
 
-            throw new FailureException("interrupted: the caching goes on in the proxy; --query tells how far it is, --cancel ends it");
+            throw new FailureException(
+                "interrupted: the caching goes on in the proxy; --query shows the progress, --cancel stops it");
         }
     }
 
     /// <summary>
-    /// Rate and remaining time are of what crosses the line. Zeroes that the remote knows of do not: they are shown
-    /// apart.
+    /// Rate and remaining time count what is read from the remote. Zeroes that the remote reports are not read, and are
+    /// shown apart.
     /// </summary>
     private static void Draw(long total, long missing, long fetched, long zeroes, TimeSpan time, bool isTerminal)
     {
@@ -237,7 +280,8 @@ internal static class ControlProgram
         string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
         string text = string.Create(
             CultureInfo.InvariantCulture,
-            $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, {rate / (1 << 20):0.#} MiB/s{holes}{rest}");
+            $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, "
+            + $"{rate / (1 << 20):0.#} MiB/s{holes}{rest}");
         if (!isTerminal)
         {
             Console.Error.WriteLine($"{Name}: {text}");
@@ -248,10 +292,10 @@ internal static class ControlProgram
         Console.Error.Write($"\r\e[K[{new string('#', filled)}{new string('.', width - filled)}] {text}");
     }
 
-    /// <summary>A proxy that was started before the last update may not tell.</summary>
+    /// <summary>A proxy that was started before the last update may not report them.</summary>
     private static long ZeroBytes(JsonNode answer) => answer["zero-bytes"]?.GetValue<long>() ?? 0;
 
-    /// <summary>Never 100.0 before it is all.</summary>
+    /// <summary>A percentage that is 100.0 only for all.</summary>
     private static string Percent(long part, long all)
         => part == all ? "100.0" : (Math.Floor(1000.0 * part / all) / 10).ToString("0.0", CultureInfo.InvariantCulture);
 
@@ -273,22 +317,29 @@ internal static class ControlProgram
         static string Bytes(long count) => ByteCount.DescribeExactly(count);
         long blocks = Number("blocks"), cached = Number("cached-blocks"), written = Number("written-blocks");
         Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
-        Console.WriteLine($"remote:       {answer["remote"]?.GetValue<string>() ?? "none"}, {Number("remote-connections")} connections");
+        string remote = answer["remote"]?.GetValue<string>() ?? "none";
+        Console.WriteLine($"remote:       {remote}, {Number("remote-connections")} connections");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
         Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
-        Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {Percent(cached, blocks)} %");
+        string percent = Percent(cached, blocks);
+        Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {percent} %");
         Console.WriteLine($"written here: {Bytes(written * BlockRange.BlockSize)}, {written} blocks");
         Console.WriteLine($"fetched:      {Bytes(Number("fetched-bytes"))} since the start");
         Console.WriteLine($"zeroes:       {Bytes(ZeroBytes(answer))} that were not fetched");
         Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
         Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
         Console.WriteLine($"clients:      {Number("clients")} connections");
-        if (Number("store-failures") > 0)
-            Console.WriteLine($"NOT CACHED:   {Number("store-failures")} times what was fetched could not be kept: see the proxy's log");
+        long failures = Number("store-failures");
+        if (failures > 0)
+            Console.WriteLine($"NOT CACHED:   {failures} times fetched data could not be kept: see the proxy's log");
         if (answer["job"] is { } job)
-            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}{(job["error"] is { } error ? $": {error.GetValue<string>()}" : "")}");
+            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}{ErrorOf(job)}");
         return ExitCode.Success;
     }
+
+    /// <summary>The error of a job, as the end of a line.</summary>
+    private static string ErrorOf(JsonNode job)
+        => job["error"] is { } error ? $": {error.GetValue<string>()}" : "";
 
     private static string Indented(JsonNode node)
     {

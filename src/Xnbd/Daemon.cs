@@ -4,15 +4,18 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// Going into the background. A .NET process cannot fork, so the parent starts the same program again and waits on a
-/// pipe (the child's stdout) until it says that it serves; the child's own words on stderr say why it does not.
+/// Going into the background. A .NET process cannot fork, so the parent starts the same program again. It waits on a
+/// pipe (the child's stdout) until the child says that it serves. If the child fails, its messages on stderr say why.
 /// </summary>
 internal static class Daemon
 {
     private const string ChildVariable = "XNBD_DAEMON";
     private const string Ready = "ready";
 
-    /// <summary>This process was started by <see cref="Start"/>; asked once, so that its own children do not inherit it.</summary>
+    /// <summary>
+    /// Whether this process was started by <see cref="Start"/>. It can be asked only once, since children must not
+    /// inherit the answer.
+    /// </summary>
     public static bool IsChild()
     {
         bool isChild = Environment.GetEnvironmentVariable(ChildVariable) is not null;
@@ -20,15 +23,15 @@ internal static class Daemon
         {
             Environment.SetEnvironmentVariable(ChildVariable, null);
             _ = LinuxProcess.StartSession();
-            LinuxProcess.SetName(ServerProgram.Name); // where there was no link of that name
+            LinuxProcess.SetName(ServerProgram.Name); // in case there was no link of that name
         }
 
         return isChild;
     }
 
     /// <summary>Starts a program of this executable in the background.</summary>
-    /// <returns>Its exit code: success once it serves.</returns>
-    /// <exception cref="FailureException">It cannot be started.</exception>
+    /// <returns>Its exit code, or success once it serves.</returns>
+    /// <exception cref="FailureException">The program cannot be started.</exception>
     public static int Start(string program, IEnumerable<string> args)
     {
         string? link = FindLink(program);
@@ -58,9 +61,10 @@ internal static class Daemon
     }
 
     /// <summary>
-    /// The link named for a program by which this executable was called, or which stands beside it; null for none.
+    /// Finds the link with the program's name by which this executable was called, or which is in the same folder.
     /// </summary>
-    /// <remarks>A process that is started through it has its name, so <c>pidof</c> finds it.</remarks>
+    /// <returns>The link; null if there is none.</returns>
+    /// <remarks>A process that is started through the link has its name, so <c>pidof</c> finds it.</remarks>
     private static string? FindLink(string program)
     {
         string called = Environment.GetCommandLineArgs()[0];
@@ -75,7 +79,7 @@ internal static class Daemon
                 path => LinuxFile.Status(path, out FileStatus there) == Errno.None && there.IsSameFile(own));
     }
 
-    /// <summary>In the child: tells the parent that this process serves, and lets go of terminal and directory.</summary>
+    /// <summary>In the child: tells the parent that this process serves, and releases terminal and directory.</summary>
     public static void SayReady()
     {
         Console.Out.WriteLine(Ready);

@@ -8,11 +8,11 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// Where log lines go: stderr, a file, the system log, or several of them. A thread of its own writes them, so that a
-/// log that cannot be written, or that nobody reads, never stops the service: lines for which there is no room are
+/// The outputs of the log: stderr, a file, the system log, or several of them. A separate thread writes the lines, so a
+/// log that cannot be written, or that nobody reads, never stops the service. Lines for which there is no room are
 /// counted and dropped.
 /// </summary>
-/// <param name="program">Named at the start of each line on stderr.</param>
+/// <param name="program">The program's name, at the start of each line on stderr.</param>
 /// <param name="toStderr">Log to stderr.</param>
 /// <param name="path">Log to this file; null for none.</param>
 /// <param name="toSyslog">Log to the system log.</param>
@@ -28,12 +28,12 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     private long _dropped;
 
     /// <summary>
-    /// Who reads stderr sees neither the time nor the level otherwise: it is no terminal, and not the journal, which
-    /// notes them itself.
+    /// Lines on stderr begin with time and level: stderr is neither a terminal nor the journal, which records them
+    /// itself.
     /// </summary>
     private readonly bool _isStderrStamped = toStderr && Console.IsErrorRedirected && !IsJournal();
 
-    /// <summary>Lines go somewhere else than stderr.</summary>
+    /// <summary>Lines go elsewhere than to stderr.</summary>
     public bool IsElsewhere => path is not null || toSyslog;
 
     /// <summary>Opens the outputs.</summary>
@@ -51,7 +51,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
     private static string Describe(Errno errno)
         => errno == Errno.ENXIO ? "it is a pipe that nobody reads" : errno.Describe();
 
-    /// <summary>Opens the log file anew, after it was moved away; keeps the old one when that fails.</summary>
+    /// <summary>Opens the log file again, after it was moved away; keeps the old one if that fails.</summary>
     public void Reopen()
     {
         if (path is null)
@@ -70,7 +70,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         }
     }
 
-    /// <summary>Writes what is waiting, if that takes no longer than a moment. Nothing can be logged afterwards.</summary>
+    /// <summary>Writes the lines that wait, if that takes only a moment. Nothing can be logged afterwards.</summary>
     public void Close()
     {
         _lines.CompleteAdding();
@@ -86,7 +86,11 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
 
     /// <inheritdoc/>
     public void Log<TState>(
-        LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+        LogLevel logLevel,
+        EventId eventId,
+        TState state,
+        Exception? exception,
+        Func<TState, Exception?, string> formatter)
     {
         if (!IsEnabled(logLevel) || _lines.IsAddingCompleted)
             return;
@@ -97,7 +101,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
         }
         catch (InvalidOperationException)
         {
-            // Closed a moment ago.
+            // The log has just been closed.
         }
     }
 
@@ -108,7 +112,7 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             Write(level, time, message);
             long dropped = Interlocked.Exchange(ref _dropped, 0);
             if (dropped > 0)
-                Write(LogLevel.Warning, DateTime.Now, $"{dropped} log lines were dropped, for want of room");
+                Write(LogLevel.Warning, DateTime.Now, $"{dropped} log lines could not be written in time");
         }
     }
 

@@ -6,9 +6,9 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// A file that names the server's process. Its first byte is locked as long as the process lives, so a file that a
-/// killed server has left is told from one that is in use. (Not with <c>flock</c>: some runtimes refuse to read a file
-/// that is locked so.) The file is empty until the server listens.
+/// A file with the number of the server's process. Its first byte is locked as long as the process lives: a file
+/// without the lock was left by a killed server. (<c>flock</c> is not used, since some runtimes refuse to read a file
+/// that is locked by it.) The file is empty until the server listens.
 /// </summary>
 internal sealed class PidFile : IDisposable
 {
@@ -24,28 +24,28 @@ internal sealed class PidFile : IDisposable
         _file = file;
     }
 
-    /// <summary>Makes the file, or takes over one that a dead process has left.</summary>
-    /// <exception cref="FailureException">A living server holds it, or it cannot be made.</exception>
+    /// <summary>Creates the file, or takes over one that a dead process has left.</summary>
+    /// <exception cref="FailureException">A running server holds it, or it cannot be created.</exception>
     public static PidFile Open(string path)
     {
         while (true)
         {
             // Opening a FIFO would wait for its reader.
             if (LinuxFile.Status(path, out FileStatus there) == Errno.None && there.Kind != FileKind.Regular)
-                throw new FailureException($"the pid file '{path}' is no regular file");
+                throw new FailureException($"the pid file '{path}' is not a regular file");
             Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
             if (errno == Errno.None)
                 errno = LinuxFile.TryLockByte(file!, 0, shared: false);
             if (errno == Errno.EAGAIN)
             {
                 file!.Dispose();
-                throw new FailureException($"the pid file '{path}' is that of another server{Read(path)}");
+                throw new FailureException($"the pid file '{path}' belongs to another server{Read(path)}");
             }
 
             if (errno != Errno.None)
             {
                 file?.Dispose();
-                throw new FailureException($"cannot make the pid file '{path}': {errno.Describe()}");
+                throw new FailureException($"cannot create the pid file '{path}': {errno.Describe()}");
             }
 
             var opened = new PidFile(path, file!);
@@ -54,14 +54,15 @@ internal sealed class PidFile : IDisposable
                 if (!HoldsNumber(path))
                 {
                     file!.Dispose();
-                    throw new FailureException($"'{path}' is no pid file: it holds something else than a number, and is left alone");
+                    throw new FailureException(
+                        $"'{path}' is not a pid file: it holds something other than a number, and is left alone");
                 }
 
-                _ = LinuxFile.Truncate(file!, 0); // what is in it is a dead process's
+                _ = LinuxFile.Truncate(file!, 0); // it names a dead process
                 return opened;
             }
 
-            file!.Dispose(); // its server has just ended, and removed it
+            file!.Dispose(); // its server has just ended and removed it
         }
     }
 
@@ -77,7 +78,7 @@ internal sealed class PidFile : IDisposable
         throw new FailureException($"cannot write the pid file '{_path}': {cause}");
     }
 
-    /// <summary>Removes the file, if it is still this process's.</summary>
+    /// <summary>Removes the file if it still belongs to this process.</summary>
     public void Dispose()
     {
         if (IsInPlace)
@@ -88,7 +89,7 @@ internal sealed class PidFile : IDisposable
     private bool IsInPlace => LinuxFile.Status(_path, out FileStatus there) == Errno.None
         && LinuxFile.Status(_file, out FileStatus here) == Errno.None && there.IsSameFile(here);
 
-    /// <summary>The file is empty, or names a process, as such files do. Any other one may be somebody's disk.</summary>
+    /// <summary>Whether the file is empty or holds a number. Any other file may be a disk image.</summary>
     private static bool HoldsNumber(string path)
         => ReadStart(path) is { Length: < MostText } text && text.Trim().All(char.IsAsciiDigit);
 

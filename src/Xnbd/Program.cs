@@ -3,8 +3,8 @@ using Xnbd.Programs;
 
 StandardStreams.OpenMissing();
 
-// One executable, called by several names: through a link named for the program, or with the program's name as the
-// first argument.
+// One executable with several programs. It is called through a link that has the program's name, or with the program's
+// name as the first argument.
 var programs = new Dictionary<string, Func<string[], int>>
 {
     [ServerProgram.Name] = ServerProgram.Run,

@@ -8,7 +8,8 @@ using Xnbd.Storage.Cache;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its own.
+/// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its
+/// own.
 /// </summary>
 internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk remote, ILogger log)
 {
@@ -59,7 +60,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
     private JsonObject Query()
     {
         CacheStatistics figures = _cache.Statistics;
-        long blocks = figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks, cached = blocks - figures.AbsentBlocks;
+        long cached = figures.FetchedBlocks + figures.WrittenBlocks, blocks = cached + figures.AbsentBlocks;
         bool isTarget = _cache.Image is not null;
         return new JsonObject
         {
@@ -89,30 +90,35 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
     private JsonObject StartCacheAll(int blocksPerRequest)
     {
         if (blocksPerRequest is < 1 or > 256)
-            throw new ControlException(ControlException.InvalidParameters, "blocks-per-request: not a number from 1 to 256");
+            throw new ControlException(
+                ControlException.InvalidParameters, "blocks-per-request: not a number from 1 to 256");
         lock (_lock)
         {
             if (_job is not { IsRunning: true })
                 _job = new CacheAllJob(++_jobs, _cache, blocksPerRequest, _log);
-            return _job.Status(0); // the one that is running does the same
+            return _job.Status(0); // the running one does the same
         }
     }
 
     private CacheAllJob FindJob(JsonObject parameters)
     {
-        int id = parameters["job"]?.GetValue<int>() ?? throw new ControlException(ControlException.InvalidParameters, "job: its id is missing");
+        int id = parameters["job"]?.GetValue<int>()
+            ?? throw new ControlException(ControlException.InvalidParameters, "job: its id is missing");
         lock (_lock)
         {
-            return _job?.Id == id ? _job : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
+            return _job?.Id == id
+                ? _job
+                : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
         }
     }
 
     private JsonObject Invalidate()
     {
         if (_job is { IsRunning: true })
-            throw new ControlException(ControlException.Failed, "all is being cached: end that first (xnbd-bgctl --cancel)");
+            throw new ControlException(
+                ControlException.Failed, "all is being cached: stop that first (xnbd-bgctl --cancel)");
         _cache.Invalidate();
-        _log.LogInformation("invalidated: what was fetched is absent again");
+        _log.LogInformation("invalidated: all fetched blocks are absent again");
         return Query();
     }
 
@@ -124,7 +130,8 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
         try
         {
             string? name = parameters["export-name"]?.GetValue<string>();
-            string host = parameters["host"]?.GetValue<string>() ?? "", port = parameters["port"]?.GetValue<string>() ?? "";
+            string host = parameters["host"]?.GetValue<string>() ?? "";
+            string port = parameters["port"]?.GetValue<string>() ?? "";
             if (parameters["uri"]?.GetValue<string>() is not { } uri)
                 address = RemoteAddress.Parse(host, port, name ?? _remote.Address.ExportName);
             else if (host.Length == 0 && port.Length == 0)

@@ -9,8 +9,8 @@ using Xnbd.Storage.Images;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The proxy mode: a cache of a remote disk, and its control channel (<see cref="ProxyMethods"/>). After the switch it is
-/// the target mode of the cache image.
+/// The proxy mode: a cache of a remote disk, and its control channel (<see cref="ProxyMethods"/>). After the switch it
+/// is the target mode of the cache image.
 /// </summary>
 internal sealed class ProxyMode : IDisposable
 {
@@ -25,30 +25,38 @@ internal sealed class ProxyMode : IDisposable
     /// <summary>Connects to the remote and opens the cache.</summary>
     /// <exception cref="FailureException">The remote cannot be used.</exception>
     /// <exception cref="DiskException">The cache cannot be used.</exception>
-    /// <exception cref="OperationCanceledException">It was told to stop while it waited for the remote.</exception>
+    /// <exception cref="OperationCanceledException">The server was told to stop while it waited for the
+    /// remote.</exception>
     public ProxyMode(ProxyOptions options, bool readOnly, ILogger log, CancellationToken stop)
     {
         _options = options;
         _log = log;
         _remote = Connect(stop);
         _cache = OriginCache.Open(
-            _remote, options.Remote.ToString(), options.CacheImage, options.Map, options.Opening, readOnly, options.FetchLimits, CannotStore);
+            _remote,
+            options.Remote.ToString(),
+            options.CacheImage,
+            options.Map,
+            options.Opening,
+            readOnly,
+            options.FetchLimits,
+            CannotStore);
         _methods = new ProxyMethods(this, _cache, _remote, log);
     }
 
-    /// <summary>What is served.</summary>
+    /// <summary>The disk that is served.</summary>
     public Disk Disk => _cache.Disk;
 
-    /// <summary>The cache image, once it has been switched to.</summary>
+    /// <summary>The cache image after the switch; null before.</summary>
     public ImageFile? Image => _cache.Image;
 
     /// <summary>The cache image's path.</summary>
     public string CacheImagePath => _options.CacheImage;
 
-    /// <summary>How often something was fetched that could not be cached.</summary>
+    /// <summary>How often fetched data could not be cached.</summary>
     public long StoreFailures => Interlocked.Read(ref _storeFailures);
 
-    /// <summary>Counts the sessions of clients, for the query.</summary>
+    /// <summary>Counts the connections of clients, for the query.</summary>
     public Func<int> CountClients { get; set; } = () => 0;
 
     /// <summary>Opens the control channel.</summary>
@@ -60,11 +68,12 @@ internal sealed class ProxyMode : IDisposable
         }
         catch (Exception failure) when (failure is IOException or ArgumentException)
         {
-            throw new FailureException($"cannot listen on the control socket '{_options.ControlSocket}': {failure.Message}");
+            throw new FailureException(
+                $"cannot listen on the control socket '{_options.ControlSocket}': {failure.Message}");
         }
     }
 
-    /// <summary>As the control channel's <c>switch</c>; logged, not thrown.</summary>
+    /// <summary>Switches as the control channel's <c>switch</c> does. A failure is logged, not thrown.</summary>
     public void SwitchBySignal()
     {
         try
@@ -73,12 +82,13 @@ internal sealed class ProxyMode : IDisposable
         }
         catch (Exception failure)
         {
-            // Nobody above would catch it: this is a thread of its own.
-            _log.LogError("not switched: {Cause}", failure is DiskException ? Advice.Describe(failure) : failure.ToString());
+            // This runs on its own thread, so nobody else would catch it.
+            string cause = failure is DiskException ? Advice.Describe(failure) : failure.ToString();
+            _log.LogError("not switched: {Cause}", cause);
         }
     }
 
-    /// <summary>Makes durable what is cached.</summary>
+    /// <summary>Makes the cache durable.</summary>
     public Task FlushAll() => _cache.FlushAll();
 
     /// <inheritdoc/>
@@ -86,7 +96,7 @@ internal sealed class ProxyMode : IDisposable
     {
         _control?.Dispose();
         _methods.EndJob();
-        _cache.Dispose(); // also waits for a switch that a signal or a client has begun
+        _cache.Dispose(); // this also waits for a switch that a signal or a client has started
     }
 
     private RemoteDisk Connect(CancellationToken stop)
@@ -112,7 +122,7 @@ internal sealed class ProxyMode : IDisposable
         }
     }
 
-    /// <summary>A proxy that was switched needs no remote, but must be started as what it has become.</summary>
+    /// <summary>A proxy that was switched needs no remote, but must be started as a target.</summary>
     private string SwitchedHint() => OriginCache.WasSwitched(_options.Map)
         ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: "
             + $"start xnbd-server --target {_options.CacheImage}"
@@ -121,7 +131,10 @@ internal sealed class ProxyMode : IDisposable
     private void CannotStore(DiskException failure)
     {
         if (Interlocked.Increment(ref _storeFailures) == 1)
-            _log.LogError("what was fetched cannot be cached (further failures are counted only): {Cause}", failure.Message);
+        {
+            _log.LogError(
+                "fetched data cannot be cached (further failures are only counted): {Cause}", failure.Message);
+        }
     }
 
     /// <summary>Makes this a target of the cache image; nothing happens if it is one already.</summary>
@@ -132,6 +145,7 @@ internal sealed class ProxyMode : IDisposable
         if (_cache.Image is not null)
             return;
         _cache.Switch(force);
-        _log.LogInformation("switched: this is a target now, of '{Image}'; the remote is no longer used", _options.CacheImage);
+        _log.LogInformation(
+            "switched: this is a target now, of '{Image}'; the remote is no longer used", _options.CacheImage);
     }
 }

@@ -4,11 +4,11 @@ using Xnbd.Storage.Cache;
 
 namespace Xnbd.Programs;
 
-/// <summary>What the proxy mode needs beyond all others.</summary>
+/// <summary>The options of the proxy mode.</summary>
 internal sealed record ProxyOptions
 {
     public const int DefaultConnections = 4;
-    public const int DefaultRequests = 1024; // eight clients that ask for as much as a client may
+    public const int DefaultRequests = 1024; // eight clients with as many requests as a client may have
     public const int DefaultBytes = 64 << 20;
 
     public required RemoteAddress Remote { get; init; }
@@ -21,10 +21,13 @@ internal sealed record ProxyOptions
     public int MaxRequests { get; init; }
     public int MaxBytes { get; init; }
 
-    /// <summary>Of what clients wait for; when they are reached, nobody's data requests are received before others have ended.</summary>
+    /// <summary>
+    /// Limits on requests of clients that are in flight. When a limit is reached, the server stops reading from clients
+    /// that need data.
+    /// </summary>
     public RequestLimits ClientLimits => new(MaxRequests, MaxBytes / 2);
 
-    /// <summary>Of what the remote is asked for.</summary>
+    /// <summary>Limits on requests to the remote.</summary>
     public CacheLimits FetchLimits => new(MaxRequests, MaxBytes / 2);
 
     /// <summary>Reads the arguments: a remote's host and port, or its URI; two files; a socket.</summary>
@@ -46,7 +49,9 @@ internal sealed record ProxyOptions
         {
             return new ProxyOptions
             {
-                Remote = isUri ? RemoteUri.Parse(words[0], exportName) : RemoteAddress.Parse(words[0], words[1], exportName ?? ""),
+                Remote = isUri
+                    ? RemoteUri.Parse(words[0], exportName)
+                    : RemoteAddress.Parse(words[0], words[1], exportName ?? ""),
                 CacheImage = Path.GetFullPath(words[^3]),
                 Map = Path.GetFullPath(words[^2]),
                 ControlSocket = Path.GetFullPath(words[^1]),

@@ -4,31 +4,30 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch over the pool and
-/// over sockets, and the one for timers. The runtime starts them when they are first needed. Where the system has none
-/// to give then, queued work never runs, or the process ends. So all of them are started at the start, beside the other work of
-/// the start, and stay.
+/// The runtime's own threads: those of the pool, which continue asynchronous work, those that watch the pool and the
+/// sockets, and the one for timers. The runtime starts them when they are first needed. If the system refuses a thread
+/// then, queued work never runs, or the process ends. So all of them are started when the program starts, and stay.
 /// </summary>
 internal sealed class RuntimeThreads
 {
     /// <summary>
-    /// Threads of the pool: the project file has the same number for its least, its most, and those that stay.
+    /// Threads of the pool. The project file has the same number for the minimum and the maximum.
     /// </summary>
     private const int PoolThreads = 4;
 
     private static readonly TimeSpan s_longestStart = TimeSpan.FromSeconds(10);
 
-    private static Timer? s_timer; // kept, or it would never fire
+    private static Timer? s_timer; // kept, otherwise it would never fire
 
     private readonly Thread? _starter;
     private bool _areStarted;
 
-    /// <summary>Begins to start them.</summary>
+    /// <summary>Begins to start the threads.</summary>
     public RuntimeThreads()
     {
         try
         {
-            new SafeSocketHandle().Dispose(); // the first socket starts the thread that watches over sockets
+            new SafeSocketHandle().Dispose(); // the first socket starts the thread that watches sockets
         }
         catch (TypeInitializationException)
         {
@@ -38,7 +37,7 @@ internal sealed class RuntimeThreads
         _starter = LinuxThread.TryStart("starter", () => _areStarted = TryStart());
     }
 
-    /// <summary>Waits until they have been started.</summary>
+    /// <summary>Waits until the threads have been started.</summary>
     /// <exception cref="FailureException">The system has no threads to spare.</exception>
     public void WaitUntilStarted()
     {
@@ -64,7 +63,7 @@ internal sealed class RuntimeThreads
                     _ =>
                     {
                         running.Signal();
-                        running.Wait(); // each one needs a thread of its own
+                        running.Wait(); // each item needs its own thread
                     },
                     null);
             }

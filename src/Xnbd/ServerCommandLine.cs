@@ -9,14 +9,17 @@ namespace Xnbd.Programs;
 /// </summary>
 internal sealed class ServerCommandLine
 {
-    private readonly Option<bool> _target = new("--target") { Description = "Serve DISK_IMAGE itself: a regular file or a block device" };
+    private readonly Option<bool> _target = new("--target")
+    {
+        Description = "Serve DISK_IMAGE itself: a regular file or a block device",
+    };
     private readonly Option<bool> _cowTarget = new("--cow-target")
     {
         Description = "Serve DISK_IMAGE, which never changes; writes go to a layer of their own",
     };
     private readonly Option<bool> _proxy = new("--proxy")
     {
-        Description = "Serve a remote disk, and keep here what was read or written: see the arguments",
+        Description = "Serve a remote disk, and keep what was read or written in a cache: see the arguments",
     };
     private readonly Option<string> _targetName = new("--target-exportname")
     {
@@ -26,25 +29,37 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string?> _remoteConnections = new("--remote-connections")
     {
-        Description = $"With --proxy: connections to a remote that allows several [default: {ProxyOptions.DefaultConnections}]",
+        Description = "With --proxy: connections to a remote that allows several "
+            + $"[default: {ProxyOptions.DefaultConnections}]",
         HelpName = "NUMBER",
     };
     private readonly Option<string?> _waitRemote = new("--wait-remote")
     {
-        Description = "With --proxy: wait so long for a remote that cannot be reached",
+        Description = "With --proxy: how long to wait for a remote that cannot be reached",
         HelpName = "SECONDS",
     };
-    private readonly Option<bool> _clearBitmap = new("--clear-bitmap") { Description = "With --proxy: forget what is cached" };
-    private readonly Option<bool> _rebind = new("--rebind") { Description = "With --proxy: the cache is right although the remote's address has changed" };
-    private readonly Option<bool> _importBitmap = new("--import-bitmap") { Description = "With --proxy: take over a bitmap of the original xNBD" };
+    private readonly Option<bool> _clearBitmap = new("--clear-bitmap")
+    {
+        Description = "With --proxy: forget what is cached",
+    };
+    private readonly Option<bool> _rebind = new("--rebind")
+    {
+        Description = "With --proxy: the cache is valid although the remote's address has changed",
+    };
+    private readonly Option<bool> _importBitmap = new("--import-bitmap")
+    {
+        Description = "With --proxy: take over a bitmap of the original xNBD",
+    };
     private readonly Option<string?> _maxQueue = new("--max-queue-size")
     {
-        Description = $"With --proxy: requests in flight, of clients, and to the remote [default: {ProxyOptions.DefaultRequests}]",
+        Description = "With --proxy: requests in flight, of clients, and to the remote "
+            + $"[default: {ProxyOptions.DefaultRequests}]",
         HelpName = "NUMBER",
     };
     private readonly Option<string?> _maxBuffer = new("--max-buf-size")
     {
-        Description = "With --proxy: bytes in flight, half of them of clients, half fetched; at least 2 MiB [default: 64 MiB]",
+        Description = "With --proxy: bytes in flight, half of them of clients, half fetched; "
+            + "at least 2 MiB [default: 64 MiB]",
         HelpName = "BYTES",
     };
     private readonly Option<string?> _port = new("--lport")
@@ -52,13 +67,20 @@ internal sealed class ServerCommandLine
         Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {ServerOptions.DefaultPort}]",
         HelpName = "PORT",
     };
-    private readonly Option<string?> _address = new("--laddr") { Description = "Listen on this address only", HelpName = "ADDRESS" };
+    private readonly Option<string?> _address = new("--laddr")
+    {
+        Description = "Listen on this address only",
+        HelpName = "ADDRESS",
+    };
     private readonly Option<string?> _unix = new("--unix")
     {
         Description = "Listen on this Unix socket; on TCP then only if --lport or --laddr is given too",
         HelpName = "PATH",
     };
-    private readonly Option<bool> _readOnly = new("--readonly") { Description = "Refuse writes; the image is opened for reading only" };
+    private readonly Option<bool> _readOnly = new("--readonly")
+    {
+        Description = "Refuse writes; the image is opened for reading only",
+    };
     private readonly Option<bool> _shareImage = new("--share-image")
     {
         Description = "With --target: other servers may write DISK_IMAGE at the same time "
@@ -66,18 +88,28 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string?> _format = new("--format")
     {
-        Description = "raw: DISK_IMAGE is meant to be served as it is, whatever it looks like",
+        Description = "raw: serve DISK_IMAGE byte by byte, whatever it looks like",
         HelpName = "FORMAT",
     };
-    private readonly Option<bool> _daemonize = new("--daemonize") { Description = "Go into the background once the server is listening" };
-    private readonly Option<bool> _inetd = new("--inetd") { Description = "Serve the one connection that stdin is" };
+    private readonly Option<bool> _daemonize = new("--daemonize")
+    {
+        Description = "Go into the background once the server is listening",
+    };
+    private readonly Option<bool> _inetd = new("--inetd") { Description = "Serve one connection, on stdin" };
     private readonly Option<string?> _connected = new("--connected-fd")
     {
-        Description = "Serve the one connection that this descriptor is, negotiated already",
+        Description = "Serve one connection, on this descriptor, after its handshake",
         HelpName = "NUMBER",
     };
-    private readonly Option<string?> _logPath = new("--logpath") { Description = "Log to this file; SIGHUP opens it anew", HelpName = "FILE" };
-    private readonly Option<bool> _syslog = new("--syslog") { Description = "Log to the system log [default with --daemonize and --inetd]" };
+    private readonly Option<string?> _logPath = new("--logpath")
+    {
+        Description = "Log to this file; SIGHUP opens it again",
+        HelpName = "FILE",
+    };
+    private readonly Option<bool> _syslog = new("--syslog")
+    {
+        Description = "Log to the system log [default with --daemonize and --inetd]",
+    };
     private readonly Option<string?> _pidFile = new("--pidfile")
     {
         Description = "Write the process's number to this file; refused while another server holds it",
@@ -85,11 +117,14 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string> _exportName = new("--export-name")
     {
-        Description = "The export's name; clients that give none get it as well [default: none]",
+        Description = "The export's name; clients that give no name get this export, too [default: none]",
         HelpName = "NAME",
         DefaultValueFactory = _ => "",
     };
-    private readonly Option<bool> _oldstyle = new("--oldstyle") { Description = "Greet in the old style, for clients from before 2013" };
+    private readonly Option<bool> _oldstyle = new("--oldstyle")
+    {
+        Description = "Greet in the old style, for clients from before 2013",
+    };
     private readonly Option<string?> _cowDirectory = new("--cow-dir")
     {
         Description = "With --cow-target: where the layer goes [default: beside DISK_IMAGE]",
@@ -97,15 +132,20 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string[]> _cowLayer = new("--cow-layer")
     {
-        Description = "With --cow-target: a layer that is kept; given several times, from the bottom up, the last one is written",
+        Description = "With --cow-target: a layer that is kept; may be repeated, from the bottom up; "
+            + "the last one is written",
         HelpName = "FILE",
         Arity = ArgumentArity.OneOrMore,
         AllowMultipleArgumentsPerToken = false,
     };
-    private readonly Option<bool> _force = new("--force") { Description = "Use layers although what they stand on has changed" };
+    private readonly Option<bool> _force = new("--force")
+    {
+        Description = "Use layers although what they stand on has changed",
+    };
     private readonly Argument<string[]> _image = new("DISK_IMAGE")
     {
-        Description = "The image to serve; with --proxy: REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH, "
+        Description = "The image to serve; with --proxy: "
+            + "REMOTE_HOST REMOTE_PORT CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH, "
             + "or a URI in place of host and port",
         Arity = ArgumentArity.ZeroOrMore,
     };
@@ -123,9 +163,10 @@ internal sealed class ServerCommandLine
     {
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
-            _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remoteConnections, _waitRemote, _clearBitmap, _rebind,
-            _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage, _format, _oldstyle,
-            _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _image,
+            _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remoteConnections,
+            _waitRemote, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix,
+            _exportName, _readOnly, _shareImage, _format, _oldstyle, _daemonize, _inetd, _connected,
+            _logPath, _syslog, _pidFile, _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -186,13 +227,17 @@ internal sealed class ServerCommandLine
         string? export = result.GetResult(_targetName) is { Implicit: false } ? result.GetValue(_targetName) : null;
         return ProxyOptions.Parse(words, export) with
         {
-            Connections = CommandLine.Number("--remote-connections", result.GetValue(_remoteConnections), 1, 64) ?? ProxyOptions.DefaultConnections,
-            WaitSeconds = CommandLine.Number("--wait-remote", result.GetValue(_waitRemote), 0, int.MaxValue) ?? 0,
-            Opening = (result.GetValue(_clearBitmap) ? CacheOpening.Clear : 0) | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
+            Connections = Number(_remoteConnections, 1, 64) ?? ProxyOptions.DefaultConnections,
+            WaitSeconds = Number(_waitRemote, 0, int.MaxValue) ?? 0,
+            Opening = (result.GetValue(_clearBitmap) ? CacheOpening.Clear : 0)
+                | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
-            MaxRequests = CommandLine.Number("--max-queue-size", result.GetValue(_maxQueue), 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
-            MaxBytes = CommandLine.Number("--max-buf-size", result.GetValue(_maxBuffer), 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
+            MaxRequests = Number(_maxQueue, 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
+            MaxBytes = Number(_maxBuffer, 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
         };
+
+        int? Number(Option<string?> option, int min, int max)
+            => CommandLine.Number(option.Name, result.GetValue(option), min, max);
     }
 
     /// <summary>Checks the arguments of the modes that serve an image of this machine.</summary>
@@ -201,18 +246,21 @@ internal sealed class ServerCommandLine
         if (images.Length > 0 && RemoteUri.IsUri(images[0]) && !File.Exists(images[0]))
         {
             throw new UsageException(
-                $"'{images[0]}' is a remote disk, which --proxy serves: --proxy URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH");
+                $"'{images[0]}' is a remote disk, which --proxy serves: "
+                + "--proxy URI CACHE_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH");
         }
 
         if (images.Length != 1)
         {
-            throw new UsageException(images.Length == 0 ? "no disk image was given" : "only one disk image can be served");
+            throw new UsageException(
+                images.Length == 0 ? "no disk image was given" : "only one disk image can be served");
         }
 
-        if (((Option[])[_targetName, _remoteConnections, _waitRemote, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer])
-            .FirstOrDefault(o => result.GetResult(o) is { Implicit: false }) is { } stray)
-        {
+        Option[] ofProxy =
+        [
+            _targetName, _remoteConnections, _waitRemote, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer,
+        ];
+        if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");
-        }
     }
 }

@@ -3,8 +3,8 @@ using Xnbd.Storage.Layers;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// What <c>xnbd-server</c> is told to do. To add an option: declare and read it in <see cref="ServerCommandLine"/>, give it a
-/// property here, use it in <see cref="ServerProgram"/>, and describe it in the man page (a test compares).
+/// What <c>xnbd-server</c> is told to do. To add an option: declare and read it in <see cref="ServerCommandLine"/>,
+/// give it a property here, use it in <see cref="ServerProgram"/>, and describe it in the man page (a test compares).
 /// </summary>
 internal sealed record ServerOptions
 {
@@ -17,7 +17,7 @@ internal sealed record ServerOptions
     public bool ReadOnly { get; init; }
     public bool ShareImage { get; init; }
 
-    /// <summary>The format of the image, as the user says; null if the user does not say.</summary>
+    /// <summary>The format of the image that the user has given; null for none.</summary>
     public string? Format { get; init; }
     public bool Daemonize { get; init; }
     public bool Inetd { get; init; }
@@ -76,7 +76,8 @@ internal sealed record ServerOptions
         if (PidFile is "")
             throw new UsageException("--pidfile: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
-            throw new UsageException("a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
+            throw new UsageException(
+                "a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
         if (Protocol.NbdString.FindFault(ExportName) is { } fault)
             throw new UsageException($"--export-name: {fault}");
     }

@@ -14,11 +14,11 @@ internal sealed class ServerProgram
     /// <summary>The program's name.</summary>
     public const string Name = "xnbd-server";
 
-    /// <summary>The server ends this long after it was told to, whatever is still under way.</summary>
+    /// <summary>The server ends at most this time after it was told to, whatever is still under way.</summary>
     private static readonly TimeSpan s_maxStop = TimeSpan.FromSeconds(8.5); // and a second for the log
 
     /// <summary>
-    /// The same while it is starting, and may be waiting for a remote: nobody is served yet, and nothing is lost.
+    /// The same while the server is starting, and may wait for a remote: nobody is served yet, and nothing is lost.
     /// </summary>
     private static readonly TimeSpan s_maxBreak = TimeSpan.FromSeconds(1);
 
@@ -47,7 +47,7 @@ internal sealed class ServerProgram
         bool isDaemon = Daemon.IsChild();
         bool isInetd = args.Contains("--inetd");
         if (isInetd)
-            ServerSockets.KeepStdinClean(); // before the first word can be said
+            ServerSockets.KeepStdinClean(); // before any message
         LogOutput? log = null;
         try
         {
@@ -68,7 +68,10 @@ internal sealed class ServerProgram
             bool isDetached = options.Daemonize || options.Inetd;
             bool isElsewhere = options.LogPath is not null || options.Syslog;
             var output = new LogOutput(
-                Name, toStderr: !isDetached && !isElsewhere, options.LogPath, toSyslog: options.Syslog || (isDetached && !isElsewhere));
+                Name,
+                toStderr: !isDetached && !isElsewhere,
+                options.LogPath,
+                toSyslog: options.Syslog || (isDetached && !isElsewhere));
             output.Open();
             log = output;
             new ServerProgram(options, log).Serve(signals);
@@ -96,7 +99,7 @@ internal sealed class ServerProgram
         }
     }
 
-    /// <summary>Says why the program ends: to stderr, and to where the log goes if that is elsewhere.</summary>
+    /// <summary>Reports why the program ends: on stderr, and in the log if that is elsewhere.</summary>
     private static void Report(string message, LogOutput? log, bool isInetd)
     {
         StandardError.WriteLine($"{Name}: {message}");
@@ -106,7 +109,7 @@ internal sealed class ServerProgram
         }
         else if (isInetd)
         {
-            LinuxSyslog.Open(Name); // a super-server shows stderr to nobody
+            LinuxSyslog.Open(Name); // nobody sees the stderr of a super-server
             LinuxSyslog.Write(SyslogSeverity.Error, message);
         }
     }
@@ -144,7 +147,7 @@ internal sealed class ServerProgram
         }
         catch (FailureException)
         {
-            server.Stop(); // the first of two sockets may be open already
+            server.Stop(); // the first of two sockets may already be open
             throw;
         }
 
@@ -161,10 +164,14 @@ internal sealed class ServerProgram
         _log.LogInformation(
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
-            _options.Proxy is { } from ? $", a cache of {from.Remote}" : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
+            _options.Proxy is { } proxy
+                ? $", a cache of {proxy.Remote}"
+                : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
             disk.Length,
-            _options.ReadOnly ? "read-only" : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes go when the server ends" : "read-write");
-        runtimeThreads.WaitUntilStarted(); // clients that have connected by now wait a moment
+            _options.ReadOnly ? "read-only"
+                : _options.CowTarget && _options.CowLayers.Count == 0 ? "changes are lost when the server ends"
+                : "read-write");
+        runtimeThreads.WaitUntilStarted(); // clients that have already connected wait a moment
         if (connection is not null)
         {
             StartThread("session", () =>
@@ -195,14 +202,14 @@ internal sealed class ServerProgram
     }
 
     /// <summary>
-    /// Whether what is promised for several connections of one client holds. A server of one connection does not have
-    /// the others: other processes of this program do. They write one file in the target mode, whose page cache all
-    /// processes share, and which a sync by one of them makes durable for all. In the other modes each has a layer of
-    /// its own, or is refused.
+    /// Whether a client may use several connections. A server of one connection does not have the others: they belong
+    /// to other processes of this program. In the target mode these processes write one file, whose page cache they
+    /// share, and a sync by one of them makes all writes durable. In the other modes each has its own layer, or is
+    /// refused.
     /// </summary>
     private bool CanMultiConn => !_options.IsOneConnection || (!_options.CowTarget && _options.Proxy is null);
 
-    /// <summary>Opens what is served, and warns of what the user may not have meant.</summary>
+    /// <summary>Opens the disk, and warns if the user may have meant something else.</summary>
     private Disk OpenDisk()
     {
         Disk disk = ComposeDisk();
@@ -228,13 +235,17 @@ internal sealed class ServerProgram
         return disk;
     }
 
-    /// <summary>Composes what is served: the modes of the server are here.</summary>
+    /// <summary>Composes the disk. This is where the modes of the server are defined.</summary>
     private Disk ComposeDisk()
     {
         if (_options.CowLayers.Count > 0)
         {
             return LayerStack.OpenKept(
-                _options.Image, _options.CowLayers, _options.ReadOnly, _options.Force, what => _log.LogWarning("{What}; used all the same, as --force says", what));
+                _options.Image,
+                _options.CowLayers,
+                _options.ReadOnly,
+                _options.Force,
+                what => _log.LogWarning("{What}; used all the same, as --force says", what));
         }
 
         if (_options.CowTarget)
@@ -285,8 +296,8 @@ internal sealed class ServerProgram
     }
 
     /// <summary>
-    /// Ends the process when that takes too long, or when it is told to end amid its start. A thread of its own from
-    /// the start on: at the end the system might have none to give.
+    /// Ends the process if its end takes too long, or if it is told to end while it is starting. This runs on its own
+    /// thread from the start, since the system might refuse one at the end.
     /// </summary>
     private void WatchEnd()
     {
@@ -296,7 +307,7 @@ internal sealed class ServerProgram
         bool wasServing = _isServing;
         if (wasServing)
             Thread.Sleep(s_maxStop - TimeSpan.FromMilliseconds(Environment.TickCount64 - start));
-        _log.LogWarning(!wasServing ? "ended amid the start"
+        _log.LogWarning(!wasServing ? "ended during the start"
             : _isSynced ? "not everything ended in time"
             : "the image was not synced in time; the kernel goes on writing what it holds of it");
         _log.Close();

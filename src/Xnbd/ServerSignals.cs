@@ -4,8 +4,8 @@ using Xnbd.Linux;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The signals of <c>xnbd-server</c>. One thread takes them one after the other, from before the disk is opened until the
-/// process ends. SIGUSR1 and SIGUSR2 are carried out while clients are served, and ignored before and after.
+/// The signals of <c>xnbd-server</c>. One thread takes them one after the other, from before the disk is opened until
+/// the process ends. SIGUSR1 and SIGUSR2 are carried out while clients are served, and ignored before and after.
 /// </summary>
 /// <param name="log">For what becomes of them; SIGHUP opens it anew.</param>
 /// <param name="stop">SIGTERM and SIGINT cancel it.</param>

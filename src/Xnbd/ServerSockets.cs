@@ -10,8 +10,8 @@ namespace Xnbd.Programs;
 internal sealed class ServerSockets(ServerOptions options)
 {
     /// <summary>
-    /// Redirects stdout and stderr to nowhere if they are the connection that stdin is, as an Internet super-server makes
-    /// them: a message there would corrupt the stream.
+    /// Redirects stdout and stderr to nowhere if they are the connection that stdin is, as an Internet super-server
+    /// makes them: a message there would corrupt the stream.
     /// </summary>
     public static void KeepStdinClean()
     {

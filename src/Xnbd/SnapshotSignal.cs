@@ -6,10 +6,10 @@ using Xnbd.Storage.Images;
 
 namespace Xnbd.Programs;
 
-/// <summary>Makes a snapshot for each SIGUSR1, one at a time, in the background, and logs what becomes of it.</summary>
-/// <param name="getImage">The image that is served; null when it is another kind of disk.</param>
-/// <param name="log">For progress and result.</param>
-/// <param name="stop">Gives an unfinished snapshot up.</param>
+/// <summary>Makes a snapshot for each SIGUSR1, one at a time, in the background, and logs the result.</summary>
+/// <param name="getImage">Returns the image that is served; null for another kind of disk.</param>
+/// <param name="log">Receives progress and result.</param>
+/// <param name="stop">Cancels an unfinished snapshot.</param>
 internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, CancellationToken stop)
 {
     private static readonly TimeSpan s_progressTime = TimeSpan.FromSeconds(5);
@@ -17,14 +17,14 @@ internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, Can
     private readonly Lock _lock = new();
     private Thread? _thread;
 
-    /// <summary>Takes a snapshot of the image as it stands now.</summary>
+    /// <summary>Takes a snapshot of the image as it is now.</summary>
     public void Take()
     {
         lock (_lock)
         {
             if (_thread is { IsAlive: true })
             {
-                log.LogWarning("a snapshot is being made already; the signal is ignored");
+                log.LogWarning("a snapshot is already being made; the signal is ignored");
                 return;
             }
 
@@ -75,12 +75,13 @@ internal sealed class SnapshotSignal(Func<ImageFile?> getImage, ILogger log, Can
         }
         catch (OperationCanceledException)
         {
-            log.LogWarning("the snapshot was given up, because the server ends");
+            log.LogWarning("the snapshot was cancelled, because the server ends");
         }
         catch (Exception failure)
         {
-            // Whatever it is: the service matters more than the snapshot.
-            log.LogError("no snapshot was made: {Cause}", failure is DiskException ? failure.Message : failure.ToString());
+            // Whatever has failed, the service goes on.
+            string cause = failure is DiskException ? failure.Message : failure.ToString();
+            log.LogError("no snapshot was made: {Cause}", cause);
         }
     }
 }

@@ -107,7 +107,7 @@ public sealed class DaemonTests : IDisposable
         }
 
         await Refused("/nosuch/dir/s", "there is no directory '/nosuch/dir'");
-        await Refused(_image + "/s", $"'{_image}' is no directory");
+        await Refused(_image + "/s", $"'{_image}' is not a directory");
         await Refused(_image, "there is another file of that name");
         string link = _folder.File("link");
         File.CreateSymbolicLink(link, _folder.File("nowhere"));
@@ -159,7 +159,7 @@ public sealed class DaemonTests : IDisposable
             ToolResult second = await Tool.Run(
                 ServerProcess.Executable, "--target", "--readonly", "--pidfile", pidFile, "--unix", _folder.File("t"), _image);
             Assert.Equal(
-                (1, $"xnbd-server: the pid file '{pidFile}' is that of another server, process {process}\n"), (second.ExitCode, second.Errors));
+                (1, $"xnbd-server: the pid file '{pidFile}' belongs to another server, process {process}\n"), (second.ExitCode, second.Errors));
             Assert.Equal($"{process}\n", File.ReadAllText(pidFile));
         }
         finally
@@ -224,14 +224,14 @@ public sealed class DaemonTests : IDisposable
         byte[] before = File.ReadAllBytes(precious);
         ToolResult notOurs = await Tool.Run(ServerProcess.Executable, "--pidfile", precious, "--target", "--unix", _folder.File("s"), _image);
         Assert.Equal(1, notOurs.ExitCode);
-        Assert.Contains("is no pid file", notOurs.Errors, StringComparison.Ordinal);
+        Assert.Contains("is not a pid file", notOurs.Errors, StringComparison.Ordinal);
         Assert.Equal(before, File.ReadAllBytes(precious)); // before: it was emptied, and removed
         ToolResult folder = await Tool.Run(ServerProcess.Executable, "--pidfile", _folder.Path, "--target", "--unix", _folder.File("s"), _image);
-        Assert.Equal((1, $"xnbd-server: the pid file '{_folder.Path}' is no regular file\n"), (folder.ExitCode, folder.Errors));
+        Assert.Equal((1, $"xnbd-server: the pid file '{_folder.Path}' is not a regular file\n"), (folder.ExitCode, folder.Errors));
         string fifo = _folder.File("fifo");
         await Tool.Succeed("mkfifo", fifo);
         ToolResult pipe = await Tool.Run(ServerProcess.Executable, "--pidfile", fifo, "--target", "--unix", _folder.File("s"), _image);
-        Assert.Equal((1, $"xnbd-server: the pid file '{fifo}' is no regular file\n"), (pipe.ExitCode, pipe.Errors));
+        Assert.Equal((1, $"xnbd-server: the pid file '{fifo}' is not a regular file\n"), (pipe.ExitCode, pipe.Errors));
     }
 
     private Process StartWaiting(string pidFile, params string[] remote) => Process.Start(new ProcessStartInfo(

@@ -21,7 +21,7 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "unknown option '--help-me'", "--help-me")]
     [InlineData(2, "--pidfile is for servers that listen", "--target", "--inetd", "--pidfile", "p", "a")]
     [InlineData(2, "--pidfile: the name is empty", "--target", "--pidfile", "", "a")]
-    [InlineData(1, "cannot make the pid file '/nosuch/pid': No such file or directory", "--target", "--pidfile", "/nosuch/pid", "a")]
+    [InlineData(1, "cannot create the pid file '/nosuch/pid': No such file or directory", "--target", "--pidfile", "/nosuch/pid", "a")]
     [InlineData(2, "no disk image", "--target")]
     [InlineData(2, "only one disk image", "--target", "a", "b")]
     [InlineData(2, "--bogus", "--target", "--bogus", "a")]

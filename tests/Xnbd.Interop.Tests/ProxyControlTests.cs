@@ -97,7 +97,7 @@ public sealed class ProxyControlTests : IDisposable
             Directory.CreateDirectory(Path.GetDirectoryName(path)!).UnixFileMode |= UnixFileMode.OtherExecute;
             ToolResult stranger = await Tool.Run(
                 "setpriv", "--reuid=65534", "--clear-groups", Proxies.Control, "--query", path);
-            string message = $"xnbd-bgctl: the control socket '{path}' is another user's: call this program as the"
+            string message = $"xnbd-bgctl: the control socket '{path}' belongs to another user: run this program as the"
                 + " proxy's own user, or as root\n";
             Assert.Equal((1, message), (stranger.ExitCode, stranger.Errors));
         }
@@ -121,7 +121,7 @@ public sealed class ProxyControlTests : IDisposable
     [InlineData(2, "TLS is not supported yet", "--reconnect", "s", "nbds://host")]
     [InlineData(2, "give one of them", "--reconnect", "--exportname", "x", "s", "nbd://host/y")]
     [InlineData(2, "SOCKET URI", "--reconnect", "s", "nbd://host", "10809")]
-    [InlineData(2, "control socket's path", "--query")]
+    [InlineData(2, "path of the control socket", "--query")]
     [InlineData(2, "unknown option '--bogus'", "--bogus", "--query", "s")]
     [InlineData(2, "--progress shows", "--cache-all", "--progress", "--detach", "s")]
     [InlineData(
