@@ -15,12 +15,12 @@ public static unsafe class LinuxDescriptors
     /// The highest limit that is set: several times the number of clients that a server accepts. A hard limit may be a
     /// billion, and a child process that walks through all numbers would then take minutes.
     /// </summary>
-    private const int MostWanted = 65_536;
+    private const int MaxWanted = 65_536;
 
     /// <summary>
     /// The reserve: 64 connections to a remote, 16 control clients, and as many for logs, layers and snapshots.
     /// </summary>
-    private const int LargestReserve = 128;
+    private const int MaxReserve = 128;
 
     /// <summary>The present limit: all descriptors are smaller numbers.</summary>
     public static int Limit
@@ -41,7 +41,7 @@ public static unsafe class LinuxDescriptors
         LibC.ResourceLimit limit;
         if (LibC.GetRLimit(NumberOfFiles, &limit) != 0)
             return;
-        ulong wanted = Math.Min(limit.Hard, MostWanted);
+        ulong wanted = Math.Min(limit.Hard, MaxWanted);
         if (limit.Soft >= wanted)
             return;
         limit.Soft = wanted;
@@ -55,5 +55,5 @@ public static unsafe class LinuxDescriptors
     /// <param name="descriptor">The descriptor; it is open.</param>
     /// <param name="limit">The <see cref="Limit"/>.</param>
     public static bool IsOfReserve(SafeHandle descriptor, int limit)
-        => (int)descriptor.DangerousGetHandle() >= limit - Math.Min(LargestReserve, limit / 4);
+        => (int)descriptor.DangerousGetHandle() >= limit - Math.Min(MaxReserve, limit / 4);
 }

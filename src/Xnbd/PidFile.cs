@@ -13,7 +13,7 @@ namespace Xnbd.Programs;
 internal sealed class PidFile : IDisposable
 {
     /// <summary>A number and an end of line are shorter than this, in bytes.</summary>
-    private const int MostText = 24;
+    private const int MaxText = 24;
 
     private readonly string _path;
     private readonly SafeFileHandle _file;
@@ -91,7 +91,7 @@ internal sealed class PidFile : IDisposable
 
     /// <summary>Whether the file is empty or holds a number. Any other file may be a disk image.</summary>
     private static bool HoldsNumber(string path)
-        => ReadStart(path) is { Length: < MostText } text && text.Trim().All(char.IsAsciiDigit);
+        => ReadStart(path) is { Length: < MaxText } text && text.Trim().All(char.IsAsciiDigit);
 
     private static string Read(string path) => ReadStart(path)?.Trim() switch
     {
@@ -107,7 +107,7 @@ internal sealed class PidFile : IDisposable
             return null;
         using (file)
         {
-            Span<byte> text = stackalloc byte[MostText];
+            Span<byte> text = stackalloc byte[MaxText];
             long count = LinuxFile.Read(file!, text, 0);
             return count < 0 ? null : Encoding.Latin1.GetString(text[..(int)count]);
         }

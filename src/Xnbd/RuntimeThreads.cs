@@ -15,7 +15,7 @@ internal sealed class RuntimeThreads
     /// </summary>
     private const int PoolThreads = 4;
 
-    private static readonly TimeSpan s_longestStart = TimeSpan.FromSeconds(10);
+    private static readonly TimeSpan s_maxStart = TimeSpan.FromSeconds(10);
 
     private static Timer? s_timer; // kept, otherwise it would never fire
 
@@ -69,7 +69,7 @@ internal sealed class RuntimeThreads
             }
 
             s_timer = new Timer(_ => fired.Set(), null, 1, Timeout.Infinite);
-            return running.Wait(s_longestStart) && fired.Wait(s_longestStart);
+            return running.Wait(s_maxStart) && fired.Wait(s_maxStart);
         }
         catch (Exception failure) when (failure is OutOfMemoryException or ThreadStartException)
         {

@@ -6,7 +6,9 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Control.Tests;
 
-/// <summary>Server and client of the control channel over a real socket; raw clients send what no client should.</summary>
+/// <summary>
+/// Server and client of the control channel over a real socket; raw clients send what no client should.
+/// </summary>
 public sealed class ControlChannelTests : IDisposable
 {
     private static readonly TimeSpan s_time = TimeSpan.FromSeconds(10);
@@ -124,7 +126,8 @@ public sealed class ControlChannelTests : IDisposable
     {
         using ControlServer server = Start();
         using var client = new RawClient(SocketPath);
-        byte[] lines = Encoding.UTF8.GetBytes(string.Concat(Enumerable.Range(0, 50).Select(i => Request(i, "echo") + "\n")));
+        byte[] lines = Encoding.UTF8.GetBytes(
+            string.Concat(Enumerable.Range(0, 50).Select(i => Request(i, "echo") + "\n")));
         for (int at = 0; at < lines.Length; at += 37)
             client.Send(lines.AsSpan(at, Math.Min(37, lines.Length - at)));
         for (int i = 0; i < 50; i++)
@@ -200,7 +203,9 @@ public sealed class ControlChannelTests : IDisposable
         });
     }
 
-    /// <summary>Clients that leave during their calls keep threads; their number is bounded, and the channel recovers.</summary>
+    /// <summary>
+    /// Clients that leave during their calls keep threads; their number is bounded, and the channel recovers.
+    /// </summary>
     [Fact]
     public void Calls_whose_clients_have_left_do_not_fill_the_process_with_threads()
     {
@@ -436,7 +441,8 @@ public sealed class ControlChannelTests : IDisposable
             {
                 return _reader.ReadLine() is null;
             }
-            catch (IOException failure) when (failure.InnerException is SocketException { SocketErrorCode: SocketError.ConnectionReset })
+            catch (IOException failure)
+                when (failure.InnerException is SocketException { SocketErrorCode: SocketError.ConnectionReset })
             {
                 return true;
             }

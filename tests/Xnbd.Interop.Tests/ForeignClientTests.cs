@@ -20,7 +20,8 @@ public sealed class ForeignClientTests : IDisposable
         Need("nbdinfo", "libnbd-bin");
         string image = _folder.Sparse("disk.img", (1 << 20) + 77);
         using ServerProcess server = ServerProcess.Start(_folder, image, "--export-name", "golden");
-        using JsonDocument info = JsonDocument.Parse(await Tool.Succeed("nbdinfo", "--json", server.Uri.Replace("///", "///golden", StringComparison.Ordinal)));
+        string uri = server.Uri.Replace("///", "///golden", StringComparison.Ordinal);
+        using JsonDocument info = JsonDocument.Parse(await Tool.Succeed("nbdinfo", "--json", uri));
         JsonElement root = info.RootElement;
         Assert.Equal("newstyle-fixed", root.GetProperty("protocol").GetString());
         Assert.True(root.GetProperty("structured").GetBoolean());
@@ -29,7 +30,11 @@ public sealed class ForeignClientTests : IDisposable
         Assert.Equal("disk.img", export.GetProperty("description").GetString());
         Assert.Equal((1 << 20) + 77, export.GetProperty("export-size").GetInt64());
         Assert.Equal(["base:allocation"], export.GetProperty("contexts").EnumerateArray().Select(c => c.GetString()));
-        foreach (string can in (string[])["can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"])
+        string[] abilities =
+        [
+            "can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero",
+        ];
+        foreach (string can in abilities)
             Assert.True(export.GetProperty(can).GetBoolean(), can);
         Assert.False(export.GetProperty("is_read_only").GetBoolean());
         Assert.Equal(1, export.GetProperty("block_size_minimum").GetInt32());
@@ -38,7 +43,8 @@ public sealed class ForeignClientTests : IDisposable
 
         string list = await Tool.Succeed("nbdinfo", "--list", server.Uri);
         Assert.Contains("golden", list, StringComparison.Ordinal);
-        Assert.NotEqual(0, (await Tool.Run("nbdinfo", server.Uri.Replace("///", "///other", StringComparison.Ordinal))).ExitCode);
+        Assert.NotEqual(
+            0, (await Tool.Run("nbdinfo", server.Uri.Replace("///", "///other", StringComparison.Ordinal))).ExitCode);
     }
 
     [Fact]
@@ -97,7 +103,8 @@ public sealed class ForeignClientTests : IDisposable
 
         await Tool.Succeed("cmp", source, image);
         foreach (string file in (string[])[image, _folder.File("back")])
-            Assert.InRange(long.Parse(await Tool.Succeed("stat", "-c", "%b", file), CultureInfo.InvariantCulture), 1, 2048);
+            Assert.InRange(
+                long.Parse(await Tool.Succeed("stat", "-c", "%b", file), CultureInfo.InvariantCulture), 1, 2048);
     }
 
     [Fact]
@@ -114,7 +121,8 @@ public sealed class ForeignClientTests : IDisposable
         await Tool.Succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", source, uri);
         await Tool.Succeed("qemu-img", "convert", "-f", "raw", "-O", "qcow2", uri, _folder.File("back.qcow2"));
         await Tool.Succeed("qemu-img", "compare", "-F", "raw", _folder.File("back.qcow2"), uri);
-        using JsonDocument map = JsonDocument.Parse(await Tool.Succeed("qemu-img", "map", "--output=json", "-f", "raw", uri));
+        using JsonDocument map =
+            JsonDocument.Parse(await Tool.Succeed("qemu-img", "map", "--output=json", "-f", "raw", uri));
         Assert.Equal(16 << 20, map.RootElement.EnumerateArray().Sum(e => e.GetProperty("length").GetInt64()));
     }
 
@@ -126,8 +134,10 @@ public sealed class ForeignClientTests : IDisposable
         using ServerProcess server = ServerProcess.Start(_folder, image);
         string output = await Tool.Succeed(
             "qemu-io", "-f", "raw", "-d", "unmap",
-            "-c", "write -P 5 0 64k", "-c", "write -f -P 6 64k 64k", "-c", "write -z 128k 64k", "-c", "write -z -u 192k 64k",
-            "-c", "discard 256k 64k", "-c", "flush", "-c", "read -P 5 0 64k", "-c", "read -P 6 64k 64k", "-c", "read -P 0 128k 128k",
+            "-c", "write -P 5 0 64k", "-c", "write -f -P 6 64k 64k", "-c", "write -z 128k 64k",
+            "-c", "write -z -u 192k 64k",
+            "-c", "discard 256k 64k", "-c", "flush", "-c", "read -P 5 0 64k", "-c", "read -P 6 64k 64k",
+            "-c", "read -P 0 128k 128k",
             "-c", "write -P 9 1000001 333", "-c", "read -P 9 1000001 333", server.Uri);
         Assert.DoesNotContain("fail", output, StringComparison.OrdinalIgnoreCase);
 
@@ -142,20 +152,26 @@ public sealed class ForeignClientTests : IDisposable
     public async Task Fio_verifies_what_it_wrote()
     {
         Need("fio", "fio");
-        Assert.SkipUnless((await Tool.Succeed("fio", "--enghelp")).Contains("nbd", StringComparison.Ordinal), "this fio has no nbd engine");
+        Assert.SkipUnless(
+            (await Tool.Succeed("fio", "--enghelp")).Contains("nbd", StringComparison.Ordinal),
+            "this fio has no nbd engine");
         string image = _folder.Sparse("disk.img", 32 << 20);
         using ServerProcess server = ServerProcess.Start(_folder, image);
         await Tool.Succeed(
-            "fio", "--name=verify", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=randwrite", "--bsrange=512-128k", "--bs_unaligned=1",
+            "fio", "--name=verify", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=randwrite",
+            "--bsrange=512-128k", "--bs_unaligned=1",
             "--iodepth=32", "--size=32m", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=100");
         await Tool.Succeed(
-            "fio", "--name=trim", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=randtrim", "--bs=64k", "--iodepth=16", "--size=32m");
+            "fio", "--name=trim", "--ioengine=nbd", $"--uri={server.Uri}", "--rw=randtrim", "--bs=64k",
+            "--iodepth=16", "--size=32m");
     }
 
     [Fact]
     public async Task Nbdsh_sees_the_rules_kept()
     {
-        Assert.SkipUnless(File.Exists("/usr/bin/python3") && (await Tool.Run("/usr/bin/python3", "-c", "import nbd")).ExitCode == 0, "python3-libnbd is absent");
+        Assert.SkipUnless(
+            File.Exists("/usr/bin/python3") && (await Tool.Run("/usr/bin/python3", "-c", "import nbd")).ExitCode == 0,
+            "python3-libnbd is absent");
         string image = _folder.Sparse("disk.img", 1 << 20);
         using ServerProcess server = ServerProcess.Start(_folder, image);
         const string script = """
@@ -185,7 +201,8 @@ public sealed class ForeignClientTests : IDisposable
             entries = []
             h.block_status(4096, 4096, lambda name, off, e, err: entries.extend(e), nbd.CMD_FLAG_REQ_ONE)
             assert entries == [4096, 0], entries
-            for call, expected in ((lambda: h.pread(2, (1 << 20) - 1), "EINVAL"), (lambda: h.pwrite(b"ab", (1 << 20) - 1), "ENOSPC"),
+            for call, expected in ((lambda: h.pread(2, (1 << 20) - 1), "EINVAL"),
+                                   (lambda: h.pwrite(b"ab", (1 << 20) - 1), "ENOSPC"),
                                    (lambda: h.trim(2, (1 << 20) - 1), "EINVAL")):
                 try:
                     call()
@@ -205,7 +222,8 @@ public sealed class ForeignClientTests : IDisposable
         Need("nbdcopy", "libnbd-bin");
         string files = Directory.CreateDirectory(_folder.File("files")).FullName;
         for (int i = 0; i < 50; i++)
-            File.WriteAllBytes(Path.Combine(files, $"f{i}"), new byte[i * 1000].Select((_, k) => (byte)(k * i)).ToArray());
+            File.WriteAllBytes(
+                Path.Combine(files, $"f{i}"), new byte[i * 1000].Select((_, k) => (byte)(k * i)).ToArray());
         string made = _folder.Sparse("made", 32 << 20);
         await Tool.Succeed("mkfs.ext4", "-q", "-F", "-d", files, made);
 
@@ -239,8 +257,9 @@ public sealed class ForeignClientTests : IDisposable
         string image = _folder.Random("disk.img", 4 << 20);
         int port = ServerProcess.FreePort();
         string socket = _folder.File("s");
+        string number = port.ToString(CultureInfo.InvariantCulture);
         using ServerProcess server = ServerProcess.Start(
-            socket, ["--target", "--oldstyle", "--unix", socket, "--lport", port.ToString(CultureInfo.InvariantCulture), image]);
+            socket, ["--target", "--oldstyle", "--unix", socket, "--lport", number, image]);
         await Tool.Succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", image, $"nbd:localhost:{port}");
         string info = await Tool.Succeed("nbdinfo", server.Uri);
         Assert.Contains("oldstyle", info, StringComparison.Ordinal);
@@ -255,9 +274,10 @@ public sealed class ForeignClientTests : IDisposable
         string image = _folder.Sparse("disk.img", 1 << 20);
         int port = ServerProcess.FreePort();
         string socket = _folder.File("s");
+        string number = port.ToString(CultureInfo.InvariantCulture);
         using ServerProcess server = ServerProcess.Start(
-            socket, ["--target", "--export-name", "golden", "--unix", socket, "--lport", port.ToString(CultureInfo.InvariantCulture), image]);
-        string list = await Tool.Succeed("nbd-client", "-l", "localhost", port.ToString(CultureInfo.InvariantCulture));
+            socket, ["--target", "--export-name", "golden", "--unix", socket, "--lport", number, image]);
+        string list = await Tool.Succeed("nbd-client", "-l", "localhost", number);
         Assert.Contains("golden", list, StringComparison.Ordinal);
     }
 }

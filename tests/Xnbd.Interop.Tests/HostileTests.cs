@@ -4,7 +4,7 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>Clients that mean harm: the native server neither dies, nor hangs, nor grows.</summary>
+/// <summary>Hostile clients: the native server neither dies, nor hangs, nor grows.</summary>
 public sealed class HostileTests : IDisposable
 {
     private readonly TempFolder _folder = new();
@@ -18,7 +18,7 @@ public sealed class HostileTests : IDisposable
         _folder.Dispose();
     }
 
-    /// <summary>Rounds for a short run; the environment asks for more.</summary>
+    /// <summary>The number of rounds: a few, unless the environment asks for more.</summary>
     private static int Rounds(int few) => few * int.Parse(
         Environment.GetEnvironmentVariable("XNBD_SOAK") ?? "1", System.Globalization.CultureInfo.InvariantCulture);
 
@@ -51,7 +51,11 @@ public sealed class HostileTests : IDisposable
                 byte[] noise = new byte[random.Next(1, 20_000)];
                 random.NextBytes(noise);
                 if (random.Next(2) == 0 && stage is 1 or 2) // a valid beginning
-                    NbdTestClient.Bytes(b => b.U64(NbdMagic.Option).U32((uint)random.Next(12)).U32((uint)random.Next(40))).CopyTo(noise, 0);
+                {
+                    uint option = (uint)random.Next(12), length = (uint)random.Next(40);
+                    NbdTestClient.Bytes(b => b.U64(NbdMagic.Option).U32(option).U32(length)).CopyTo(noise, 0);
+                }
+
                 client.Send(noise);
                 client.Socket.Shutdown(SocketShutdown.Send);
                 byte[] sink = new byte[65536];
@@ -59,9 +63,10 @@ public sealed class HostileTests : IDisposable
                 {
                 }
             }
-            catch (Exception failure) when (failure is SocketException or EndOfStreamException or InvalidDataException or ArgumentException)
+            catch (Exception failure)
+                when (failure is SocketException or EndOfStreamException or InvalidDataException or ArgumentException)
             {
-                // Thrown out: as it should be.
+                // It was disconnected, as intended.
             }
         }
 

@@ -7,7 +7,7 @@ using Xnbd.TestKit;
 namespace Xnbd.Interop.Tests;
 
 /// <summary>
-/// The native server where threads or descriptors are scarce: it refuses new clients, and serves the old ones on.
+/// The native server when threads or descriptors are scarce: it refuses new clients, and goes on serving the others.
 /// </summary>
 public sealed class LimitTests : IDisposable
 {
@@ -30,21 +30,28 @@ public sealed class LimitTests : IDisposable
         _folder.Dispose();
     }
 
-    private string[] ProxyArguments(string socket, string origin) => ["--proxy", "--unix", socket, "unix:" + origin, "-",
+    private string[] ProxyArguments(string socket, string origin)
+        => ["--proxy", "--unix", socket, "unix:" + origin, "-",
         _folder.File("cache.img"), _folder.File("cache.map"), Proxies.Socket(_folder)];
 
     private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+    {
+        string answer = await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder));
+        return JsonDocument.Parse(answer).RootElement;
+    }
 
-    private ServerProcess StartOrigin(string socket) => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]);
+    private ServerProcess StartOrigin(string socket)
+        => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]);
 
     /// <summary>
-    /// A command that runs the server as a user of its own, who may have so many threads; root is not bound by that
-    /// limit.
+    /// A command that runs the server as a separate user with a limited number of threads. The limit does not hold for
+    /// root.
     /// </summary>
     private string[] WithThreads(int count)
     {
-        Assert.SkipUnless(Environment.UserName == "root" && Tool.Find("setpriv") is not null && Tool.Find("prlimit") is not null, "another user is needed");
+        Assert.SkipUnless(
+            Environment.UserName == "root" && Tool.Find("setpriv") is not null && Tool.Find("prlimit") is not null,
+            "another user is needed");
         string user = Random.Shared.Next(200_000, 2_000_000).ToString(CultureInfo.InvariantCulture);
         File.SetUnixFileMode(_folder.Path, (UnixFileMode)0b111_111_111);
         string copy = _folder.File("xnbd-server");
@@ -53,7 +60,7 @@ public sealed class LimitTests : IDisposable
         return ["setpriv", $"--reuid={user}", "--clear-groups", "--", "prlimit", $"--nproc={count}", copy];
     }
 
-    /// <summary>Connects clients until one is refused, which must be a clean close.</summary>
+    /// <summary>Connects clients until one is refused, which must be by a clean close.</summary>
     private void ConnectUntilRefused(Func<NbdTestClient> connect, int most)
     {
         for (int i = 0; i <= most; i++)
@@ -75,7 +82,7 @@ public sealed class LimitTests : IDisposable
     }
 
     [Fact]
-    public async Task Without_threads_it_serves_whom_it_has_and_the_remote_comes_back()
+    public async Task Without_threads_connected_clients_are_served_and_the_remote_comes_back()
     {
         string[] command = WithThreads(45);
         string origin = _folder.File("o"), socket = _folder.File("p");
@@ -83,35 +90,41 @@ public sealed class LimitTests : IDisposable
         using (first)
         {
             File.SetUnixFileMode(origin, (UnixFileMode)0b111_111_111);
-            using ServerProcess proxy = ServerProcess.StartCommand(socket, [.. command, .. ProxyArguments(socket, origin)]);
+            using ServerProcess proxy =
+                ServerProcess.StartCommand(socket, [.. command, .. ProxyArguments(socket, origin)]);
             ConnectUntilRefused(() => NbdTestClient.Connect(socket), 100);
             Wait.Until(() => proxy.Log.Contains("no thread to spare", StringComparison.Ordinal), "it is logged");
             NbdTestClient old = _clients[0];
-            Assert.Equal(_before[..4096], old.Read(0, 4096)); // of the remote
+            Assert.Equal(_before[..4096], old.Read(0, 4096)); // from the remote
             Assert.Equal(NbdError.None, old.Write(8192, _before[..4096]));
             Assert.Equal(NbdError.None, old.Try(NbdCommand.Flush, 0, 0));
             Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
-            await Task.WhenAll(Enumerable.Range(0, 4).Select(_ => Query())); // each has its turn
+            await Task.WhenAll(Enumerable.Range(0, 4).Select(_ => Query())); // each gets its turn
 
-            // What needs a thread says so.
+            // What needs a thread reports the failure.
             proxy.Signal(12);
-            Wait.Until(() => proxy.Log.Contains("not switched: the system has no thread", StringComparison.Ordinal), "the signal is answered");
+            Wait.Until(
+                () => proxy.Log.Contains("not switched: the system has no thread", StringComparison.Ordinal),
+                "the signal is answered");
 
-            // Clients take the threads of the remote's connections; when it comes back, it has to wait for one.
+            // Clients take the threads of the remote's connections. When the remote comes back, it has to wait for one.
             first.Kill();
-            Wait.Until(() => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
+            Wait.Until(
+                () => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
             ConnectUntilRefused(() => NbdTestClient.Connect(socket), 100);
             using ServerProcess second = StartOrigin(origin);
             File.SetUnixFileMode(origin, (UnixFileMode)0b111_111_111);
-            Wait.Until(() => proxy.Log.Contains("cannot connect: the system has no thread", StringComparison.Ordinal), "the remote is there");
-            Assert.Equal(_before[..4096], old.Read(0, 4096)); // of the cache
+            Wait.Until(
+                () => proxy.Log.Contains("cannot connect: the system has no thread", StringComparison.Ordinal),
+                "the remote is there");
+            Assert.Equal(_before[..4096], old.Read(0, 4096)); // from the cache
             Assert.Equal(0, (await Query()).GetProperty("remote-connections").GetInt32());
             for (int i = 0; i < 10; i++)
                 _clients[^(i + 1)].Dispose();
             Assert.Equal(_before[(1 << 20)..(2 << 20)], old.Read(1 << 20, 1 << 20));
             await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
 
-            // The end needs none either.
+            // The end needs no thread.
             ConnectUntilRefused(() => NbdTestClient.Connect(socket), 100);
             proxy.Signal(ServerProcess.IsInterruptIgnored ? 15 : 2);
             Assert.Equal(0, proxy.WaitForExit());
@@ -121,18 +134,19 @@ public sealed class LimitTests : IDisposable
     [Theory]
     [InlineData(3)]
     [InlineData(8)]
-    public async Task Too_few_threads_to_start_are_said_so(int threads)
+    public async Task Too_few_threads_for_the_start_are_reported(int threads)
     {
         string[] command = WithThreads(threads);
         File.SetUnixFileMode(_image, (UnixFileMode)0b111_111_111);
-        ToolResult result = await Tool.Run(command[0], [.. command[1..], "--target", "--unix", _folder.File("s"), _image]);
+        ToolResult result = await Tool.Run(
+            command[0], [.. command[1..], "--target", "--unix", _folder.File("s"), _image]);
         Assert.Equal(1, result.ExitCode);
         Assert.Contains("xnbd-server: the system has no thread", result.Errors, StringComparison.Ordinal);
         Assert.False(File.Exists(_folder.File("s")));
     }
 
     [Fact]
-    public void The_limit_of_descriptors_is_raised_to_what_it_may_be()
+    public void The_limit_of_descriptors_is_raised_to_the_hard_limit()
     {
         Assert.SkipWhen(Tool.Find("prlimit") is null, "prlimit is absent");
         string socket = _folder.File("s");
@@ -155,16 +169,22 @@ public sealed class LimitTests : IDisposable
         using (first)
         {
             using ServerProcess proxy = ServerProcess.StartCommand(
-                socket, ["prlimit", "--nofile=100:100", ServerProcess.Executable, "--lport", port.ToString(CultureInfo.InvariantCulture), .. ProxyArguments(socket, origin)]);
+                socket,
+                [
+                    "prlimit", "--nofile=100:100", ServerProcess.Executable,
+                    "--lport", port.ToString(CultureInfo.InvariantCulture), .. ProxyArguments(socket, origin),
+                ]);
             ConnectUntilRefused(() => NbdTestClient.Connect(port), 100);
             for (int i = 0; i < 50; i++)
-                ConnectUntilRefused(() => NbdTestClient.Connect(socket), 20); // for each a close, not a reset
+                ConnectUntilRefused(() => NbdTestClient.Connect(socket), 20); // each one sees a close, not a reset
             Wait.Until(() => proxy.Log.Contains("descriptors is reached", StringComparison.Ordinal), "it is logged");
-            Assert.InRange(proxy.Log.Split('\n').Count(line => line.Contains("refused", StringComparison.Ordinal)), 1, 10);
+            Assert.InRange(
+                proxy.Log.Split('\n').Count(line => line.Contains("refused", StringComparison.Ordinal)), 1, 10);
 
-            // The remote that is lost takes its descriptors with it; clients would like to have them.
+            // The lost remote frees its descriptors, and clients would take them.
             first.Kill();
-            Wait.Until(() => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
+            Wait.Until(
+                () => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
             ConnectUntilRefused(() => NbdTestClient.Connect(port), 20);
             using ServerProcess second = StartOrigin(origin);
             Wait.Until(() => Query().Result.GetProperty("remote-connections").GetInt32() == 4, "the remote is back");
@@ -172,9 +192,11 @@ public sealed class LimitTests : IDisposable
             await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
             await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(_folder));
             proxy.Signal(10);
-            Wait.Until(() => proxy.Log.Contains("snapshot complete", StringComparison.Ordinal), "a snapshot has what it needs");
+            Wait.Until(
+                () => proxy.Log.Contains("snapshot complete", StringComparison.Ordinal),
+                "a snapshot has what it needs");
 
-            // When some leave, others find a place.
+            // When some clients leave, others find a place.
             for (int i = 0; i < 5; i++)
                 _clients[i].Dispose();
             Wait.Until(() => Record.Exception(() => proxy.Open().Dispose()) is null, "there is room again");
@@ -193,22 +215,26 @@ public sealed class LimitTests : IDisposable
             using ServerProcess proxy = ServerProcess.StartCommand(
                 socket, ["prlimit", "--nofile=100:100", ServerProcess.Executable, .. ProxyArguments(socket, origin)]);
             ConnectUntilRefused(() => NbdTestClient.Connect(socket), 100);
-            _clients[^1].Dispose(); // the one that was refused
+            _clients[^1].Dispose(); // the refused one
             _clients.RemoveAt(_clients.Count - 1);
             first.Kill();
-            Wait.Until(() => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
+            Wait.Until(
+                () => proxy.Log.Contains("the remote cannot be used", StringComparison.Ordinal), "the remote is lost");
 
-            // Each session that waits for slow requests would like to have a descriptor by which it is woken.
+            // Each session with pending requests would take a descriptor by which it is woken.
             for (int i = 0; i < _clients.Count; i++)
                 _clients[i].SendRequest(NbdCommand.Read, (ulong)i << 16, 4096);
-            Wait.Until(() => Query().Result.GetProperty("requests-in-flight").GetInt32() == _clients.Count, "all of them wait");
+            Wait.Until(
+                () => Query().Result.GetProperty("requests-in-flight").GetInt32() == _clients.Count,
+                "all of them wait");
             using ServerProcess second = StartOrigin(origin);
-            Assert.All(_clients, client => Assert.Equal(NbdError.None, client.ReceiveReply().Error)); // before: EIO, after 30 s
+            // not EIO after 30 s
+            Assert.All(_clients, client => Assert.Equal(NbdError.None, client.ReceiveReply().Error));
         }
     }
 
     /// <summary>
-    /// A connect takes no longer than it may, and needs nothing of the runtime's: the server's queue is full.
+    /// A connect has a time limit, and needs no thread of the runtime: the server's queue is full.
     /// </summary>
     [Fact]
     public void A_remote_that_accepts_nobody_is_given_up_in_time()
@@ -218,7 +244,8 @@ public sealed class LimitTests : IDisposable
         deaf.Bind(new UnixDomainSocketEndPoint(path));
         deaf.Listen(0);
         using NbdTestClient waiting = NbdTestClient.Connect(path);
-        var refused = Assert.Throws<InvalidOperationException>(() => ServerProcess.Start(_folder.File("p"), ProxyArguments(_folder.File("p"), path)));
+        var refused = Assert.Throws<InvalidOperationException>(
+            () => ServerProcess.Start(_folder.File("p"), ProxyArguments(_folder.File("p"), path)));
         Assert.Contains("timed out", refused.Message, StringComparison.Ordinal);
     }
 }

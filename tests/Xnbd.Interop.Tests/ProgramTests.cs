@@ -15,13 +15,23 @@ public sealed class ProgramTests : IDisposable
 
     private static string Text(int number) => number.ToString(CultureInfo.InvariantCulture);
 
+    /// <summary>Starts a server without waiting until it listens.</summary>
+    private static Process StartAnother(string socket, string image)
+    {
+        string[] args = ["--target", "--unix", socket, image];
+        return Process.Start(new ProcessStartInfo(ServerProcess.Executable, args) { RedirectStandardError = true })!;
+    }
+
     [Theory]
     [InlineData(2, "no mode")]
     [InlineData(2, "unknown option '-t'", "-t")]
     [InlineData(2, "unknown option '--help-me'", "--help-me")]
     [InlineData(2, "--pidfile is for servers that listen", "--target", "--inetd", "--pidfile", "p", "a")]
     [InlineData(2, "--pidfile: the name is empty", "--target", "--pidfile", "", "a")]
-    [InlineData(1, "cannot create the pid file '/nosuch/pid': No such file or directory", "--target", "--pidfile", "/nosuch/pid", "a")]
+    [InlineData(
+        1,
+        "cannot create the pid file '/nosuch/pid': No such file or directory",
+        "--target", "--pidfile", "/nosuch/pid", "a")]
     [InlineData(2, "no disk image", "--target")]
     [InlineData(2, "only one disk image", "--target", "a", "b")]
     [InlineData(2, "--bogus", "--target", "--bogus", "a")]
@@ -53,12 +63,14 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "four arguments, if the first one is a URI", "--proxy", "nbd://h", "1", "a", "b", "c")]
     [InlineData(2, "TLS is not supported yet", "--proxy", "nbds://h", "a", "b", "c")]
     [InlineData(2, "give one of them", "--proxy", "--target-exportname", "x", "nbd://h/y", "a", "b", "c")]
-    [InlineData(1, "cannot connect", "--proxy", "nbd+unix:///?socket=/nonexistent/socket", "/tmp/a", "/tmp/b", "/tmp/c")]
+    [InlineData(
+        1, "cannot connect", "--proxy", "nbd+unix:///?socket=/nonexistent/socket", "/tmp/a", "/tmp/b", "/tmp/c")]
     [InlineData(2, "is a remote disk, which --proxy serves", "--target", "nbd://h/x")]
     [InlineData(2, "is a remote disk, which --proxy serves", "--cow-target", "nbd+unix:///?socket=/s")]
     [InlineData(2, "remote port", "--proxy", "h", "x", "a", "b", "c")]
     [InlineData(2, "Unix socket", "--proxy", "unix:/x", "1", "a", "b", "c")]
-    [InlineData(2, "--clear-bitmap forgets", "--proxy", "--clear-bitmap", "--import-bitmap", "unix:/x", "-", "a", "b", "c")]
+    [InlineData(
+        2, "--clear-bitmap forgets", "--proxy", "--clear-bitmap", "--import-bitmap", "unix:/x", "-", "a", "b", "c")]
     [InlineData(2, "--clear-bitmap goes with --proxy", "--target", "--clear-bitmap", "a")]
     [InlineData(2, "--max-buf-size 5", "--proxy", "--max-buf-size", "5", "unix:/x", "-", "a", "b", "c")]
     [InlineData(1, "cannot connect", "--proxy", "unix:/nonexistent/socket", "-", "/tmp/a", "/tmp/b", "/tmp/c")]
@@ -71,23 +83,25 @@ public sealed class ProgramTests : IDisposable
         string[] lines = result.Errors.Split('\n', StringSplitOptions.RemoveEmptyEntries);
         Assert.StartsWith("xnbd-server: ", lines[0], StringComparison.Ordinal);
         Assert.Contains(message, lines[0], StringComparison.Ordinal);
-        Assert.Equal(exitCode == 2 ? 2 : 1, lines.Length); // for wrong usage a second one names --help
+        Assert.Equal(exitCode == 2 ? 2 : 1, lines.Length); // for wrong usage a second line names --help
     }
 
     [Fact]
-    public async Task Descriptors_that_are_no_connection_are_refused()
+    public async Task Descriptors_that_are_not_a_connection_are_refused()
     {
         string image = _folder.Sparse("disk.img", 4096);
         ToolResult absent = await Tool.Run(ServerProcess.Executable, "--target", "--connected-fd", "99", image);
         Assert.Equal((1, "xnbd-server: descriptor 99 is not open\n"), (absent.ExitCode, absent.Errors));
-        ToolResult file = await Tool.Run("bash", "-c", $"exec {ServerProcess.Executable} --target --connected-fd 5 {image} 5<{image}");
+        ToolResult file = await Tool.Run(
+            "bash", "-c", $"exec {ServerProcess.Executable} --target --connected-fd 5 {image} 5<{image}");
         Assert.Equal((1, "xnbd-server: descriptor 5 is not a socket\n"), (file.ExitCode, file.Errors));
-        ToolResult inetd = await Tool.Run("bash", "-c", $"exec {ServerProcess.Executable} --target --inetd {image} <{image}");
+        ToolResult inetd = await Tool.Run(
+            "bash", "-c", $"exec {ServerProcess.Executable} --target --inetd {image} <{image}");
         Assert.Equal((1, "xnbd-server: stdin is not a socket\n"), (inetd.ExitCode, inetd.Errors));
     }
 
     [Fact]
-    public async Task A_port_in_use_and_an_image_without_permission_are_said_so()
+    public async Task A_port_in_use_and_an_image_without_permission_are_reported()
     {
         string image = _folder.Sparse("disk.img", 4096);
         using var taken = new TcpListener(System.Net.IPAddress.Loopback, 0);
@@ -96,33 +110,43 @@ public sealed class ProgramTests : IDisposable
         ToolResult result = await Tool.Run(
             ServerProcess.Executable, "--target", "--laddr", "127.0.0.1", "--lport", Text(port), image);
         Assert.Equal(1, result.ExitCode);
-        Assert.Equal($"xnbd-server: cannot listen on address 127.0.0.1, port {port}: Address already in use\n", result.Errors);
+        Assert.Equal(
+            $"xnbd-server: cannot listen on address 127.0.0.1, port {port}: Address already in use\n", result.Errors);
 
-        // Another xnbd-server is refused as well: connections divided between two disks would be the end of both.
+        // A second xnbd-server is refused, too: otherwise connections would be divided between two disks.
         string socket = _folder.File("first");
         port = ServerProcess.FreePort();
-        using (ServerProcess first = ServerProcess.Start(socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
+        using (ServerProcess first = ServerProcess.Start(
+            socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
         {
             foreach (string[] where in (string[][])[[], ["--laddr", "127.0.0.1"]])
             {
                 ToolResult second = await Tool.Run(
-                    "timeout", ["5", ServerProcess.Executable, "--target", .. where, "--lport", Text(port), _folder.Sparse("other.img", 4096)]);
+                    "timeout",
+                    [
+                        "5", ServerProcess.Executable, "--target", .. where, "--lport", Text(port),
+                        _folder.Sparse("other.img", 4096),
+                    ]);
                 Assert.Equal(1, second.ExitCode);
                 Assert.EndsWith($"port {port}: Address already in use\n", second.Errors, StringComparison.Ordinal);
             }
         }
 
-        ToolResult tooLong = await Tool.Run(ServerProcess.Executable, "--target", "--unix", "/tmp/" + new string('x', 103), image);
+        ToolResult tooLong = await Tool.Run(
+            ServerProcess.Executable, "--target", "--unix", "/tmp/" + new string('x', 103), image);
         Assert.Equal(1, tooLong.ExitCode);
         Assert.EndsWith(": the path of a Unix socket has 1 to 107 bytes\n", tooLong.Errors, StringComparison.Ordinal);
 
         string elsewhere = await Tool.Run("true") is { ExitCode: 0 } ? _folder.File("no/such/socket") : "";
         Assert.Equal(1, (await Tool.Run(ServerProcess.Executable, "--target", "--unix", elsewhere, image)).ExitCode);
 
-        Assert.SkipUnless(Environment.UserName == "root" && Tool.Find("setpriv") is not null, "another user is needed to be refused");
+        Assert.SkipUnless(
+            Environment.UserName == "root" && Tool.Find("setpriv") is not null, "another user is needed to be refused");
         File.SetUnixFileMode(image, UnixFileMode.None);
-        // The folder must let the other user in, or it is the folder that refuses.
-        File.SetUnixFileMode(_folder.Path, UnixFileMode.UserRead | UnixFileMode.UserExecute | UnixFileMode.UserWrite | UnixFileMode.OtherExecute);
+        // The other user needs access to the folder, otherwise the folder refuses.
+        File.SetUnixFileMode(
+            _folder.Path,
+            UnixFileMode.UserRead | UnixFileMode.UserExecute | UnixFileMode.UserWrite | UnixFileMode.OtherExecute);
         string copy = _folder.File("xnbd-server");
         File.Copy(Path.Combine(ServerProcess.BinFolder, "xnbd"), copy);
         File.SetUnixFileMode(copy, (UnixFileMode)0b111_101_101);
@@ -137,7 +161,8 @@ public sealed class ProgramTests : IDisposable
         string image = _folder.Sparse("disk.img", 1 << 20);
         int port = ServerProcess.FreePort();
         string socket = _folder.File("s");
-        using (ServerProcess server = ServerProcess.Start(socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
+        using (ServerProcess server = ServerProcess.Start(
+            socket, ["--target", "--unix", socket, "--lport", Text(port), image]))
         {
             await Tool.Succeed("nbdinfo", $"nbd://127.0.0.1:{port}");
             if (Socket.OSSupportsIPv6)
@@ -148,7 +173,8 @@ public sealed class ProgramTests : IDisposable
 
         port = ServerProcess.FreePort();
         socket = _folder.File("t");
-        using (ServerProcess.Start(socket, ["--target", "--unix", socket, "--laddr", "127.0.0.2", "--lport", Text(port), image]))
+        using (ServerProcess.Start(
+            socket, ["--target", "--unix", socket, "--laddr", "127.0.0.2", "--lport", Text(port), image]))
         {
             await Tool.Succeed("nbdinfo", $"nbd://127.0.0.2:{port}");
             Assert.NotEqual(0, (await Tool.Run("nbdinfo", $"nbd://127.0.0.1:{port}")).ExitCode);
@@ -160,7 +186,9 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2)]
     public void A_signal_to_end_lets_it_finish_and_exit_with_success(int signal)
     {
-        Skip.Unless(signal != 2 || !ServerProcess.IsInterruptIgnored, "SIGINT is ignored here, as in a job in a shell's background");
+        Skip.Unless(
+            signal != 2 || !ServerProcess.IsInterruptIgnored,
+            "SIGINT is ignored here, as in a job in a shell's background");
         string image = _folder.Sparse("disk.img", 1 << 20);
         using ServerProcess server = ServerProcess.Start(_folder, image);
         using NbdTestClient client = server.Open();
@@ -222,7 +250,7 @@ public sealed class ProgramTests : IDisposable
         using NbdTestClient mute = server.Open();
         for (int i = 0; i < 100; i++)
             deaf.SendRequest(NbdCommand.Read, 0, 1 << 20);
-        mute.SendRequest(NbdCommand.Write, 0, 1 << 20); // and no payload
+        mute.SendRequest(NbdCommand.Write, 0, 1 << 20); // without its payload
         Thread.Sleep(200);
         long start = Stopwatch.GetTimestamp();
         Assert.Equal(0, server.Stop());
@@ -255,11 +283,13 @@ public sealed class ProgramTests : IDisposable
         using (ServerProcess killed = ServerProcess.Start(socket, ["--target", "--unix", socket, image]))
             killed.Signal(9);
         Assert.True(File.Exists(socket));
-        using var second = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+        using Process second = StartAnother(socket, image);
         try
         {
-            Wait.Until(() => Record.Exception(() => NbdTestClient.Open(socket).Dispose()) is null, "the second server took over");
-            using var third = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+            Wait.Until(
+                () => Record.Exception(() => NbdTestClient.Open(socket).Dispose()) is null,
+                "the second server took over");
+            using Process third = StartAnother(socket, image);
             Assert.True(third.WaitForExit(10_000));
             Assert.Equal(1, third.ExitCode);
             NbdTestClient.Open(socket).Dispose();
@@ -272,7 +302,7 @@ public sealed class ProgramTests : IDisposable
     }
 
     [Fact]
-    public async Task In_the_background_it_returns_when_it_listens_and_logs_to_a_file()
+    public async Task The_command_returns_when_the_daemon_listens_and_the_daemon_logs_to_a_file()
     {
         string image = _folder.Sparse("disk.img", 1 << 20);
         string socket = _folder.File("s"), log = _folder.File("log");
@@ -284,8 +314,9 @@ public sealed class ProgramTests : IDisposable
         {
             await Tool.Succeed("nbdinfo", $"nbd+unix:///?socket={socket}");
             Assert.Contains("serving", File.ReadAllText(log), StringComparison.Ordinal);
-            // A session of its own, no terminal, no folder kept busy.
-            string[] stat = File.ReadAllText($"/proc/{process}/stat").Split(')')[1].Split(' ', StringSplitOptions.RemoveEmptyEntries);
+            // The daemon has its own session, no terminal, and keeps no folder busy.
+            string[] stat = File.ReadAllText($"/proc/{process}/stat").Split(')')[1].Split(
+                ' ', StringSplitOptions.RemoveEmptyEntries);
             Assert.Equal(Text(process), stat[3]);
             Assert.Equal("/", new FileInfo($"/proc/{process}/cwd").LinkTarget);
             foreach (int descriptor in (int[])[0, 1, 2])
@@ -293,9 +324,10 @@ public sealed class ProgramTests : IDisposable
 
             File.Move(log, log + ".1");
             await Tool.Succeed("kill", "-HUP", Text(process));
-            Wait.Until(() => File.Exists(log), "the log was opened anew");
+            Wait.Until(() => File.Exists(log), "the log was opened again");
             await Tool.Succeed("kill", "-USR2", Text(process));
-            Wait.Until(() => File.ReadAllText(log).Contains("SIGUSR2", StringComparison.Ordinal), "the signal was logged");
+            Wait.Until(
+                () => File.ReadAllText(log).Contains("SIGUSR2", StringComparison.Ordinal), "the signal was logged");
             await Tool.Succeed("nbdinfo", $"nbd+unix:///?socket={socket}");
         }
         finally
@@ -305,7 +337,8 @@ public sealed class ProgramTests : IDisposable
 
         Wait.Until(() => !Directory.Exists($"/proc/{process}"), "the daemon has ended");
 
-        ToolResult refused = await Tool.Run(ServerProcess.Executable, "--target", "--daemonize", "--unix", socket, _folder.File("absent"));
+        ToolResult refused = await Tool.Run(
+            ServerProcess.Executable, "--target", "--daemonize", "--unix", socket, _folder.File("absent"));
         Assert.Equal(1, refused.ExitCode);
         Assert.Contains("No such file", refused.Errors, StringComparison.Ordinal);
         Assert.False(File.Exists(socket));
@@ -327,11 +360,11 @@ public sealed class ProgramTests : IDisposable
         });
 
     [Fact]
-    public async Task For_a_super_server_it_talks_on_stdin_and_nothing_else_goes_there()
+    public async Task For_a_super_server_stdin_is_the_connection_and_nothing_else_is_written_to_it()
     {
         Assert.SkipWhen(Tool.Find("nbdinfo") is null, "nbdinfo is absent");
         string image = _folder.Random("disk.img", 1 << 20);
-        // nbdinfo's socket activation is of another kind: a small super-server in Python connects stdin, stdout and stderr.
+        // nbdinfo's socket activation differs, so a small super-server in Python connects stdin, stdout and stderr.
         string socket = _folder.File("s");
         const string superServer = """
             import os, socket, subprocess, sys
@@ -378,7 +411,8 @@ public sealed class ProgramTests : IDisposable
             import os, socket, struct, subprocess, sys
             a, b = socket.socketpair()
             b.setblocking(False)
-            p = subprocess.Popen([sys.argv[1], "--target", "--connected-fd", str(b.fileno()), sys.argv[2]], pass_fds=[b.fileno()])
+            p = subprocess.Popen([sys.argv[1], "--target", "--connected-fd", str(b.fileno()), sys.argv[2]],
+                                 pass_fds=[b.fileno()])
             b.close()
             a.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 42, 1000, 100))
             reply = b""
@@ -395,7 +429,7 @@ public sealed class ProgramTests : IDisposable
     [Theory]
     [InlineData(true)]
     [InlineData(false)]
-    public void An_image_that_becomes_shorter_amid_a_large_read_is_an_error_and_the_session_stays_up(bool readOnly)
+    public void An_image_that_shrinks_during_a_large_read_is_an_error_and_the_session_stays_up(bool readOnly)
     {
         using var memory = new TempFolder("/dev/shm");
         string image = memory.Random("disk.img", 2 << 20);
@@ -404,19 +438,23 @@ public sealed class ProgramTests : IDisposable
         using NbdTestClient old = server.Open(structured: false);
         using (FileStream file = File.Open(image, FileMode.Open, FileAccess.Write, FileShare.ReadWrite))
             file.SetLength((1 << 20) + 4096);
-        Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20, NbdCommandFlags.Df)); // sendfile was under way
+        // sendfile was under way
+        Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 1 << 20, 1 << 20, NbdCommandFlags.Df));
         Assert.Equal(File.ReadAllBytes(image)[..4096], client.Read(0, 4096));
         old.SendRequest(NbdCommand.Read, 1 << 20, 1 << 20);
         if (readOnly)
-            Assert.Throws<EndOfStreamException>(old.ReceiveReply); // with sendfile a simple reply can only be broken off
+            // with sendfile a simple reply can only be broken off
+            Assert.Throws<EndOfStreamException>(old.ReceiveReply);
         else
             Assert.Equal(NbdError.Io, old.ReceiveReply().Error);
         Assert.False(server.HasExited);
     }
 
-    /// <summary>All that was behind the new end is lost: nobody gets zeroes in its place, and nobody keeps them.</summary>
+    /// <summary>
+    /// All data behind the new end is lost: nobody reads zeroes instead, and nobody stores them.
+    /// </summary>
     [Fact]
-    public async Task What_stood_behind_the_end_of_an_image_that_became_shorter_is_an_error_for_everybody()
+    public async Task Data_behind_the_end_of_an_image_that_has_shrunk_is_an_error_for_everybody()
     {
         string image = _folder.Random("disk.img", 2 << 20);
         using ServerProcess server = ServerProcess.Start(_folder, image);
@@ -436,11 +474,14 @@ public sealed class ProgramTests : IDisposable
         ToolResult caching = await Tool.Run(Proxies.Control, "--cache-all", Proxies.Socket(_folder));
         Assert.Equal(1, caching.ExitCode);
         server.Signal(10); // SIGUSR1
-        Wait.Until(() => server.Log.Contains("no snapshot was made", StringComparison.Ordinal), "the snapshot has failed");
+        Wait.Until(
+            () => server.Log.Contains("no snapshot was made", StringComparison.Ordinal), "the snapshot has failed");
         Assert.Contains("has become shorter", server.Log, StringComparison.Ordinal);
     }
 
-    /// <summary>As the original xNBD's proxy does: all requests have one cookie, and replies are known by their order.</summary>
+    /// <summary>
+    /// The original xNBD's proxy gives all requests one cookie, and tells replies apart by their order.
+    /// </summary>
     [Theory]
     [InlineData(true)]
     [InlineData(false)]
@@ -451,11 +492,14 @@ public sealed class ProgramTests : IDisposable
         byte[] bytes = File.ReadAllBytes(image);
         await Tool.Succeed("dd", $"of={image}", "oflag=nocache", "conv=notrunc,fdatasync", "count=0");
         using ServerProcess server = ServerProcess.Start(_folder, image, oldstyle ? ["--oldstyle"] : []);
-        using NbdTestClient client = oldstyle ? NbdTestClient.Connect(server.SocketPath) : server.Open(structured: false);
+        using NbdTestClient client = oldstyle
+            ? NbdTestClient.Connect(server.SocketPath)
+            : server.Open(structured: false);
         if (oldstyle)
             client.Receive(NbdSize.OldstyleGreeting);
         var random = new Random(3);
-        var reads = Enumerable.Range(0, requests).Select(_ => (Offset: random.Next(size / 4096) * 4096, Length: random.Next(8) == 0 ? 65536 : 4096))
+        var reads = Enumerable.Range(0, requests).Select(
+            _ => (Offset: random.Next(size / 4096) * 4096, Length: random.Next(8) == 0 ? 65536 : 4096))
             .Select(r => r with { Length = Math.Min(r.Length, size - r.Offset) }).ToList();
         const int depth = 32;
         byte[] header = new byte[NbdSize.Request];
@@ -463,7 +507,8 @@ public sealed class ProgramTests : IDisposable
         {
             if (i < requests)
             {
-                new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, 1, (ulong)reads[i].Offset, (uint)reads[i].Length).Write(header);
+                new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, 1, (ulong)reads[i].Offset, (uint)reads[i].Length)
+                    .Write(header);
                 client.Send(header);
             }
 
@@ -472,7 +517,9 @@ public sealed class ProgramTests : IDisposable
             (int offset, int length) = reads[i - depth];
             byte[] reply = client.Receive(NbdSize.SimpleReply);
             Assert.Equal(NbdMagic.SimpleReply, System.Buffers.Binary.BinaryPrimitives.ReadUInt32BigEndian(reply));
-            Assert.True(client.Receive(length).AsSpan().SequenceEqual(bytes.AsSpan(offset, length)), $"reply {i - depth} is another read's");
+            Assert.True(
+                client.Receive(length).AsSpan().SequenceEqual(bytes.AsSpan(offset, length)),
+                $"reply {i - depth} is another read's");
         }
     }
 
@@ -561,7 +608,7 @@ public sealed class ProgramTests : IDisposable
         int replied = 0;
         Task writer = Task.Run(() =>
         {
-            // Numbered blocks in order, each after the reply to the one before, round and round.
+            // Numbered blocks in order, again and again, each after the reply to the one before.
             using NbdTestClient client = server.Open();
             byte[] block = new byte[4096];
             for (int n = 1; !stop.IsCancellationRequested; n++)
@@ -589,7 +636,9 @@ public sealed class ProgramTests : IDisposable
             await writer;
         }
 
-        Assert.Equal(kind.Length > 0 ? 3 : 0, server.Log.Split('\n').Count(l => l.Contains("a reflink", StringComparison.Ordinal)));
+        Assert.Equal(
+            kind.Length > 0 ? 3 : 0,
+            server.Log.Split('\n').Count(l => l.Contains("a reflink", StringComparison.Ordinal)));
         Assert.Equal(0, server.Stop());
     }
 
@@ -601,13 +650,14 @@ public sealed class ProgramTests : IDisposable
         Assert.InRange(last, before, after);
         for (int b = 0; b < blocks; b++)
         {
-            int expected = last - ((last - b) % blocks + blocks) % blocks; // the last number up to it that went to this block
+            // the last number up to it that was written to this block
+            int expected = last - ((last - b) % blocks + blocks) % blocks;
             Assert.Equal(Math.Max(0, expected), found[b]);
         }
     }
 
     [Fact]
-    public void It_listens_soon_and_idles_small()
+    public void It_listens_soon_and_is_small_when_idle()
     {
         string image = _folder.Sparse("disk.img", 1 << 30);
         var times = new List<double>();
@@ -615,7 +665,7 @@ public sealed class ProgramTests : IDisposable
         {
             string socket = _folder.File($"s{i}");
             long start = Stopwatch.GetTimestamp();
-            using var server = Process.Start(new ProcessStartInfo(ServerProcess.Executable, ["--target", "--unix", socket, image]) { RedirectStandardError = true })!;
+            using Process server = StartAnother(socket, image);
             while (!File.Exists(socket))
                 Thread.SpinWait(100);
             times.Add(Stopwatch.GetElapsedTime(start).TotalMilliseconds);
@@ -640,14 +690,15 @@ public sealed class ProgramTests : IDisposable
             for (int i = 0; i < 1000; i++)
             {
                 clients.Add(server.Open());
-                Assert.Equal(4096, clients[i].Read((ulong)i, 4096).Length); // each has worked once
+                Assert.Equal(4096, clients[i].Read((ulong)i, 4096).Length); // each has sent a request
             }
 
             Thread.Sleep(200);
             long kibibytes = server.Status("VmRSS");
-            TestContext.Current.TestOutputHelper?.WriteLine($"1,000 idle clients: {kibibytes} KiB, {server.Status("Threads")} threads");
+            TestContext.Current.TestOutputHelper?.WriteLine(
+                $"1,000 idle clients: {kibibytes} KiB, {server.Status("Threads")} threads");
             Assert.InRange(kibibytes, 1, 64 * 1024);
-            Assert.InRange(server.OpenDescriptors, 1000, 1050); // one for each
+            Assert.InRange(server.OpenDescriptors, 1000, 1050); // one for each client
             Assert.Equal(16, clients[500].Read(0, 16).Length);
         }
         finally

@@ -8,7 +8,8 @@ public class ParsingTests
 
     [Fact]
     public void A_request_survives_being_written_and_read()
-        => Gen.Select(Gen.UShort, Gen.UShort, Gen.ULong, Gen.ULong, Gen.UInt).Sample((flags, command, cookie, offset, length) =>
+        => Gen.Select(Gen.UShort, Gen.UShort, Gen.ULong, Gen.ULong, Gen.UInt)
+            .Sample((flags, command, cookie, offset, length) =>
         {
             var request = new NbdRequest((NbdCommandFlags)flags, (NbdCommand)command, cookie, offset, length);
             byte[] bytes = new byte[NbdSize.Request];
@@ -21,11 +22,13 @@ public class ParsingTests
     {
         byte[] bytes =
         [
-            0x25, 0x60, 0x95, 0x13, 0x00, 0x01, 0x00, 0x06, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0x10, 0,
+            0x25, 0x60, 0x95, 0x13, 0x00, 0x01, 0x00, 0x06, 1, 2, 3, 4, 5, 6, 7, 8,
+            0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0x10, 0,
         ];
         Assert.True(NbdRequest.TryRead(bytes, out NbdRequest request));
         Assert.Equal(
-            new NbdRequest(NbdCommandFlags.Fua, NbdCommand.WriteZeroes, 0x0102030405060708, 0x1_0000_0002, 4096), request);
+            new NbdRequest(NbdCommandFlags.Fua, NbdCommand.WriteZeroes, 0x0102030405060708, 0x1_0000_0002, 4096),
+            request);
     }
 
     [Fact]
@@ -56,8 +59,8 @@ public class ParsingTests
 
     [Theory]
     [InlineData("00000000")] // no count
-    [InlineData("000000050000")] // the name goes beyond the data
-    [InlineData("fffffffb0000")] // so it does when lengths are added carelessly
+    [InlineData("000000050000")] // the name ends behind the data
+    [InlineData("fffffffb0000")] // the same if lengths are added without care for overflow
     [InlineData("000000000001")] // a count without its list
     [InlineData("0000000000010003ff")] // a byte too many
     [InlineData("0000000100" + "0000")] // a NUL in the name
@@ -110,7 +113,10 @@ public class ParsingTests
     {
         byte[] old = new byte[NbdSize.OldstyleGreeting];
         Assert.Equal(152, NbdHandshake.WriteOldstyleGreeting(old, 0x0102, NbdTransmissionFlags.HasFlags));
-        Assert.StartsWith("4E42444D41474943" + "0000420281861253" + "0000000000000102" + "00000001", Convert.ToHexString(old), StringComparison.Ordinal);
+        Assert.StartsWith(
+            "4E42444D41474943" + "0000420281861253" + "0000000000000102" + "00000001",
+            Convert.ToHexString(old),
+            StringComparison.Ordinal);
         byte[] modern = new byte[NbdSize.NewstyleGreeting];
         NbdHandshake.WriteNewstyleGreeting(modern, NbdHandshakeFlags.FixedNewstyle | NbdHandshakeFlags.NoZeroes);
         Assert.Equal("4E42444D41474943" + "49484156454F5054" + "0003", Convert.ToHexString(modern));

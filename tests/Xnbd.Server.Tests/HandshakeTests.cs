@@ -6,7 +6,9 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Server.Tests;
 
-/// <summary>The rules of the handshake; most have a test for each way in which servers are known to break them.</summary>
+/// <summary>
+/// The rules of the handshake; most have a test for each way in which servers are known to break them.
+/// </summary>
 public sealed class HandshakeTests : IDisposable
 {
     private readonly ServerFixture _server = new();
@@ -199,8 +201,11 @@ public sealed class HandshakeTests : IDisposable
     public void Metadata_contexts_need_structured_replies()
     {
         using NbdTestClient client = Started();
-        Assert.Equal(NbdOptionReplyType.ErrInvalid, client.Ask(NbdOption.SetMetaContext, NbdTestClient.MetaQuery("", "base:allocation"))[^1].Type);
-        Assert.Equal(NbdOptionReplyType.ErrInvalid, client.Ask(NbdOption.ListMetaContext, NbdTestClient.MetaQuery(""))[^1].Type);
+        Assert.Equal(
+            NbdOptionReplyType.ErrInvalid,
+            client.Ask(NbdOption.SetMetaContext, NbdTestClient.MetaQuery("", "base:allocation"))[^1].Type);
+        Assert.Equal(
+            NbdOptionReplyType.ErrInvalid, client.Ask(NbdOption.ListMetaContext, NbdTestClient.MetaQuery(""))[^1].Type);
     }
 
     [Theory]
@@ -231,7 +236,9 @@ public sealed class HandshakeTests : IDisposable
         using NbdTestClient client = Started();
         client.Ask(NbdOption.StructuredReply);
         client.Ask(NbdOption.SetMetaContext, NbdTestClient.MetaQuery("", "base:allocation"));
-        Assert.Equal(NbdOptionReplyType.ErrUnknown, client.Ask(NbdOption.SetMetaContext, NbdTestClient.MetaQuery("nope", "base:allocation"))[^1].Type);
+        Assert.Equal(
+            NbdOptionReplyType.ErrUnknown,
+            client.Ask(NbdOption.SetMetaContext, NbdTestClient.MetaQuery("nope", "base:allocation"))[^1].Type);
         client.Enter();
         Assert.Equal(NbdError.Invalid, client.Try(NbdCommand.BlockStatus, 0, 4096));
     }
@@ -251,7 +258,8 @@ public sealed class HandshakeTests : IDisposable
     {
         using NbdTestClient client = Started();
         byte[] data = NbdTestClient.InfoQuery("disk");
-        byte[] option = NbdTestClient.Bytes(b => b.U64(NbdMagic.Option).U32((uint)NbdOption.Go).U32((uint)data.Length).Raw(data));
+        byte[] option = NbdTestClient.Bytes(
+            b => b.U64(NbdMagic.Option).U32((uint)NbdOption.Go).U32((uint)data.Length).Raw(data));
         foreach (byte one in option)
         {
             client.Send([one]);
@@ -334,6 +342,7 @@ public sealed class HandshakeTests : IDisposable
         using NbdTestClient client = Started();
         client.Ask(NbdOption.StructuredReply);
         byte[] data = NbdTestClient.MetaQuery("", [.. Enumerable.Repeat("base:allocation", 2000)]);
-        Assert.Equal(2, client.Ask(NbdOption.ListMetaContext, data).Count); // one answer, however often it was asked for
+        // one answer, however often it was asked for
+        Assert.Equal(2, client.Ask(NbdOption.ListMetaContext, data).Count);
     }
 }

@@ -6,7 +6,7 @@ using Xnbd.TestKit;
 namespace Xnbd.Server.Tests;
 
 /// <summary>
-/// Clients that tell replies apart by their order, not by their cookies: those of the old style, and those that give
+/// Clients that tell replies apart by their order, not by their cookies: clients of the old style, and those that give
 /// several requests one cookie. The disk answers some requests at once, and others late and in any order.
 /// </summary>
 public sealed class OrderTests : IDisposable
@@ -24,7 +24,8 @@ public sealed class OrderTests : IDisposable
         _disk = new FaultDisk(memory)
         {
             SlowAt = offset => offset / 4096 % 3 != 0,
-            Before = (_, offset, _) => offset / 4096 % 3 != 0 ? Task.Delay((int)(offset / 4096 % 7)) : Task.CompletedTask,
+            Before = (_, offset, _)
+                => offset / 4096 % 3 != 0 ? Task.Delay((int)(offset / 4096 % 7)) : Task.CompletedTask,
         };
     }
 
@@ -44,7 +45,8 @@ public sealed class OrderTests : IDisposable
     [InlineData(Style.NewStructured, true)]
     public async Task Replies_come_in_the_order_of_the_requests(Style style, bool hasOneCookie)
     {
-        using var server = new ServerFixture(_disk, style == Style.Old ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle);
+        using var server =
+            new ServerFixture(_disk, style == Style.Old ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle);
         using NbdTestClient client = style == Style.Old ? server.Connect() : server.Open(style == Style.NewStructured);
         if (style == Style.Old)
             client.Receive(NbdSize.OldstyleGreeting);
@@ -60,8 +62,12 @@ public sealed class OrderTests : IDisposable
                 1 or 2 => NbdCommand.Write,
                 _ => NbdCommand.Read,
             };
-            uint length = command == NbdCommand.Flush ? 0 : (uint)(random.Next(4) == 0 ? random.Next(200_000) : random.Next(5000));
-            ulong offset = command == NbdCommand.Flush ? 0 : random.Next(20) == 0 ? Size : (ulong)random.Next(Size - 200_000);
+            uint length = command == NbdCommand.Flush
+                ? 0
+                : (uint)(random.Next(4) == 0 ? random.Next(200_000) : random.Next(5000));
+            ulong offset = command == NbdCommand.Flush ? 0
+                : random.Next(20) == 0 ? Size
+                : (ulong)random.Next(Size - 200_000);
             requests.Add(new NbdRequest(NbdCommandFlags.None, command, hasOneCookie ? 77 : (ulong)i, offset, length));
         }
 
@@ -72,8 +78,11 @@ public sealed class OrderTests : IDisposable
             {
                 request.Write(header);
                 client.Send(header);
-                if (request.Command == NbdCommand.Write) // what stands there already: so it does not matter which comes first
-                    client.Send(request.Offset < Size ? _bytes.AsSpan((int)request.Offset, (int)request.Length) : new byte[request.Length]);
+                if (request.Command != NbdCommand.Write)
+                    continue;
+
+                // A write does not change the data, so the order of reads and writes does not matter.
+                client.Send(request.Offset < Size ? Expected(request) : new byte[request.Length]);
             }
         });
         foreach (NbdRequest request in requests)
@@ -94,7 +103,9 @@ public sealed class OrderTests : IDisposable
                 client.Receive(BinaryPrimitives.ReadInt32BigEndian(client.Receive(4)));
             Assert.Equal(fails, isChunk || BinaryPrimitives.ReadUInt32BigEndian(start.AsSpan(4)) != 0);
             if (request.Command == NbdCommand.Read && !fails)
-                Assert.True(client.Receive((int)request.Length).AsSpan().SequenceEqual(Expected(request)), $"wrong data at {request.Offset}");
+                Assert.True(
+                    client.Receive((int)request.Length).AsSpan().SequenceEqual(Expected(request)),
+                    $"wrong data at {request.Offset}");
             return;
         }
 
@@ -108,12 +119,18 @@ public sealed class OrderTests : IDisposable
         if (fails)
             Assert.NotEqual(NbdError.None, chunks[0].Error);
         else if (request.Length > 0)
-            Assert.True(NbdTestClient.Assemble(chunks, request.Offset, request.Length).AsSpan().SequenceEqual(Expected(request)), $"wrong data at {request.Offset}");
+        {
+            byte[] data = NbdTestClient.Assemble(chunks, request.Offset, request.Length);
+            Assert.True(data.AsSpan().SequenceEqual(Expected(request)), $"wrong data at {request.Offset}");
+        }
+
     }
 
     private ReadOnlySpan<byte> Expected(NbdRequest request) => _bytes.AsSpan((int)request.Offset, (int)request.Length);
 
-    /// <summary>QEMU uses a cookie again as soon as it has the reply. That is not the same cookie for two requests.</summary>
+    /// <summary>
+    /// QEMU uses a cookie again as soon as it has the reply. That does not count as one cookie for two requests.
+    /// </summary>
     [Fact]
     public void A_cookie_may_be_used_again_at_once()
     {
@@ -123,7 +140,7 @@ public sealed class OrderTests : IDisposable
         using var server = new ServerFixture(_disk);
         using NbdTestClient client = server.Open();
         client.NextCookie = 1;
-        client.SendRequest(NbdCommand.Read, 0, 512); // is not answered until all others have been
+        client.SendRequest(NbdCommand.Read, 0, 512); // it is answered after all others
         for (int i = 0; i < 20_000; i++)
         {
             client.NextCookie = 2;
@@ -135,11 +152,13 @@ public sealed class OrderTests : IDisposable
         Assert.Equal(1ul, client.ReceiveReply().Cookie);
     }
 
-    /// <summary>The first one is answered by the session's own thread, which gathers replies; the second one by whoever completes it.</summary>
+    /// <summary>
+    /// The session's thread answers the first one, and gathers replies. Another thread answers the second one.
+    /// </summary>
     [Theory]
     [InlineData(NbdCommand.Flush)]
     [InlineData(NbdCommand.Read)]
-    public void A_slow_request_does_not_overtake_a_fast_one_with_its_cookie(NbdCommand second)
+    public void A_pending_request_does_not_overtake_a_fast_one_with_its_cookie(NbdCommand second)
     {
         const uint fastAt = 0, slowAt = 4096, length = 512;
         _disk.SlowAt = offset => offset == slowAt;
@@ -150,7 +169,11 @@ public sealed class OrderTests : IDisposable
         var first = new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, 77, fastAt, length);
         first.Write(requests);
         var next = new NbdRequest(
-            NbdCommandFlags.None, second, 77, second == NbdCommand.Read ? slowAt : 0, second == NbdCommand.Read ? length : 0);
+            NbdCommandFlags.None,
+            second,
+            77,
+            second == NbdCommand.Read ? slowAt : 0,
+            second == NbdCommand.Read ? length : 0);
         next.Write(requests.AsSpan(NbdSize.Request));
         client.Send(requests); // in one go, so that the first reply is gathered
         CheckReply(client, first, isStructured: false);
@@ -171,18 +194,22 @@ public sealed class OrderTests : IDisposable
         for (int i = 0; i < reads; i++) // in one go, so that replies are gathered
         {
             replies.Add((ulong)i, ((ulong)(i % 8) << 20, []));
-            new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, (ulong)i, (ulong)(i % 8) << 20, length).Write(requests.AsSpan(i * NbdSize.Request));
+            new NbdRequest(NbdCommandFlags.None, NbdCommand.Read, (ulong)i, (ulong)(i % 8) << 20, length)
+                .Write(requests.AsSpan(i * NbdSize.Request));
         }
 
         Task sending = Task.Run(() => client.Send(requests));
         for (int left = reads; left > 0;)
         {
             Reply chunk = client.ReceiveReply();
-            Assert.True(replies.TryGetValue(chunk.Cookie, out (ulong Offset, List<Reply> Chunks) read), "a chunk behind the last one");
+            Assert.True(
+                replies.TryGetValue(chunk.Cookie, out (ulong Offset, List<Reply> Chunks) read),
+                "a chunk behind the last one");
             read.Chunks.Add(chunk);
             if (!chunk.IsLast)
                 continue;
-            Assert.True(NbdTestClient.Assemble(read.Chunks, read.Offset, length).AsSpan().SequenceEqual(_bytes.AsSpan((int)read.Offset, length)));
+            byte[] data = NbdTestClient.Assemble(read.Chunks, read.Offset, length);
+            Assert.True(data.AsSpan().SequenceEqual(_bytes.AsSpan((int)read.Offset, length)));
             replies.Remove(chunk.Cookie);
             left--;
         }

@@ -10,7 +10,10 @@ internal sealed class ServerFixture : IDisposable
     private readonly TempFolder _folder = new();
 
     public ServerFixture(
-        Disk? disk = null, HandshakeStyle style = HandshakeStyle.FixedNewstyle, string name = "disk", TimeProvider? time = null)
+        Disk? disk = null,
+        HandshakeStyle style = HandshakeStyle.FixedNewstyle,
+        string name = "disk",
+        TimeProvider? time = null)
     {
         Disk = disk ?? new MemoryDisk(1 << 20);
         Server = new NbdServer(
@@ -49,7 +52,11 @@ internal sealed class TestLog : ILogger
     public bool IsEnabled(LogLevel logLevel) => true;
 
     public void Log<TState>(
-        LogLevel logLevel, EventId eventId, TState state, Exception? exception, Func<TState, Exception?, string> formatter)
+        LogLevel logLevel,
+        EventId eventId,
+        TState state,
+        Exception? exception,
+        Func<TState, Exception?, string> formatter)
     {
         try
         {

@@ -149,7 +149,8 @@ public sealed class TransmissionTests : IDisposable
                 using NbdTestClient client = _server.Open(structured);
                 List<Reply> read = client.Call(NbdCommand.Read, 4096, 512);
                 Assert.Equal(expected, read[^1].Error);
-                Assert.DoesNotContain("secret", System.Text.Encoding.UTF8.GetString(read[^1].Payload), StringComparison.Ordinal);
+                Assert.DoesNotContain(
+                    "secret", System.Text.Encoding.UTF8.GetString(read[^1].Payload), StringComparison.Ordinal);
                 if (structured)
                     Assert.Equal(NbdChunkType.Error, read.Single().ChunkType);
                 Assert.Equal(expected, client.Write(4096, new byte[512]));
@@ -164,7 +165,8 @@ public sealed class TransmissionTests : IDisposable
     public void A_disk_that_throws_something_else_is_an_io_error()
     {
         _disk.Slow = true;
-        _disk.Before = (_, offset, _) => offset == 0 ? throw new InvalidOperationException("a bug") : Task.CompletedTask;
+        _disk.Before = (_, offset, _)
+            => offset == 0 ? throw new InvalidOperationException("a bug") : Task.CompletedTask;
         using NbdTestClient client = _server.Open();
         Assert.Equal(NbdError.Io, client.Try(NbdCommand.Read, 0, 512));
         Assert.Equal(new byte[512], client.Read(512, 512));
@@ -234,7 +236,7 @@ public sealed class TransmissionTests : IDisposable
     }
 
     [Fact]
-    public void Slow_requests_do_not_hold_up_others()
+    public void Pending_requests_do_not_hold_up_others()
     {
         var gate = new TaskCompletionSource();
         _disk.Slow = true;
@@ -436,7 +438,7 @@ public sealed class TransmissionTests : IDisposable
         using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)), time: clock);
         using var stop = new CancellationTokenSource();
         using (NbdTestClient writer = server.Open())
-            Assert.Equal(NbdError.None, writer.Write(0, [1])); // or what is read is one short hole
+            Assert.Equal(NbdError.None, writer.Write(0, [1])); // otherwise the read is one short hole
         NbdTestClient[] hoarders = [.. Enumerable.Range(0, 4).Select(_ => server.Open())];
         try
         {
@@ -444,7 +446,7 @@ public sealed class TransmissionTests : IDisposable
             {
                 if (i % 2 == 1)
                 {
-                    // Its replies hold what it does not read.
+                    // The client does not read its reply, which holds the bytes.
                     ((FaultDisk)server.Disk).Slow = true;
                     hoarders[i].SendRequest(NbdCommand.Read, 0, 31u << 20, NbdCommandFlags.Df);
                     Thread.Sleep(200);
@@ -466,7 +468,7 @@ public sealed class TransmissionTests : IDisposable
             });
             using NbdTestClient honest = server.Open();
             TimeSpan waited = TurnWhile(clock, () => Assert.Equal(NbdError.None, honest.Write(0, new byte[16 << 20])));
-            Assert.InRange(waited, ServerLimits.StallTime / 2, ServerLimits.StallTime * 3); // it did have to wait
+            Assert.InRange(waited, ServerLimits.StallTime / 2, ServerLimits.StallTime * 3); // the write had to wait
             stop.Cancel();
             Assert.True(Task.WaitAny([trickle], 10_000) == 0);
         }
@@ -549,7 +551,12 @@ public sealed class TransmissionTests : IDisposable
             _disk.Slow = slow;
             if (slow)
                 _disk.Before = async (_, _, _) => await Task.Delay(Random.Shared.Next(2));
-            var model = new ModelRun(_server.SocketPath, Size, seed: slow ? 7 : 8, operations: slow ? 2000 : 10_000) { Initial = held, TrimUnit = 1 };
+            int operations = slow ? 2000 : 10_000;
+            var model = new ModelRun(_server.SocketPath, Size, seed: slow ? 7 : 8, operations)
+            {
+                Initial = held,
+                TrimUnit = 1,
+            };
             await model.Run();
             held = model.Model;
         }
@@ -558,7 +565,7 @@ public sealed class TransmissionTests : IDisposable
     [Fact]
     public async Task No_client_is_forgotten_under_a_mixed_load()
     {
-        // Fast, slow and stuck requests on many connections; a lost wake-up would leave somebody without a reply.
+        // Fast, slow and stuck requests on many connections: after a lost wake-up a client would get no reply.
         int count = 0;
         _disk.Slow = true;
         _disk.Before = (_, _, _) => Interlocked.Increment(ref count) % 3 == 0 ? Task.Delay(1) : Task.CompletedTask;

@@ -5,8 +5,8 @@ using Xnbd.Protocol;
 namespace Xnbd.TestKit;
 
 /// <summary>
-/// An NBD server that misbehaves as a test says: politely, it shakes hands and answers reads of an image in memory; what it
-/// does instead, at the handshake or to a read, is the test's.
+/// An NBD server that misbehaves as a test says. By default it carries out the handshake and answers reads of an image
+/// in memory. A test replaces the handshake or the answer to a read.
 /// </summary>
 public sealed class FakeServer : IDisposable
 {
@@ -15,8 +15,8 @@ public sealed class FakeServer : IDisposable
     private readonly List<Socket> _connections = [];
     private int _count;
 
-    /// <param name="path">Where it listens.</param>
-    /// <param name="image">What it serves.</param>
+    /// <param name="path">The socket on which it listens.</param>
+    /// <param name="image">The bytes that it serves.</param>
     public FakeServer(string path, byte[] image)
     {
         Path = path;
@@ -33,13 +33,17 @@ public sealed class FakeServer : IDisposable
     /// <summary>It knows <c>base:allocation</c>, with this id; blocks of 4096 zeroes are holes.</summary>
     public uint? AllocationId { get; init; }
 
-    /// <summary>What it says of the export.</summary>
+    /// <summary>The transmission flags of the export.</summary>
     public NbdTransmissionFlags Flags { get; init; } = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.ReadOnly;
 
-    /// <summary>In place of the handshake, of the connection with this number, from 0 on; null where it is polite.</summary>
+    /// <summary>
+    /// In place of the handshake, of the connection with this number, from 0 on; null where it is polite.
+    /// </summary>
     public Func<Peer, int, bool>? Handshake { get; init; }
 
-    /// <summary>In place of the answer to a read, of the connection with this number, from 0 on; false where it is polite.</summary>
+    /// <summary>
+    /// In place of the answer to a read, of the connection with this number, from 0 on; false where it is polite.
+    /// </summary>
     public Func<Peer, int, NbdRequest, bool>? Answer { get; init; }
 
     /// <summary>Connections so far.</summary>
@@ -76,7 +80,7 @@ public sealed class FakeServer : IDisposable
         }
         catch (Exception failure) when (failure is SocketException or ObjectDisposedException or EndOfStreamException)
         {
-            // The client, or the test, has gone.
+            // The client has left, or the test has ended.
         }
     })
     { IsBackground = true }.Start();
@@ -87,7 +91,8 @@ public sealed class FakeServer : IDisposable
             return;
         while (true)
         {
-            if (!NbdRequest.TryRead(peer.Receive(NbdSize.Request), out NbdRequest request) || request.Command == NbdCommand.Disconnect)
+            if (!NbdRequest.TryRead(peer.Receive(NbdSize.Request), out NbdRequest request)
+                || request.Command == NbdCommand.Disconnect)
                 return;
             if (Answer?.Invoke(peer, number, request) != true)
                 Reply(peer, request);
@@ -111,8 +116,10 @@ public sealed class FakeServer : IDisposable
                     return true;
                 case NbdOption.SetMetaContext:
                     if (AllocationId is { } id)
-                        peer.ReplyOption(option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, "base:allocation"));
-                    peer.ReplyOption(option, AllocationId is null ? NbdOptionReplyType.ErrUnsupported : NbdOptionReplyType.Ack);
+                        peer.ReplyOption(
+                            option, NbdOptionReplyType.MetaContext, NbdHandshake.MetaContext(id, "base:allocation"));
+                    peer.ReplyOption(
+                        option, AllocationId is null ? NbdOptionReplyType.ErrUnsupported : NbdOptionReplyType.Ack);
                     break;
                 default:
                     return false;
@@ -144,7 +151,7 @@ public sealed class FakeServer : IDisposable
         peer.Send([.. header[..length], .. _image.AsSpan((int)request.Offset, (int)request.Length)]);
     }
 
-    /// <summary>A connection of a client, to say anything to.</summary>
+    /// <summary>A connection of a client, to which a test sends anything.</summary>
     public sealed class Peer(Socket socket)
     {
         public void Send(ReadOnlySpan<byte> data)

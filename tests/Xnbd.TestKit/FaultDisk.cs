@@ -3,8 +3,9 @@ using Xnbd.Storage;
 namespace Xnbd.TestKit;
 
 /// <summary>
-/// A disk that misbehaves on demand: it passes everything on to another disk, after what <see cref="Before"/> does,
-/// which may wait or throw, and before what <see cref="After"/> does. <see cref="Slow"/> makes it refuse the fast forms, as a disk that must be waited for.
+/// A disk that misbehaves on demand. It passes everything on to another disk, and calls <see cref="Before"/> first,
+/// which may wait or throw, and <see cref="After"/> afterwards. <see cref="Slow"/> makes the fast forms refuse, as
+/// those of a disk that must be waited for do.
 /// </summary>
 public sealed class FaultDisk(Disk inner) : Disk
 {
@@ -14,16 +15,18 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>Called after each operation that is no fast form, as <see cref="Before"/>.</summary>
     public Func<string, long, long, Task>? After { get; set; }
 
-    /// <summary>What it says of its extents, in place of the other disk: gets offset, length and the list to fill.</summary>
+    /// <summary>
+    /// Reports extents in place of the other disk: gets offset, length and the list to fill.
+    /// </summary>
     public Action<long, long, ExtentList>? Extents { get; set; }
 
     /// <summary>The fast forms say no.</summary>
     public bool Slow { get; set; }
 
-    /// <summary>They say no for some offsets.</summary>
+    /// <summary>The fast forms say no for some offsets.</summary>
     public Func<long, bool>? SlowAt { get; set; }
 
-    /// <summary>The disk says that it is read-only.</summary>
+    /// <summary>The disk reports that it is read-only.</summary>
     public bool ReadOnly { get; init; }
 
     /// <summary>Flushes and durable operations that have completed.</summary>

@@ -4,14 +4,16 @@ using Xnbd.Protocol;
 namespace Xnbd.TestKit;
 
 /// <summary>
-/// A server that is killed at random moments under load, started again, and compared: every write that was replied to is
-/// there; of one that was under way, each byte is the old one or the new one.
-/// <para>Four clients write at the same time: in the first half of the disk in stripes between each other's, shorter than a
-/// block, so that blocks are shared; in the second half in regions of their own.</para>
+/// A server that is killed at random moments under load, started again, and compared. Every write that was replied to
+/// must be there. Of a write that was under way, each byte is the old one or the new one.
+/// <para>
+/// Four clients write at the same time. In the first half of the disk they write interleaved stripes that are shorter
+/// than a block, so blocks are shared. In the second half each client has its own region.
+/// </para>
 /// </summary>
 /// <param name="start">Starts the server, on the same files each time.</param>
-/// <param name="model">What the disk holds at first, and then what it must hold.</param>
-/// <param name="seed">Of all that is random, but for how long each server lives.</param>
+/// <param name="model">The disk's contents at first, and then the contents that it must have.</param>
+/// <param name="seed">Seed of all that is random, except how long each server lives.</param>
 public sealed class KillRun(Func<ServerProcess> start, byte[] model, int seed)
 {
     private const int Clients = 4;
@@ -22,7 +24,7 @@ public sealed class KillRun(Func<ServerProcess> start, byte[] model, int seed)
     /// <summary>Writes that were replied to.</summary>
     public long Acknowledged;
 
-    /// <summary>Lives of the server that ended amid writes.</summary>
+    /// <summary>How many servers were killed during writes.</summary>
     public int KilledUnderWay { get; private set; }
 
     /// <summary>Runs and kills.</summary>
@@ -32,7 +34,8 @@ public sealed class KillRun(Func<ServerProcess> start, byte[] model, int seed)
         {
             using ServerProcess server = start();
             Compare(server, kill);
-            var writers = Enumerable.Range(0, Clients).Select(i => new Writer(this, server, i, _random.Next())).ToList();
+            var writers =
+                Enumerable.Range(0, Clients).Select(i => new Writer(this, server, i, _random.Next())).ToList();
             Thread.Sleep(_random.Next(1, 60));
             server.Kill();
             foreach (Writer writer in writers)
@@ -60,8 +63,10 @@ public sealed class KillRun(Func<ServerProcess> start, byte[] model, int seed)
             at += seen.AsSpan(at).CommonPrefixLength(model.AsSpan(at));
             if (at == seen.Length)
                 break;
-            if (!_underWay.Any(w => at >= w.Offset && at < w.Offset + w.Data!.Length && seen[at] == w.Data[at - w.Offset]))
-                throw new InvalidOperationException($"seed {seed}, kill {kill}: byte {at} is {seen[at]}, not {model[at]}\n{server.Log}");
+            if (!_underWay.Any(w => at >= w.Offset && at < w.Offset + w.Data!.Length
+                && seen[at] == w.Data[at - w.Offset]))
+                throw new InvalidOperationException(
+                    $"seed {seed}, kill {kill}: byte {at} is {seen[at]}, not {model[at]}\n{server.Log}");
             model[at] = seen[at];
         }
     }
@@ -114,7 +119,8 @@ public sealed class KillRun(Func<ServerProcess> start, byte[] model, int seed)
             {
                 int share = (_model.Length - half) / Clients;
                 int at = _random.Next(share);
-                (offset, length) = (half + (_index * share) + at, 1 + _random.Next(Math.Min(share - at, 1 << _random.Next(17))));
+                (offset, length) =
+                    (half + (_index * share) + at, 1 + _random.Next(Math.Min(share - at, 1 << _random.Next(17))));
             }
 
             byte[] data = new byte[length];

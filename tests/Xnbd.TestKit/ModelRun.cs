@@ -9,7 +9,7 @@ namespace Xnbd.TestKit;
 public sealed class ModelRun(string socketPath, int size, int seed, int operations)
 {
     private const int Connections = 4;
-    private const int MaxUnderWay = 24; // of one connection
+    private const int MaxUnderWay = 24; // for one connection
     private const int LargestLog = 18;
 
     private readonly byte[] _model = new byte[size];
@@ -22,16 +22,16 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
         public List<Reply> Replies { get; } = [];
     }
 
-    /// <summary>What the disk holds before; zeroes unless given.</summary>
+    /// <summary>The disk's contents before the run; zeroes unless given.</summary>
     public byte[] Initial
     {
         init => value.CopyTo(_model, 0);
     }
 
-    /// <summary>A trim makes whole blocks zero, of this size in bytes; the rest stays.</summary>
+    /// <summary>A trim zeroes whole blocks of this length in bytes; the rest stays.</summary>
     public int TrimUnit { get; init; } = 4096;
 
-    /// <summary>What the disk must hold afterwards.</summary>
+    /// <summary>The contents that the disk must have afterwards.</summary>
     public byte[] Model => _model;
 
     public async Task Run()
@@ -101,7 +101,13 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
     }
 
     private void Submit(
-        NbdTestClient client, int connection, NbdCommand command, int offset, int length, NbdCommandFlags flags, byte[]? payload)
+        NbdTestClient client,
+        int connection,
+        NbdCommand command,
+        int offset,
+        int length,
+        NbdCommandFlags flags,
+        byte[]? payload)
     {
         lock (_lock)
         {
@@ -112,7 +118,7 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
                 range.Clear();
             if (command == NbdCommand.Trim)
             {
-                // This server discards what is trimmed; a client could not rely on it.
+                // This server makes trimmed data zero; clients must not rely on that.
                 int start = (offset + TrimUnit - 1) / TrimUnit * TrimUnit;
                 int end = offset + length == size ? size : (offset + length) / TrimUnit * TrimUnit;
                 if (end > start)
@@ -126,9 +132,11 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
     }
 
     private static bool Conflicts(Operation other, NbdCommand command, int offset, int length)
-        => (Changes(other.Command) || Changes(command)) && offset < other.Offset + other.Length && other.Offset < offset + length;
+        => (Changes(other.Command) || Changes(command))
+            && offset < other.Offset + other.Length && other.Offset < offset + length;
 
-    private static bool Changes(NbdCommand command) => command is NbdCommand.Write or NbdCommand.WriteZeroes or NbdCommand.Trim;
+    private static bool Changes(NbdCommand command)
+        => command is NbdCommand.Write or NbdCommand.WriteZeroes or NbdCommand.Trim;
 
     private void Receive(NbdTestClient client, int connection)
     {
@@ -151,7 +159,7 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
         }
         catch (EndOfStreamException) when (_underWay.Count == 0)
         {
-            // Disconnected, as it should be.
+            // It was disconnected, as intended.
         }
         catch (Exception failure)
         {
@@ -174,7 +182,8 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
         if (at != operation.Length)
         {
             throw new IOException(
-                $"read of {operation.Length} at {operation.Offset}: byte {at} is {data[at]}, not {operation.Expected[at]}");
+                $"read of {operation.Length} at {operation.Offset}: "
+                + $"byte {at} is {data[at]}, not {operation.Expected[at]}");
         }
     }
 
@@ -185,7 +194,8 @@ public sealed class ModelRun(string socketPath, int size, int seed, int operatio
             while (_failure is null && !condition())
             {
                 if (!Monitor.Wait(_lock, TimeSpan.FromSeconds(60)))
-                    throw new TimeoutException($"seed {seed}: no reply for a minute; {_underWay.Count} operations under way");
+                    throw new TimeoutException(
+                        $"seed {seed}: no reply for a minute; {_underWay.Count} operations under way");
             }
 
             if (_failure is not null)

@@ -5,19 +5,19 @@ using Xnbd.Protocol;
 
 namespace Xnbd.TestKit;
 
-/// <summary>What came back for an option.</summary>
+/// <summary>A reply to an option.</summary>
 public sealed record OptionReply(NbdOption Option, NbdOptionReplyType Type, byte[] Data);
 
 /// <summary>A simple reply (then <see cref="ChunkType"/> is null) or a chunk of a structured one.</summary>
 public sealed record Reply(ulong Cookie, NbdError Error, NbdChunkType? ChunkType, NbdChunkFlags Flags, byte[] Payload)
 {
-    /// <summary>No more comes for this request.</summary>
+    /// <summary>This is the last chunk for the request.</summary>
     public bool IsLast => ChunkType is null || (Flags & NbdChunkFlags.Done) != 0;
 }
 
 /// <summary>
-/// A client that does just what a test says, also what no real client would. All receiving has a deadline, so that a
-/// server that hangs fails the test.
+/// A client that does exactly what a test says, even what no real client would do. All receiving has a deadline, so
+/// that a server that hangs fails the test.
 /// </summary>
 public sealed class NbdTestClient : IDisposable
 {
@@ -56,7 +56,8 @@ public sealed class NbdTestClient : IDisposable
     }
 
     /// <summary>Connects and enters the transmission phase.</summary>
-    public static NbdTestClient Open(string unixPath, bool structured = true, string name = "", params string[] contexts)
+    public static NbdTestClient Open(
+        string unixPath, bool structured = true, string name = "", params string[] contexts)
     {
         NbdTestClient client = Connect(unixPath);
         client.Start();
@@ -84,7 +85,7 @@ public sealed class NbdTestClient : IDisposable
         return data;
     }
 
-    /// <summary>The server has closed the connection, or does so now.</summary>
+    /// <summary>Waits until the server has closed the connection.</summary>
     public bool IsClosed()
     {
         try
@@ -178,7 +179,8 @@ public sealed class NbdTestClient : IDisposable
             b.Text(query);
     });
 
-    /// <summary>Sends a request; answers its cookie.</summary>
+    /// <summary>Sends a request.</summary>
+    /// <returns>Its cookie.</returns>
     public ulong SendRequest(
         NbdCommand command, ulong offset = 0, uint length = 0, NbdCommandFlags flags = 0, byte[]? payload = null)
     {
@@ -244,7 +246,7 @@ public sealed class NbdTestClient : IDisposable
         return replies;
     }
 
-    /// <summary>The same, answering only the error.</summary>
+    /// <summary>The same, but returns only the error.</summary>
     public NbdError Try(
         NbdCommand command, ulong offset = 0, uint length = 0, NbdCommandFlags flags = 0, byte[]? payload = null)
         => Call(command, offset, length, flags, payload).Select(r => r.Error).FirstOrDefault(e => e != NbdError.None);
@@ -333,7 +335,8 @@ public sealed class MessageBuilder
 
     public MessageBuilder U64(ulong value) => U32((uint)(value >> 32)).U32((uint)value);
 
-    public MessageBuilder Text(string text) => U32((uint)Encoding.UTF8.GetByteCount(text)).Raw(Encoding.UTF8.GetBytes(text));
+    public MessageBuilder Text(string text)
+        => U32((uint)Encoding.UTF8.GetByteCount(text)).Raw(Encoding.UTF8.GetBytes(text));
 
     public MessageBuilder Raw(ReadOnlySpan<byte> data)
     {

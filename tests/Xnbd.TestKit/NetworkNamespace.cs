@@ -1,8 +1,8 @@
 namespace Xnbd.TestKit;
 
 /// <summary>
-/// A network of its own for one server, at the end of a line to this one; it goes with this object. Programs are started in it
-/// with <see cref="Prefix"/>.
+/// A network of its own for one server, at the end of a line to this one; it goes with this object. Programs are
+/// started in it with <see cref="Prefix"/>.
 /// </summary>
 public sealed class NetworkNamespace : IDisposable
 {
@@ -35,7 +35,12 @@ public sealed class NetworkNamespace : IDisposable
             await network.Run("ip", "address", "add", network.Address + "/30", "dev", "line");
             await network.Run("ip", "link", "set", "line", "up");
             ToolResult filter = await Tool.Run(
-                "ip", "netns", "exec", name, "nft", "add table inet filter; add chain inet filter input { type filter hook input priority 0; }");
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "nft",
+                "add table inet filter; add chain inet filter input { type filter hook input priority 0; }");
             Skip.Unless(filter.ExitCode == 0, $"this kernel filters no packets: {filter.Errors.Trim()}");
             return network;
         }
@@ -46,7 +51,10 @@ public sealed class NetworkNamespace : IDisposable
         }
     }
 
-    /// <summary>Nothing arrives any more on the connections there are, as if a router on the way had forgotten them; new ones work.</summary>
+    /// <summary>
+    /// Nothing arrives any more on the connections there are, as if a router on the way had forgotten them; new ones
+    /// work.
+    /// </summary>
     public async Task ForgetConnections()
     {
         string connections = await Tool.Succeed("ss", "--tcp", "--numeric", "--no-header", "dst", Address);
@@ -55,7 +63,9 @@ public sealed class NetworkNamespace : IDisposable
         await Run("nft", $"add rule inet filter input tcp sport {{ {string.Join(", ", ports)} }} drop");
     }
 
-    public void Dispose() => Tool.Succeed("ip", "netns", "delete", _name).GetAwaiter().GetResult(); // the line goes with it
+    public void Dispose()
+        => Tool.Succeed("ip", "netns", "delete", _name).GetAwaiter().GetResult(); // the line goes with it
 
-    private Task Run(string program, params string[] args) => Tool.Succeed("ip", ["netns", "exec", _name, program, .. args]);
+    private Task Run(string program, params string[] args)
+        => Tool.Succeed("ip", ["netns", "exec", _name, program, .. args]);
 }

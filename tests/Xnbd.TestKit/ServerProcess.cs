@@ -6,7 +6,7 @@ using System.Text;
 
 namespace Xnbd.TestKit;
 
-/// <summary>The real, native <c>xnbd-server</c>, as a process of its own.</summary>
+/// <summary>The native <c>xnbd-server</c> in its own process.</summary>
 public sealed class ServerProcess : IDisposable
 {
     private readonly Process _process;
@@ -59,18 +59,22 @@ public sealed class ServerProcess : IDisposable
     }
 
     /// <summary>Starts the server and waits until it listens on a Unix socket.</summary>
-    public static ServerProcess Start(string socketPath, string[] args) => StartCommand(socketPath, [Executable, .. args]);
+    public static ServerProcess Start(string socketPath, string[] args)
+        => StartCommand(socketPath, [Executable, .. args]);
 
     /// <summary>The same with a command that becomes the server, such as <c>prlimit</c>.</summary>
     public static ServerProcess StartCommand(string socketPath, string[] command)
     {
-        var server = new ServerProcess(
-            Process.Start(new ProcessStartInfo(Tool.Find(command[0]) ?? command[0], command[1..]) { RedirectStandardError = true })!, socketPath);
+        var start = new ProcessStartInfo(Tool.Find(command[0]) ?? command[0], command[1..])
+        {
+            RedirectStandardError = true,
+        };
+        var server = new ServerProcess(Process.Start(start)!, socketPath);
         try
         {
             Wait.Until(() => Listens(socketPath) || server.HasExited, "the server listens");
             if (server.HasExited)
-                server.WaitForExit(); // until all that it said has been read
+                server.WaitForExit(); // until all its output has been read
             if (server.HasExited)
                 throw new InvalidOperationException($"the server did not start: {server.Log}");
             return server;
@@ -82,7 +86,7 @@ public sealed class ServerProcess : IDisposable
         }
     }
 
-    /// <summary>Somebody listens on a Unix socket; that its file is there says less.</summary>
+    /// <summary>Whether somebody listens on a Unix socket. The existence of its file would say less.</summary>
     public static bool Listens(string socketPath)
     {
         try
@@ -106,12 +110,13 @@ public sealed class ServerProcess : IDisposable
     public static void Signal(int process, int number) => _ = Kill(process, number);
 
     /// <summary>
-    /// This process, and so all that it starts, ignores SIGINT: a shell that has no job control does so to what it starts in the background.
+    /// Whether this process, and so all that it starts, ignores SIGINT. A shell without job control starts background
+    /// jobs in this way.
     /// </summary>
-    public static bool IsInterruptIgnored { get; } = (Convert.ToInt64(
-        File.ReadLines("/proc/self/status").First(l => l.StartsWith("SigIgn:", StringComparison.Ordinal)).Split('\t')[1], 16) & 2) != 0;
+    public static bool IsInterruptIgnored { get; }
+        = (Convert.ToInt64(StatusLine("/proc/self/status", "SigIgn").Split('\t')[1], 16) & 2) != 0;
 
-    /// <summary>Whether all threads of a server block a signal, but for the one that takes it.</summary>
+    /// <summary>Whether all threads of a server block a signal, except the one that takes it.</summary>
     public static bool BlocksInAllThreads(int process, int signal)
     {
         try
@@ -120,9 +125,10 @@ public sealed class ServerProcess : IDisposable
             {
                 if (File.ReadAllText(task + "/comm") == "signals\n")
                     return true;
-                string mask = File.ReadLines(task + "/status").First(l => l.StartsWith("SigBlk:", StringComparison.Ordinal));
+                string mask = StatusLine(task + "/status", "SigBlk");
                 ulong blocked = Convert.ToUInt64(mask.Split('\t')[1], 16);
-                bool isChildBlocked = (blocked & (1UL << 16)) != 0; // for a moment all are: before exec, and in pthread_create
+                // for a moment all signals are blocked: before exec, and in pthread_create
+                bool isChildBlocked = (blocked & (1UL << 16)) != 0;
                 return !isChildBlocked && (blocked & (1UL << (signal - 1))) != 0;
             });
         }
@@ -160,8 +166,14 @@ public sealed class ServerProcess : IDisposable
     public long Status(string name) => ProcStatus(Id, name);
 
     public static long ProcStatus(int process, string name)
-        => long.Parse(File.ReadLines($"/proc/{process}/status").First(l => l.StartsWith(name + ":", StringComparison.Ordinal))
-            .Split((char[])[':', '\t', ' '], StringSplitOptions.RemoveEmptyEntries)[1], System.Globalization.CultureInfo.InvariantCulture);
+    {
+        string[] words = StatusLine($"/proc/{process}/status", name)
+            .Split((char[])[':', '\t', ' '], StringSplitOptions.RemoveEmptyEntries);
+        return long.Parse(words[1], System.Globalization.CultureInfo.InvariantCulture);
+    }
+
+    private static string StatusLine(string path, string name)
+        => File.ReadLines(path).First(line => line.StartsWith(name + ":", StringComparison.Ordinal));
 
     public int OpenDescriptors => Directory.GetFiles($"/proc/{Id}/fd").Length;
 

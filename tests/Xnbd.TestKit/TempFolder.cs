@@ -1,13 +1,13 @@
 namespace Xnbd.TestKit;
 
-/// <summary>A folder that goes with the test.</summary>
+/// <summary>A folder that is removed at the end of the test.</summary>
 public sealed class TempFolder : IDisposable
 {
-    /// <param name="root">Where; null: the system's temporary folder.</param>
+    /// <param name="root">The folder in which it is created; null for the system's temporary folder.</param>
     public TempFolder(string? root = null)
     {
-        Path = Directory.CreateDirectory(
-            System.IO.Path.Combine(root ?? System.IO.Path.GetTempPath(), "xnbd-test-" + Guid.NewGuid().ToString("N")[..12])).FullName;
+        string name = "xnbd-test-" + Guid.NewGuid().ToString("N")[..12];
+        Path = Directory.CreateDirectory(System.IO.Path.Combine(root ?? System.IO.Path.GetTempPath(), name)).FullName;
     }
 
     public string Path { get; }

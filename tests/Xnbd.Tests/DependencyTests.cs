@@ -20,7 +20,8 @@ public partial class DependencyTests
         XDocument document = XDocument.Load(Path.Combine(Repository.Root, "src", project, project + ".csproj"));
         Assert.Equal(
             references,
-            document.Descendants("ProjectReference").Select(r => Path.GetFileNameWithoutExtension((string)r.Attribute("Include")!)).Order());
+            document.Descendants("ProjectReference")
+                .Select(r => Path.GetFileNameWithoutExtension((string)r.Attribute("Include")!)).Order());
     }
 
     [Fact]
@@ -29,9 +30,11 @@ public partial class DependencyTests
         foreach (string file in Sources())
         {
             bool isNative = File.ReadAllText(file) is var text
-                && (text.Contains("LibraryImport", StringComparison.Ordinal) || text.Contains("DllImport", StringComparison.Ordinal)
+                && (text.Contains("LibraryImport", StringComparison.Ordinal)
+                    || text.Contains("DllImport", StringComparison.Ordinal)
                     || text.Contains("unsafe", StringComparison.Ordinal));
-            Assert.True(!isNative || file.Contains("/Xnbd.Linux/", StringComparison.Ordinal), $"{file} calls native code");
+            Assert.True(
+                !isNative || file.Contains("/Xnbd.Linux/", StringComparison.Ordinal), $"{file} calls native code");
         }
     }
 
@@ -49,11 +52,13 @@ public partial class DependencyTests
     [Fact]
     public void Threads_are_started_in_one_place()
     {
-        string[] places = [.. Sources().Where(f => File.ReadAllText(f).Contains("new Thread(", StringComparison.Ordinal)).Select(f => Path.GetFileName(f))];
+        IEnumerable<string> places = Sources()
+            .Where(file => File.ReadAllText(file).Contains("new Thread(", StringComparison.Ordinal))
+            .Select(file => Path.GetFileName(file));
         Assert.Equal(["LinuxThread.cs"], places);
     }
 
-    /// <summary>Failures are told apart by their kind: a message is for people alone.</summary>
+    /// <summary>Code tells failures apart by their kind; a message is only for people.</summary>
     [Fact]
     public void No_code_looks_into_a_message()
     {
@@ -78,7 +83,8 @@ public partial class DependencyTests
             string text = File.ReadAllText(file);
             string own = room.Length == 0 ? "Xnbd.Storage" : $"Xnbd.Storage.{room}";
             Assert.True(
-                text.Contains($"namespace {own};", StringComparison.Ordinal) || !text.Contains("namespace ", StringComparison.Ordinal),
+                text.Contains($"namespace {own};", StringComparison.Ordinal) || !text.Contains(
+                    "namespace ", StringComparison.Ordinal),
                 $"{file} is not in the namespace {own}");
             foreach (Match used in RoomPattern().Matches(text))
             {

@@ -40,12 +40,21 @@ public partial class ManualTests
 
     [Fact]
     public async Task The_control_programs_page_has_the_options_of_the_program()
-        => Compare(await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--help"), Read("xnbd-bgctl.1"));
+        => Compare(
+            await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--help"), Read("xnbd-bgctl.1"));
 
     private static void Compare(string help, string page)
     {
-        string[] ofProgram = [.. OptionInHelp().Matches(help).Select(m => m.Groups[1].Value + Argument(m.Groups[2].Value)).Distinct().Order()];
-        string[] ofManual = [.. OptionInManual().Matches(page).Select(m => "--" + m.Groups[1].Value + Argument(m.Groups[2].Value)).Order()];
+        string[] ofProgram =
+        [
+            .. OptionInHelp().Matches(help)
+                .Select(match => match.Groups[1].Value + Argument(match.Groups[2].Value)).Distinct().Order(),
+        ];
+        string[] ofManual =
+        [
+            .. OptionInManual().Matches(page)
+                .Select(match => "--" + match.Groups[1].Value + Argument(match.Groups[2].Value)).Order(),
+        ];
         Assert.NotEmpty(ofProgram);
         Assert.Equal(ofProgram, ofManual);
 
@@ -55,7 +64,8 @@ public partial class ManualTests
     [Fact]
     public async Task The_default_port_is_the_same_everywhere()
     {
-        Assert.Contains("[default: 8520]", await Tool.Succeed(ServerProcess.Executable, "--help"), StringComparison.Ordinal);
+        Assert.Contains(
+            "[default: 8520]", await Tool.Succeed(ServerProcess.Executable, "--help"), StringComparison.Ordinal);
         Assert.Contains("8520", Page, StringComparison.Ordinal);
         Assert.Contains("8520", File.ReadAllText(Path.Combine(Repository.Root, "README.md")), StringComparison.Ordinal);
     }
@@ -84,7 +94,8 @@ public partial class ManualTests
     public async Task The_version_is_that_of_the_changelog()
     {
         string version = (await Tool.Succeed(ServerProcess.Executable, "--version")).Trim().Split(' ')[^1];
-        Assert.Contains($"## {version}", File.ReadAllText(Path.Combine(Repository.Root, "CHANGELOG.md")), StringComparison.Ordinal);
+        Assert.Contains(
+            $"## {version}", File.ReadAllText(Path.Combine(Repository.Root, "CHANGELOG.md")), StringComparison.Ordinal);
     }
 
     [GeneratedRegex(@"^  (?:-\?, -h, )?(--[a-z-]+)(?: <([A-Z]+)>)?", RegexOptions.Multiline)]
