@@ -7,11 +7,16 @@ using Xnbd.TestKit;
 BenchOptions? options = BenchOptions.Parse(args, out string? fault);
 if (options is null)
 {
-    (fault is null ? Console.Out : Console.Error).WriteLine(fault is null ? BenchOptions.Usage : $"{fault}\n{BenchOptions.Usage}");
+    if (fault is not null)
+        Console.Error.WriteLine(fault);
+    (fault is null ? Console.Out : Console.Error).WriteLine(BenchOptions.Usage);
     return fault is null ? 0 : 2;
 }
 
-(bool isQuick, string? only, int rounds, double seconds) = (options.IsQuick, options.Only, options.Rounds, options.Seconds);
+bool isQuick = options.IsQuick;
+string? only = options.Only;
+int rounds = options.Rounds;
+double seconds = options.Seconds;
 using var memory = new TempFolder("/dev/shm");
 using var disk = new TempFolder(options.Disk ?? Path.Combine(Repository.Root, "out"));
 string warmImage = memory.Random("image", 512 << 20);
