@@ -166,7 +166,8 @@ public sealed class ControlServer : IDisposable
         try
         {
             client.Blocking = false; // a new client's socket has room
-            client.Send(ControlMessage.Error(null, ControlException.Failed, _isClosed ? "the server is ending" : "too many calls are under way"));
+            string reason = _isClosed ? "the server is ending" : "too many calls are under way";
+            client.Send(ControlMessage.Error(null, ControlException.Failed, reason));
         }
         catch (SocketException)
         {

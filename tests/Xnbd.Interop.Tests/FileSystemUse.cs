@@ -3,10 +3,12 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>The kernel's ext4 on an NBD disk: through nbdfuse, which makes the disk a file, and a loop device.</summary>
+/// <summary>The kernel's ext4 on an NBD disk: nbdfuse makes the disk a file, and a loop device uses it.</summary>
 internal static class FileSystemUse
 {
-    /// <summary>Makes a file system, if that is asked for, mounts it, writes files f0 to f19 and removes f3, trims, and unmounts.</summary>
+    /// <summary>
+    /// Makes a file system (on demand), mounts it, writes the files f0 to f19, removes f3, trims, and unmounts.
+    /// </summary>
     public static async Task Run(TempFolder folder, string uri, bool make)
     {
         Assert.SkipUnless(Environment.UserName == "root", "mounting needs root");
@@ -25,7 +27,11 @@ internal static class FileSystemUse
             try
             {
                 for (int i = 0; i < 20; i++)
-                    File.WriteAllBytes(Path.Combine(mount, $"f{i}"), new byte[i * 10_000].Select((_, k) => (byte)(k + i)).ToArray());
+                {
+                    byte[] bytes = [.. Enumerable.Range(i, i * 10_000).Select(value => (byte)value)];
+                    File.WriteAllBytes(Path.Combine(mount, $"f{i}"), bytes);
+                }
+
                 File.Delete(Path.Combine(mount, "f3"));
                 await Tool.Run("fstrim", mount);
             }

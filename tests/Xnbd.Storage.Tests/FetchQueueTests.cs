@@ -85,7 +85,11 @@ public sealed class FetchQueueTests : IDisposable
         var full = new DiskException(DiskError.NoSpace, "the disk is full");
         FetchQueue queue = null!;
         queue = _queue = new FetchQueue(
-            _origin, _map, new CacheLimits(4, 1 << 20), (_, _) => ValueTask.CompletedTask, fetch => queue.End([(fetch, full)]));
+            _origin,
+            _map,
+            new CacheLimits(4, 1 << 20),
+            (_, _) => ValueTask.CompletedTask,
+            fetch => queue.End([(fetch, full)]));
         Task<byte[]> read = Read(5000, 100);
         _origin.Answer(0);
         Assert.Equal(Expected(5000, 100), await read);
