@@ -23,9 +23,6 @@ public enum Errno
     /// <summary>Input/output error.</summary>
     EIO = 5,
 
-    /// <summary>Bad file descriptor.</summary>
-    EBADF = 9,
-
     /// <summary>Try again: it would block.</summary>
     EAGAIN = 11,
 
@@ -38,9 +35,6 @@ public enum Errno
     /// <summary>File exists.</summary>
     EEXIST = 17,
 
-    /// <summary>Cross-device link.</summary>
-    EXDEV = 18,
-
     /// <summary>No such device.</summary>
     ENODEV = 19,
 
@@ -49,9 +43,6 @@ public enum Errno
 
     /// <summary>Invalid argument.</summary>
     EINVAL = 22,
-
-    /// <summary>Inappropriate ioctl for device.</summary>
-    ENOTTY = 25,
 
     /// <summary>File too large.</summary>
     EFBIG = 27,
@@ -73,9 +64,6 @@ public enum Errno
 
     /// <summary>No such device or address; for SEEK_DATA: no data beyond.</summary>
     ENXIO = 6,
-
-    /// <summary>Too many open files in this process.</summary>
-    EMFILE = 24,
 
     /// <summary>Address already in use.</summary>
     EADDRINUSE = 98,

@@ -23,5 +23,7 @@ public static class ByteCount
     /// <summary>The same, and the exact count behind it, such as "1.2 GiB (1288490188 bytes)".</summary>
     /// <param name="bytes">At least 0.</param>
     public static string DescribeExactly(long bytes)
-        => bytes < 1024 ? Describe(bytes) : string.Create(CultureInfo.InvariantCulture, $"{Describe(bytes)} ({bytes} bytes)");
+        => bytes < 1024
+            ? Describe(bytes)
+            : string.Create(CultureInfo.InvariantCulture, $"{Describe(bytes)} ({bytes} bytes)");
 }

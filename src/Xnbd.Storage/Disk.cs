@@ -11,56 +11,66 @@ namespace Xnbd.Storage;
 /// completed is visible to every one that starts later, whichever session it belongs to.</item>
 /// <item><see cref="FlushAsync"/> makes durable every write, zeroing and trim that had <em>completed</em> when it was
 /// called. A durable operation completes only when it is durable itself.</item>
-/// <item>An operation that fails throws <see cref="DiskException"/> (the async ones through their task, never at the
-/// call); then a part of it may have happened.</item>
+/// <item>An operation that fails throws <see cref="DiskException"/> (an async one through its task, never at the call).
+/// A part of it may have happened.</item>
 /// <item>A disk that is read-only is never asked to write, zero or trim.</item>
 /// </list>
 /// Reads and writes have a fast form, <c>Try...</c>, which completes on the calling thread without waiting for a
-/// disk or a network, or says no; and an async form, which does whatever it takes. Every member is abstract: a layer
-/// says what it does with each, so that nothing is passed over silently.
+/// disk or a network, or says no; and an async form, which does whatever it takes. Every member is abstract: each disk
+/// says what it does with each operation, so that none is passed over silently.
 /// </summary>
 public abstract class Disk : IDisposable
 {
-    /// <summary>The disk's length in bytes; it never changes.</summary>
+    /// <summary>Length of the disk in bytes. It never changes.</summary>
     public abstract long Length { get; }
 
-    /// <summary>What the disk can do; it never changes.</summary>
+    /// <summary>What the disk can do. It never changes.</summary>
     public abstract DiskFeatures Features { get; }
 
-    /// <summary>Reads, if that needs no waiting.</summary>
-    /// <returns>False when it would wait; then the buffer's contents are undefined.</returns>
+    /// <summary>Reads a range if that needs no waiting.</summary>
+    /// <returns>False if it would wait; then the buffer's contents are undefined.</returns>
     /// <exception cref="DiskException">The read failed.</exception>
     public abstract bool TryRead(long offset, Span<byte> buffer);
 
-    /// <summary>Writes, if that needs no waiting. What was written is visible at once, and durable after the next flush.</summary>
-    /// <returns>False when it would wait; then nothing was written.</returns>
+    /// <summary>
+    /// Writes a range if that needs no waiting. What was written is visible at once, and durable after the next flush.
+    /// </summary>
+    /// <returns>False if it would wait; then nothing was written.</returns>
     /// <exception cref="DiskException">The write failed; a part of it may have happened.</exception>
     public abstract bool TryWrite(long offset, ReadOnlySpan<byte> data);
 
     /// <summary>
-    /// Where the bytes from <paramref name="offset"/> on stand, if one file holds them, nobody changes that file as long
-    /// as the disk is open, and reading them needs no waiting; lets a session send them without a copy. (A socket refers
-    /// to the file's pages until the client has taken them. If they were changed in place meanwhile, the client would
-    /// get bytes that the disk may never have held.)
+    /// Tells where the bytes from <paramref name="offset"/> on stand, if one file holds them, nobody changes that file
+    /// as long as the disk is open, and reading them needs no waiting. A session can then send them without a copy. (A
+    /// socket refers to the file's pages until the client has taken them. If they were changed in place meanwhile, the
+    /// client would get bytes that the disk may never have held.)
     /// </summary>
-    /// <param name="offset">The first byte.</param>
-    /// <param name="length">How many are wanted, at least 1.</param>
+    /// <param name="offset">Offset of the first byte.</param>
+    /// <param name="length">How many bytes are wanted, at least 1.</param>
     /// <param name="findHoles">Tell holes from data; without it all is data.</param>
     /// <exception cref="DiskException">The bytes are lost.</exception>
-    /// <returns>A range that begins at <paramref name="offset"/> and is at most <paramref name="length"/> long; <see cref="FileRange.None"/> when the bytes are to be read instead.</returns>
+    /// <returns>
+    /// A range that begins at <paramref name="offset"/> and is at most <paramref name="length"/> long;
+    /// <see cref="FileRange.None"/> if the bytes must be read instead.
+    /// </returns>
     public abstract FileRange TryLocate(long offset, int length, bool findHoles);
 
-    /// <summary>Reads.</summary>
+    /// <summary>Reads a range; <paramref name="buffer"/> belongs to the disk until the task completes.</summary>
     public abstract ValueTask ReadAsync(long offset, Memory<byte> buffer);
 
-    /// <summary>Writes; <paramref name="data"/> belongs to the disk until the task completes.</summary>
+    /// <summary>Writes a range; <paramref name="data"/> belongs to the disk until the task completes.</summary>
     public abstract ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable);
 
-    /// <summary>Makes a range read as zeroes. Of length 0 it does nothing.</summary>
-    /// <exception cref="DiskException">Of kind <see cref="DiskError.NotSupported"/> only with <see cref="ZeroMode.FastOnly"/>; then the range is unchanged.</exception>
+    /// <summary>Makes a range read as zeroes. A range of length 0 is left alone.</summary>
+    /// <exception cref="DiskException">
+    /// The kind is <see cref="DiskError.NotSupported"/> only with <see cref="ZeroMode.FastOnly"/>; then the range is
+    /// unchanged.
+    /// </exception>
     public abstract ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable);
 
-    /// <summary>Tells the disk that a range's contents are no longer needed; what is read there afterwards is undefined.</summary>
+    /// <summary>
+    /// Tells the disk that the contents of a range are no longer needed. What is read there afterwards is undefined.
+    /// </summary>
     public abstract ValueTask TrimAsync(long offset, long length, bool durable);
 
     /// <summary>Makes durable all that had completed when it was called.</summary>
@@ -70,9 +80,13 @@ public abstract class Disk : IDisposable
     public abstract ValueTask PrefetchAsync(long offset, long length);
 
     /// <summary>Tells data from holes, and which file holds them.</summary>
-    /// <param name="offset">The first byte.</param>
-    /// <param name="length">At least 1; the answer may cover less, but at least one extent.</param>
-    /// <param name="extents">Receives the extents, in order from <paramref name="offset"/> on, at most its capacity.</param>
+    /// <param name="offset">Offset of the first byte.</param>
+    /// <param name="length">
+    /// Length in bytes, at least 1. The answer may cover less, but it has at least one extent.
+    /// </param>
+    /// <param name="extents">
+    /// Receives the extents, in order from <paramref name="offset"/> on, as many as it has room for.
+    /// </param>
     public abstract ValueTask GetExtentsAsync(long offset, long length, ExtentList extents);
 
     /// <summary>Releases files and memory. No operation is under way or will start.</summary>
@@ -96,7 +110,7 @@ public enum DiskFeatures
     /// <summary>It cannot be written.</summary>
     ReadOnly = 1,
 
-    /// <summary>Its extents are of several files: their depth is worth asking for.</summary>
+    /// <summary>Its extents stand in several files: their depth is worth asking for.</summary>
     Layered = 2,
 }
 
@@ -104,7 +118,7 @@ public enum DiskFeatures
 [Flags]
 public enum ZeroMode
 {
-    /// <summary>The range stays, or becomes, allocated; however long it takes.</summary>
+    /// <summary>The range stays allocated, or becomes so, however long that takes.</summary>
     None = 0,
 
     /// <summary>The range may become a hole.</summary>
@@ -115,17 +129,19 @@ public enum ZeroMode
 }
 
 /// <summary>Where consecutive bytes of a disk stand in a file, or that they are a hole.</summary>
-/// <param name="File">The file; null for a hole, and for <see cref="None"/>. It stays open as long as the disk does.</param>
-/// <param name="FileOffset">The first byte's offset in it.</param>
-/// <param name="Length">Bytes, at least 1; 0 for <see cref="None"/>.</param>
+/// <param name="File">
+/// The file; null for a hole, and for <see cref="None"/>. It stays open as long as the disk does.
+/// </param>
+/// <param name="FileOffset">Offset of the first byte in the file.</param>
+/// <param name="Length">Length in bytes, at least 1; 0 for <see cref="None"/>.</param>
 public readonly record struct FileRange(SafeFileHandle? File, long FileOffset, int Length)
 {
-    /// <summary>No answer: the bytes are to be read.</summary>
+    /// <summary>No answer: the bytes must be read.</summary>
     public static FileRange None => default;
 
-    /// <summary>The bytes are zeroes that take no space.</summary>
+    /// <summary>The bytes are zeroes, which take no space.</summary>
     public bool IsHole => File is null && Length > 0;
 
-    /// <summary>A hole.</summary>
+    /// <summary>A hole of so many bytes.</summary>
     public static FileRange Hole(int length) => new(null, 0, length);
 }

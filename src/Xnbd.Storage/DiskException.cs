@@ -28,7 +28,9 @@ public enum DiskError
     /// </summary>
     Replaced,
 
-    /// <summary>Another program uses the file in a way that excludes this use; see <see cref="InUseException"/>.</summary>
+    /// <summary>
+    /// Another program uses the file in a way that excludes this use; see <see cref="InUseException"/>.
+    /// </summary>
     InUse,
 
     /// <summary>
@@ -51,8 +53,8 @@ public enum DiskError
 }
 
 /// <summary>
-/// What a person can do about a failure, where the kind does not say it. The programs name the command or the option that
-/// does it; this project knows neither.
+/// What a person can do about a failure, where the kind does not say it. The programs name the command or the option
+/// that does it; this project knows neither.
 /// </summary>
 public enum Remedy
 {
@@ -90,7 +92,9 @@ public enum Remedy
     CacheAll,
 }
 
-/// <summary>A disk's operation failed, or a disk could not be opened. The message names operation, place and cause.</summary>
+/// <summary>
+/// A disk's operation failed, or a disk could not be opened. The message names operation, place and cause.
+/// </summary>
 public class DiskException : Exception
 {
     /// <summary>A failure with a message of its own.</summary>

@@ -4,7 +4,7 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Programs;
 
-/// <summary>What a layer holds of its disk, drawn in text.</summary>
+/// <summary>Draws in text what a layer holds of its disk.</summary>
 internal static class LayerMap
 {
     private const int Columns = 64;
@@ -44,5 +44,6 @@ internal static class LayerMap
     }
 
     private static char Sign((long Written, long Zero, long All) share)
-        => share.Written + share.Zero == 0 ? '.' : share.Zero == share.All ? '0' : share.Written == share.All ? '#' : '+';
+        => share.Written + share.Zero == 0 ? '.' : share.Zero == share.All ? '0'
+            : share.Written == share.All ? '#' : '+';
 }

@@ -10,7 +10,10 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Programs;
 
-/// <summary>The program <c>xnbd-layer</c>: work on layers that are kept. To add a subcommand: a method here, a section in the man page.</summary>
+/// <summary>
+/// The program <c>xnbd-layer</c>: work on layers that are kept. To add a subcommand: a method here, a section in the
+/// man page.
+/// </summary>
 internal static class LayerProgram
 {
     /// <summary>The program's name.</summary>
@@ -33,7 +36,7 @@ internal static class LayerProgram
         using var interrupt = new CancellationTokenSource();
         void Interrupt(PosixSignalContext context)
         {
-            context.Cancel = !interrupt.IsCancellationRequested; // a second one ends the process: it does no harm
+            context.Cancel = !interrupt.IsCancellationRequested; // a second signal ends the process, which does no harm
             interrupt.Cancel();
         }
 
@@ -42,7 +45,8 @@ internal static class LayerProgram
         try
         {
             ParseResult? result = CommandLine.Parse(MakeCommand(interrupt.Token), args);
-            return result?.Invoke(new InvocationConfiguration { EnableDefaultExceptionHandler = false }) ?? ExitCode.Success;
+            var configuration = new InvocationConfiguration { EnableDefaultExceptionHandler = false };
+            return result?.Invoke(configuration) ?? ExitCode.Success;
         }
         catch (UsageException failure)
         {
@@ -50,7 +54,8 @@ internal static class LayerProgram
             Console.Error.WriteLine($"Try '{Name} --help' for more information.");
             return ExitCode.Usage;
         }
-        catch (Exception failure) when (failure is FailureException or DiskException or IOException or UnauthorizedAccessException)
+        catch (Exception failure) when (failure
+            is FailureException or DiskException or IOException or UnauthorizedAccessException)
         {
             Console.Error.WriteLine($"{Name}: {Advice.Describe(failure)}");
             return ExitCode.Failure;
@@ -73,12 +78,25 @@ internal static class LayerProgram
         var newBase = new Argument<string>("NEW_BASE") { Description = "The new base: an image" };
         var isLayer = new Option<bool>("--base-is-layer") { Description = "NEW_BASE is a layer, not an image" };
 
-        return new Command(Name, "Shows, commits, discards, compares, exports and rebases copy-on-write layers of xnbd-server.")
+        return new Command(
+            Name, "Shows, commits, discards, compares, exports and rebases copy-on-write layers of xnbd-server.")
         {
             Sub("info", "Show what a layer stands on and what it holds", [s_file, s_json], r => Info(r)),
-            Sub("commit", "Write a layer's changes into its base, and empty it", [s_file, s_base, s_json], r => Commit(r, cancel)),
-            Sub("discard", "Drop all changes: the layer is empty then", [s_file, s_base], r => LayerDiscard.Run(File(r), r.GetValue(s_base))),
-            Sub("diff", "List the ranges in which the disk differs from its base", [s_file, s_base, s_json], r => Diff(r, cancel)),
+            Sub(
+                "commit",
+                "Write a layer's changes into its base, and empty it",
+                [s_file, s_base, s_json],
+                r => Commit(r, cancel)),
+            Sub(
+                "discard",
+                "Drop all changes: the layer is empty then",
+                [s_file, s_base],
+                r => LayerDiscard.Run(File(r), r.GetValue(s_base))),
+            Sub(
+                "diff",
+                "List the ranges in which the disk differs from its base",
+                [s_file, s_base, s_json],
+                r => Diff(r, cancel)),
             Sub("export", "Write the whole disk, base and changes, into a new image", [s_file, output, format, s_base],
                 r => Export(r, r.GetValue(output)!, r.GetValue(format), cancel)),
             Sub("rebase", "Put a layer on another base; its disk reads as before", [s_file, newBase, isLayer, s_base],
@@ -116,7 +134,7 @@ internal static class LayerProgram
 
     private static string File(ParseResult result) => result.GetValue(s_file)!;
 
-    /// <summary>An empty name is a mistake of a script, such as an unset variable.</summary>
+    /// <summary>Refuses an empty name: it is a mistake of a script, such as a variable that is not set.</summary>
     private static void RefuseEmpty(OptionResult option)
     {
         if (option.GetValueOrDefault<string?>() is "")
@@ -141,7 +159,7 @@ internal static class LayerProgram
             return;
         }
 
-        Console.WriteLine($"layer:     {info.Path}{(info.IsDisposable ? " (goes when its server ends)" : "")}");
+        Console.WriteLine($"layer:     {info.Path}{(info.IsDisposable ? " (removed when its server ends)" : "")}");
         Console.WriteLine($"base:      {info.BasePath}{(info.BaseIsLayer ? " (a layer)" : "")}");
         Console.WriteLine($"disk:      {ByteCount.DescribeExactly(info.Length)}");
         Console.WriteLine($"written:   {Blocks(info.WrittenBytes)}");
@@ -153,12 +171,19 @@ internal static class LayerProgram
             Console.WriteLine(line);
     }
 
-    private static string Blocks(long bytes) => $"{BlockRange.CountOf(bytes)} blocks, {ByteCount.DescribeExactly(bytes)}";
+    private static string Blocks(long bytes)
+        => $"{BlockRange.CountOf(bytes)} blocks, {ByteCount.DescribeExactly(bytes)}";
 
     private static void Commit(ParseResult result, CancellationToken cancel)
     {
         long committed = 0;
-        Wait("committing", File(result), async progress => committed = await LayerCommit.Run(File(result), result.GetValue(s_base), progress, cancel));
+        Wait(
+            "committing",
+            File(result),
+            async progress =>
+            {
+                committed = await LayerCommit.Run(File(result), result.GetValue(s_base), progress, cancel);
+            });
         if (result.GetValue(s_json))
             Console.WriteLine($"{{ \"committed-bytes\": {committed.ToString(CultureInfo.InvariantCulture)} }}");
         else
@@ -195,7 +220,7 @@ internal static class LayerProgram
             Wait("exporting", output, progress => LayerExport.WriteRaw(disk, output, progress, cancel));
     }
 
-    /// <summary>Does long work, and draws its progress on stderr, if that is a terminal.</summary>
+    /// <summary>Does long work, and draws its progress on stderr if that is a terminal.</summary>
     private static void Wait(string verb, string path, Func<Action<WorkProgress>, Task> work)
     {
         if (Console.IsErrorRedirected)
@@ -204,9 +229,15 @@ internal static class LayerProgram
             return;
         }
 
-        IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Error) });
+        IAnsiConsole console = AnsiConsole.Create(
+            new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Error) });
         console.Progress()
-            .Columns(new TaskDescriptionColumn(), new ProgressBarColumn(), new PercentageColumn(), new DownloadedColumn(), new RemainingTimeColumn())
+            .Columns(
+                new TaskDescriptionColumn(),
+                new ProgressBarColumn(),
+                new PercentageColumn(),
+                new DownloadedColumn(),
+                new RemainingTimeColumn())
             .StartAsync(async context =>
             {
                 ProgressTask task = context.AddTask(Markup.Escape($"{verb} {Path.GetFileName(path)}"));
@@ -219,7 +250,7 @@ internal static class LayerProgram
             .GetAwaiter().GetResult();
     }
 
-    /// <summary>Written as it is made: a map may have very many ranges.</summary>
+    /// <summary>Prints JSON while it is made: a map may have very many ranges.</summary>
     private static void PrintJson(LayerInfo info)
     {
         using (Utf8JsonWriter json = OpenJson())
@@ -253,17 +284,18 @@ internal static class LayerProgram
         Console.WriteLine();
     }
 
-    private static Utf8JsonWriter OpenJson() => new(Console.OpenStandardOutput(), new JsonWriterOptions { Indented = true });
+    private static Utf8JsonWriter OpenJson()
+        => new(Console.OpenStandardOutput(), new JsonWriterOptions { Indented = true });
 
     private static void WriteRange(Utf8JsonWriter json, long offset, long length, string kind)
     {
-        const int mostBuffered = 64 * 1024;
+        const int maxBuffered = 64 * 1024;
         json.WriteStartObject();
         json.WriteNumber("offset", offset);
         json.WriteNumber("length", length);
         json.WriteString("kind", kind);
         json.WriteEndObject();
-        if (json.BytesPending > mostBuffered)
+        if (json.BytesPending > maxBuffered)
             json.Flush();
     }
 }

@@ -29,7 +29,8 @@ public sealed class CowTests : IDisposable
 
     private string LayerPath => _folder.File("layer");
 
-    private ServerProcess Start(params string[] options) => ServerProcess.StartMode("--cow-target", _folder, _image, options);
+    private ServerProcess Start(params string[] options)
+        => ServerProcess.StartMode("--cow-target", _folder, _image, options);
 
     [Fact]
     public void Ten_servers_stand_on_one_base_each_with_its_own_writes()
@@ -83,7 +84,9 @@ public sealed class CowTests : IDisposable
 
         Assert.Single(LayerFiles);
         using ServerProcess server = Start();
-        Wait.Until(() => server.Log.Contains("removed a layer that a killed server left", StringComparison.Ordinal), "it is logged");
+        Wait.Until(
+            () => server.Log.Contains("removed a layer that a killed server left", StringComparison.Ordinal),
+            "it is logged");
         Assert.Single(LayerFiles);
         using NbdTestClient next = server.Open();
         Assert.Equal(_before[..4096], next.Read(0, 4096));
@@ -96,10 +99,12 @@ public sealed class CowTests : IDisposable
     public async Task A_base_on_a_read_only_file_system_is_enough()
     {
         using TmpfsMount readOnly = await TmpfsMount.Create(_folder, "16m");
-        string image = readOnly.File("golden.img"), elsewhere = Directory.CreateDirectory(_folder.File("elsewhere")).FullName;
+        string image = readOnly.File("golden.img");
+        string elsewhere = Directory.CreateDirectory(_folder.File("elsewhere")).FullName;
         await Tool.Succeed("cp", _image, image);
         await Tool.Succeed("mount", "-o", "remount,ro", readOnly.Path);
-        var failure = Assert.Throws<InvalidOperationException>(() => ServerProcess.StartMode("--cow-target", _folder, image));
+        var failure = Assert.Throws<InvalidOperationException>(
+            () => ServerProcess.StartMode("--cow-target", _folder, image));
         Assert.Contains("Read-only file system", failure.Message, StringComparison.Ordinal);
         using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-dir", elsewhere);
         Assert.Single(Directory.GetFiles(elsewhere));
@@ -116,7 +121,8 @@ public sealed class CowTests : IDisposable
     public async Task A_killed_layer_on_a_read_only_file_system_is_served_to_be_read(bool hasRestarted)
     {
         using TmpfsMount mount = await TmpfsMount.Create(_folder, "64m");
-        string image = mount.File("golden.img"), layer = mount.File("layer"), top = mount.File("top"), outside = _folder.File("outside");
+        string image = mount.File("golden.img"), layer = mount.File("layer"), top = mount.File("top");
+        string outside = _folder.File("outside");
         await Tool.Succeed("cp", _image, image);
         byte[] flushed = [.. Enumerable.Repeat((byte)1, 5000)], last = [.. Enumerable.Repeat((byte)2, 5000)];
         using (ServerProcess killed = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer))
@@ -136,7 +142,8 @@ public sealed class CowTests : IDisposable
             last.CopyTo(expected, 1 << 20);
         await Tool.Succeed("mount", "-o", "remount,ro", mount.Path);
         byte[] before = File.ReadAllBytes(layer);
-        using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--readonly", "--cow-layer", layer))
+        using (ServerProcess server = ServerProcess.StartMode(
+            "--cow-target", _folder, image, "--readonly", "--cow-layer", layer))
         {
             using NbdTestClient client = server.Open();
             Assert.Equal(expected, client.Read(0, Size));
@@ -149,10 +156,14 @@ public sealed class CowTests : IDisposable
 
         // Nothing that is written may stand on it: after a crash of the machine it would be another disk.
         bool isSettled = hasRestarted; // then the durable map counts
-        Assert.Equal(isSettled, Record.Exception(() => ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer, "--cow-layer", outside).Dispose()) is null);
+        Assert.Equal(
+            isSettled,
+            Record.Exception(() => ServerProcess.StartMode(
+                "--cow-target", _folder, image, "--cow-layer", layer, "--cow-layer", outside).Dispose()) is null);
         Assert.Equal(before, File.ReadAllBytes(layer));
         await Tool.Succeed("mount", "-o", "remount,rw", mount.Path);
-        using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer, "--cow-layer", top))
+        using (ServerProcess server = ServerProcess.StartMode(
+            "--cow-target", _folder, image, "--cow-layer", layer, "--cow-layer", top))
         {
             using NbdTestClient client = server.Open();
             Assert.Equal(expected, client.Read(0, Size));
@@ -186,13 +197,15 @@ public sealed class CowTests : IDisposable
         {
             string image = Path.Combine(mount, "golden.img"), layer = Path.Combine(mount, "layer");
             string[] forced = ["--force"]; // such a file system keeps the time of change to the second only
-            using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, [.. forced, "--readonly", "--cow-layer", layer]))
+            using (ServerProcess server = ServerProcess.StartMode(
+                "--cow-target", _folder, image, [.. forced, "--readonly", "--cow-layer", layer]))
             {
                 using NbdTestClient client = server.Open();
                 Assert.Equal(expected, client.Read(0, Size));
             }
 
-            using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, [.. forced, "--cow-layer", layer, "--cow-layer", _folder.File("top")]))
+            using (ServerProcess server = ServerProcess.StartMode(
+                "--cow-target", _folder, image, [.. forced, "--cow-layer", layer, "--cow-layer", _folder.File("top")]))
             {
                 using NbdTestClient client = server.Open();
                 Assert.Equal(expected, client.Read(0, Size));
@@ -209,8 +222,12 @@ public sealed class CowTests : IDisposable
     [Fact]
     public void A_layer_that_is_absent_is_made_unless_the_disk_is_only_read()
     {
-        string refusal = Assert.Throws<InvalidOperationException>(() => Start("--readonly", "--cow-layer", LayerPath)).Message;
-        Assert.Contains($"there is no layer '{LayerPath}'; none is made for a disk that is only read", refusal, StringComparison.Ordinal);
+        string refusal = Assert.Throws<InvalidOperationException>(
+            () => Start("--readonly", "--cow-layer", LayerPath)).Message;
+        Assert.Contains(
+            $"there is no layer '{LayerPath}'; none is made for a disk that is only read",
+            refusal,
+            StringComparison.Ordinal);
         Assert.False(File.Exists(LayerPath));
         Start("--cow-layer", LayerPath).Dispose();
         Start("--readonly", "--cow-layer", LayerPath).Dispose();
@@ -231,8 +248,12 @@ public sealed class CowTests : IDisposable
             }
         }
 
-        using ServerProcess first = ServerProcess.Start(_folder, _image, "--share-image"), second = ServerProcess.Start(_folder, _image, "--share-image");
-        Assert.Contains("another program writes it", Assert.Throws<InvalidOperationException>(() => Start()).Message, StringComparison.Ordinal);
+        using ServerProcess first = ServerProcess.Start(_folder, _image, "--share-image");
+        using ServerProcess second = ServerProcess.Start(_folder, _image, "--share-image");
+        Assert.Contains(
+            "another program writes it",
+            Assert.Throws<InvalidOperationException>(() => Start()).Message,
+            StringComparison.Ordinal);
         Assert.Equal(_before, File.ReadAllBytes(_image));
     }
 
@@ -243,9 +264,11 @@ public sealed class CowTests : IDisposable
         string device = (await Tool.Succeed("losetup", "--find", "--show", "--read-only", _image)).Trim();
         try
         {
-            var failure = Assert.Throws<InvalidOperationException>(() => ServerProcess.StartMode("--cow-target", _folder, device));
+            var failure = Assert.Throws<InvalidOperationException>(
+                () => ServerProcess.StartMode("--cow-target", _folder, device));
             Assert.Contains("--cow-dir", failure.Message, StringComparison.Ordinal);
-            using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, device, "--cow-dir", _folder.Path);
+            using ServerProcess server = ServerProcess.StartMode(
+                "--cow-target", _folder, device, "--cow-dir", _folder.Path);
             using NbdTestClient client = server.Open();
             Assert.Equal(NbdError.None, client.Write(1, [1, 2, 3]));
             Assert.Equal(_before[4..100], client.Read(4, 96));
@@ -271,7 +294,9 @@ public sealed class CowTests : IDisposable
     {
         using ServerProcess server = Start();
         server.Signal(10);
-        Wait.Until(() => server.Log.Contains("SIGUSR1 has no meaning in this mode", StringComparison.Ordinal), "the signal is logged");
+        Wait.Until(
+            () => server.Log.Contains("SIGUSR1 has no meaning in this mode", StringComparison.Ordinal),
+            "the signal is logged");
         using NbdTestClient client = server.Open();
         Assert.Equal(_before[..512], client.Read(0, 512));
     }
@@ -313,7 +338,10 @@ public sealed class CowTests : IDisposable
         Assert.Equal(
             [(0, 4096, 2), (4096, 4096, 1), (8192, 65536 - 8192, 3), (65536, 65536, 1), (131072, Size - 131072, 3)],
             JsonDocument.Parse(depths).RootElement.EnumerateArray().Select(e =>
-                (e.GetProperty("offset").GetInt32(), e.GetProperty("length").GetInt32(), e.GetProperty("type").GetInt32())));
+                (
+                    e.GetProperty("offset").GetInt32(),
+                    e.GetProperty("length").GetInt32(),
+                    e.GetProperty("type").GetInt32())));
         string totals = await Tool.Succeed("nbdinfo", "--map", "--totals", server.Uri);
         Assert.Contains("65536", totals, StringComparison.Ordinal);
 

@@ -26,7 +26,8 @@ public sealed class DeviceLayerTests : IDisposable
     {
         try
         {
-            using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, device, ["--cow-layer", layer, .. options]);
+            using ServerProcess server = ServerProcess.StartMode(
+                "--cow-target", _folder, device, ["--cow-layer", layer, .. options]);
             if (data is not null)
             {
                 using NbdTestClient client = server.Open();
@@ -42,10 +43,13 @@ public sealed class DeviceLayerTests : IDisposable
         }
     }
 
-    /// <summary>How the device's changes are known: by its file's time, or by the kernel's counters, and how it is attached.</summary>
+    /// <summary>
+    /// How the device's changes are known: by its file's time, or by the kernel's counters, and how it is attached.
+    /// </summary>
     public static TheoryData<bool, string> Devices => new()
     {
-        { true, "--direct-io=off" }, { true, "--direct-io=on" }, { false, "--direct-io=off" }, { false, "--direct-io=on" },
+        { true, "--direct-io=off" }, { true, "--direct-io=on" }, { false, "--direct-io=off" },
+        { false, "--direct-io=on" },
     };
 
     private async Task<LoopDevice> Attach(bool hasFile, string option)
@@ -73,7 +77,8 @@ public sealed class DeviceLayerTests : IDisposable
         await Tool.Succeed(Layers.Program, "commit", First);
         Assert.Null(Serve(device.Path, First)); // it knows its own commit
         Assert.Contains(reason, Serve(device.Path, Second), StringComparison.Ordinal);
-        foreach (string[] work in (string[][])[["commit", Second], ["export", Second, _folder.File("out")], ["diff", Second]])
+        string[][] works = [["commit", Second], ["export", Second, _folder.File("out")], ["diff", Second]];
+        foreach (string[] work in works)
         {
             ToolResult refused = await Tool.Run(Layers.Program, work);
             Assert.Equal(1, refused.ExitCode);
@@ -95,7 +100,8 @@ public sealed class DeviceLayerTests : IDisposable
         using LoopDevice device = await Attach(hasFile, option);
         Assert.Null(Serve(device.Path, First));
         foreach (string[] change in (string[][])[
-            ["dd", "if=/dev/urandom", $"of={device.Path}", "bs=1", "count=3", $"seek={Place}", "conv=notrunc"], // in the page cache
+            // in the page cache
+            ["dd", "if=/dev/urandom", $"of={device.Path}", "bs=1", "count=3", $"seek={Place}", "conv=notrunc"],
             ["blkdiscard", "--offset", "8192000", "--length", "4096", device.Path],
             ["blkdiscard", "--zeroout", "--offset", "8192000", "--length", "4096", device.Path]])
         {
@@ -170,9 +176,11 @@ public sealed class DeviceLayerTests : IDisposable
             Wait.Until(() => File.Exists(partition), "the partition is there");
             Assert.Null(Serve(partition, First));
             Assert.Null(Serve(partition, Second));
-            await Tool.Succeed("dd", "if=/dev/zero", $"of={device.Path}", "bs=4096", "count=1", "seek=7000", "conv=notrunc,fsync");
+            await Tool.Succeed(
+                "dd", "if=/dev/zero", $"of={device.Path}", "bs=4096", "count=1", "seek=7000", "conv=notrunc,fsync");
             Assert.Null(Serve(partition, Second)); // that was behind it
-            await Tool.Succeed("dd", "if=/dev/zero", $"of={partition}", "bs=1", "count=1", "seek=999999", "conv=notrunc");
+            await Tool.Succeed(
+                "dd", "if=/dev/zero", $"of={partition}", "bs=1", "count=1", "seek=999999", "conv=notrunc");
             Assert.Contains("it has been written since", Serve(partition, Second), StringComparison.Ordinal);
         }
         finally
@@ -186,7 +194,8 @@ public sealed class DeviceLayerTests : IDisposable
     {
         using LoopDevice device = await Attach(hasFile: false, "--direct-io=off");
         Assert.Null(Serve(device.Path, First));
-        LayerHeader.Change(First, header => header[72 + 6] ^= 1); // a bit of the run of the machine, in the recorded version
+        // a bit of the run of the machine, in the recorded version
+        LayerHeader.Change(First, header => header[72 + 6] ^= 1);
         Assert.Contains("the machine has been started anew", Serve(device.Path, First), StringComparison.Ordinal);
         LayerHeader.Change(First, header => header[72..80].Clear()); // as version 0.1.0 has recorded it
         Assert.Contains("the layer does not say", Serve(device.Path, First), StringComparison.Ordinal);
@@ -209,7 +218,8 @@ internal static class LayerHeader
         {
             Span<byte> header = copies.AsSpan(at, 4096);
             change(header);
-            System.Buffers.Binary.BinaryPrimitives.WriteUInt64LittleEndian(header[4088..], System.IO.Hashing.XxHash3.HashToUInt64(header[..4088]));
+            System.Buffers.Binary.BinaryPrimitives.WriteUInt64LittleEndian(
+                header[4088..], System.IO.Hashing.XxHash3.HashToUInt64(header[..4088]));
         }
 
         file.Position = 0;

@@ -8,9 +8,11 @@ public sealed class KillTests
 {
     private const int Size = (4 << 20) + 777;
 
-    private static int Kills => int.Parse(Environment.GetEnvironmentVariable("XNBD_KILLS") ?? "25", CultureInfo.InvariantCulture);
+    private static int Kills
+        => int.Parse(Environment.GetEnvironmentVariable("XNBD_KILLS") ?? "25", CultureInfo.InvariantCulture);
 
-    private static int Seed => int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20262", CultureInfo.InvariantCulture);
+    private static int Seed
+        => int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20262", CultureInfo.InvariantCulture);
 
     [Fact]
     public void A_killed_target_loses_no_acknowledged_write()
@@ -48,7 +50,8 @@ public sealed class KillTests
         var run = new KillRun(start, initial, Seed);
         run.Run(Kills);
         TestContext.Current.TestOutputHelper?.WriteLine(
-            $"seed {Seed}: {Kills} kills, {run.KilledUnderWay} of them amid writes, {run.Acknowledged} writes acknowledged");
+            $"seed {Seed}: {Kills} kills, {run.KilledUnderWay} of them amid writes, "
+                + $"{run.Acknowledged} writes acknowledged");
         Assert.True(run.KilledUnderWay > Kills / 2, "hardly any server was killed amid writes: the test tests nothing");
     }
 }

@@ -26,12 +26,14 @@ public sealed class LayerProgramTests : IDisposable
 
     private string LayerPath => _folder.File("layer");
 
-    private ServerProcess Start(params string[] options) => ServerProcess.StartMode("--cow-target", _folder, _image, options);
+    private ServerProcess Start(params string[] options)
+        => ServerProcess.StartMode("--cow-target", _folder, _image, options);
 
     /// <summary>Makes a layer: data, zeroes, and a block that was written and is as before.</summary>
     private void MakeLayer(params string[] below)
     {
-        using ServerProcess server = Start([.. below.SelectMany(path => (string[])["--cow-layer", path]), "--cow-layer", LayerPath]);
+        using ServerProcess server = Start(
+            [.. below.SelectMany(path => (string[])["--cow-layer", path]), "--cow-layer", LayerPath]);
         using NbdTestClient client = server.Open();
         Write(client, 10_000, [.. Enumerable.Repeat((byte)1, 50_000)]);
         Write(client, Size - 50, [.. Enumerable.Repeat((byte)2, 50)]);
@@ -66,7 +68,10 @@ public sealed class LayerProgramTests : IDisposable
         Assert.Equal(
             [(4096, 57_344 - 4096 + 4096, "data"), (1 << 20, 1 << 20, "zero"), (8 << 20, 100, "data")],
             info.GetProperty("map").EnumerateArray().Select(e =>
-                (e.GetProperty("offset").GetInt32(), e.GetProperty("length").GetInt32(), e.GetProperty("kind").GetString()!)));
+                (
+                    e.GetProperty("offset").GetInt32(),
+                    e.GetProperty("length").GetInt32(),
+                    e.GetProperty("kind").GetString()!)));
 
         using ServerProcess server = Start("--cow-layer", LayerPath);
         Assert.True((await Json("info", LayerPath)).GetProperty("in-use").GetBoolean());
@@ -76,7 +81,9 @@ public sealed class LayerProgramTests : IDisposable
         foreach (string command in (string[])["commit", "discard", "diff"])
         {
             ToolResult refused = await Run(command, LayerPath);
-            Assert.Equal((1, $"xnbd-layer: layer '{LayerPath}' is in use by xnbd-server (process {server.Id})\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal(
+                (1, $"xnbd-layer: layer '{LayerPath}' is in use by xnbd-server (process {server.Id})\n"),
+                (refused.ExitCode, refused.Errors));
         }
     }
 
@@ -88,7 +95,12 @@ public sealed class LayerProgramTests : IDisposable
         {
             using ServerProcess server = ServerProcess.StartMode(mode, _folder, _image);
             ToolResult refused = await Run("commit", LayerPath);
-            Assert.Equal((1, $"xnbd-layer: '{_image}' is in use by xnbd-server (process {server.Id}): another program needs it, or has it, alone\n"), (refused.ExitCode, refused.Errors));
+            Assert.Equal(
+                (
+                    1,
+                    $"xnbd-layer: '{_image}' is in use by xnbd-server (process {server.Id}): "
+                    + "another program needs it, or has it, alone\n"),
+                (refused.ExitCode, refused.Errors));
         }
 
         Assert.Equal(_before, File.ReadAllBytes(_image));
@@ -102,7 +114,8 @@ public sealed class LayerProgramTests : IDisposable
     public async Task A_commit_that_is_killed_is_completed_by_the_next_one()
     {
         const int size = 200 << 20;
-        string image = _folder.Sparse("big.img", size), layer = _folder.File("big.layer"), expected = _folder.File("expected");
+        string image = _folder.Sparse("big.img", size), layer = _folder.File("big.layer");
+        string expected = _folder.File("expected");
         using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer))
         {
             using NbdTestClient client = server.Open();
@@ -122,7 +135,12 @@ public sealed class LayerProgramTests : IDisposable
         var random = new Random(1);
         for (int i = 0; i < 40; i++)
         {
-            using var commit = Process.Start(new ProcessStartInfo(Layers.Program, ["commit", layer]) { RedirectStandardOutput = true, RedirectStandardError = true })!;
+            var start = new ProcessStartInfo(Layers.Program, ["commit", layer])
+            {
+                RedirectStandardOutput = true,
+                RedirectStandardError = true,
+            };
+            using var commit = Process.Start(start)!;
             bool hasEnded = commit.WaitForExit(random.Next(5, 60 + (10 * i)));
             if (!hasEnded)
                 commit.Kill();
@@ -134,7 +152,8 @@ public sealed class LayerProgramTests : IDisposable
             interrupted++;
             var refused = Assert.Throws<InvalidOperationException>(
                 () => ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer));
-            Assert.Contains("was interrupted; complete it with: xnbd-layer commit", refused.Message, StringComparison.Ordinal);
+            Assert.Contains(
+                "was interrupted; complete it with: xnbd-layer commit", refused.Message, StringComparison.Ordinal);
             Assert.Equal(1, (await Run("discard", layer)).ExitCode);
         }
 
@@ -175,13 +194,13 @@ public sealed class LayerProgramTests : IDisposable
     [InlineData("ext4", false)]
     [InlineData("xfs", true)]
     [InlineData("xfs", false)]
-    public async Task After_a_crash_of_the_machine_a_base_that_has_changed_is_known_to_have_changed(string kind, bool isCommit)
+    public async Task After_a_crash_of_the_machine_layers_know_that_their_base_has_changed(string kind, bool isCommit)
     {
-        // The crash is the file system's: what is in memory only is lost. The time of a file's last change is such a thing.
+        // The crash is the file system's: what is in memory only is lost, such as the time of a file's last change.
         const int size = 32 << 20, place = 8193 * 1000; // none of the blocks that are sampled
         const string shutDown = """
             import fcntl, os, struct, sys
-            fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack("I", 2)) # FS_IOC_SHUTDOWN, without the log
+            fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack("I", 2)) # FS_IOC_SHUTDOWN
             """;
         byte[] data = [.. Enumerable.Repeat((byte)7, 4096)];
         string image, other, mountPoint;
@@ -196,9 +215,11 @@ public sealed class LayerProgramTests : IDisposable
             await Tool.Succeed("sync", "-f", image);
             foreach (string layer in (string[])[LayerPath, other])
             {
-                using ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", layer);
+                using ServerProcess server = ServerProcess.StartMode(
+                    "--cow-target", _folder, image, "--cow-layer", layer);
                 using NbdTestClient client = server.Open();
-                Assert.Equal(NbdError.None, layer == LayerPath ? client.Write(place, data) : client.Try(NbdCommand.Flush, 0, 0));
+                Assert.Equal(
+                    NbdError.None, layer == LayerPath ? client.Write(place, data) : client.Try(NbdCommand.Flush, 0, 0));
                 client.Dispose();
                 Assert.Equal(0, server.Stop());
             }
@@ -228,7 +249,8 @@ public sealed class LayerProgramTests : IDisposable
                 () => ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", other).Dispose());
             Assert.Contains("is not as it was", refused.Message, StringComparison.Ordinal);
             if (isCommit)
-                ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", LayerPath).Dispose(); // which knows of it
+                // which knows of it
+                ServerProcess.StartMode("--cow-target", _folder, image, "--cow-layer", LayerPath).Dispose();
         }
         finally
         {
@@ -270,8 +292,14 @@ public sealed class LayerProgramTests : IDisposable
         Assert.Equal(
             [(8192, 53_248 - 0, "data"), (1 << 20, 1 << 20, "zero"), (8 << 20, 100, "data")],
             diff.EnumerateArray().Select(e =>
-                (e.GetProperty("offset").GetInt32(), e.GetProperty("length").GetInt32(), e.GetProperty("kind").GetString()!)));
-        Assert.Equal(3, (await Tool.Succeed(Layers.Program, "diff", LayerPath)).Split('\n', StringSplitOptions.RemoveEmptyEntries).Length);
+                (
+                    e.GetProperty("offset").GetInt32(),
+                    e.GetProperty("length").GetInt32(),
+                    e.GetProperty("kind").GetString()!)));
+        Assert.Equal(
+            3,
+            (await Tool.Succeed(Layers.Program, "diff", LayerPath)).Split(
+                '\n', StringSplitOptions.RemoveEmptyEntries).Length);
     }
 
     [Fact]
@@ -326,7 +354,10 @@ public sealed class LayerProgramTests : IDisposable
         await Tool.Succeed(Layers.Program, "rebase", LayerPath, _image);
         JsonElement info = await Json("info", LayerPath);
         Assert.InRange(info.GetProperty("allocated-bytes").GetInt64(), 1, 2 << 20); // what was let go takes no space
-        Assert.Equal(1 << 20, info.GetProperty("written-bytes").GetInt64() + info.GetProperty("zero-bytes").GetInt64() - (14 * 4096) - 100 + 4096);
+        Assert.Equal(
+            1 << 20,
+            info.GetProperty("written-bytes").GetInt64() + info.GetProperty("zero-bytes").GetInt64()
+                - (14 * 4096) - 100 + 4096);
     }
 
     [Fact]
@@ -335,7 +366,8 @@ public sealed class LayerProgramTests : IDisposable
         // What interrupts it is a disk that is full: a time to kill it would be hit or missed.
         const int size = 64 << 20;
         using TmpfsMount full = await TmpfsMount.Create(_folder, "28m");
-        string image = _folder.Random("big.img", 16 << 20), moved = full.File("moved.img"), layer = _folder.File("big.layer");
+        string image = _folder.Random("big.img", 16 << 20), moved = full.File("moved.img");
+        string layer = _folder.File("big.layer");
         using (FileStream file = File.OpenWrite(image))
             file.SetLength(size);
         await Tool.Succeed("cp", "--preserve=timestamps", "--sparse=always", image, moved);
@@ -415,7 +447,9 @@ public sealed class LayerProgramTests : IDisposable
         Assert.Equal("precious", File.ReadAllText(partial));
         Assert.Equal(1, (await Run("export", LayerPath, _folder.File("no/such/folder"))).ExitCode);
         ToolResult noLayer = await Run("info", _image);
-        Assert.Equal((1, $"xnbd-layer: cannot open layer '{_image}': it is no xNBD layer\n"), (noLayer.ExitCode, noLayer.Errors));
+        Assert.Equal(
+            (1, $"xnbd-layer: cannot open layer '{_image}': it is no xNBD layer\n"),
+            (noLayer.ExitCode, noLayer.Errors));
         Assert.Equal(1, (await Run("rebase", LayerPath, LayerPath)).ExitCode);
     }
 }

@@ -9,16 +9,20 @@ public sealed class ModelTests
     private const int Size = (16 << 20) + 333;
 
     private static int Operations
-        => int.Parse(Environment.GetEnvironmentVariable("XNBD_MODEL_OPERATIONS") ?? "20000", CultureInfo.InvariantCulture);
+        => int.Parse(
+            Environment.GetEnvironmentVariable("XNBD_MODEL_OPERATIONS") ?? "20000", CultureInfo.InvariantCulture);
 
-    private static int Seed => int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20261", CultureInfo.InvariantCulture);
+    private static int Seed
+        => int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20261", CultureInfo.InvariantCulture);
 
     [Theory]
     [InlineData(null)] // the disk's file system
     [InlineData("/dev/shm")]
     public async Task The_disk_equals_the_model(string? root) => await CheckTarget(root, trimUnit: 4096);
 
-    /// <summary>Operations on a part of a file system's block change nothing else in it, also in replies that have been sent.</summary>
+    /// <summary>
+    /// Operations on a part of a file system's block change nothing else in it, also in replies that have been sent.
+    /// </summary>
     [Theory]
     [InlineData("xfs", "-bsize=4096", 4096)]
     [InlineData("xfs", "-bsize=16384", 16384)]

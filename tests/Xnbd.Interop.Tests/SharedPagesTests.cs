@@ -33,7 +33,8 @@ public sealed class SharedPagesTests : IDisposable
         string socket = _folder.File("s");
         string[] layer = mode == "--target" ? [] : ["--cow-layer", Path.Combine(mount.Path, "layer")];
         using ServerProcess server = ServerProcess.Start(
-            socket, [mode, "--unix", socket, "--laddr", "127.0.0.1", "--lport", port.ToString(null as IFormatProvider), .. layer, image]);
+            socket,
+            [mode, "--unix", socket, "--laddr", "127.0.0.1", "--lport", $"{port}", .. layer, image]);
         using NbdTestClient changer = server.Open();
         if (mode != "--target") // all of it is in the layer
             Assert.Equal(NbdError.None, changer.Write(0, bytes));
@@ -67,7 +68,10 @@ public sealed class SharedPagesTests : IDisposable
                     byte[] seen = NbdTestClient.Assemble(chunks, 0, Read);
                     foreach (int offset in touched) // its own bytes may have been seen before or after
                         bytes.AsSpan(offset, length).CopyTo(seen.AsSpan(offset));
-                    Assert.True(seen.AsSpan().SequenceEqual(bytes.AsSpan(0, Read)), $"{command} {flags} of {length} bytes changed others, over {(isTcp ? "TCP" : "a Unix socket")}");
+                    Assert.True(
+                        seen.AsSpan().SequenceEqual(bytes.AsSpan(0, Read)),
+                        $"{command} {flags} of {length} bytes changed others, over "
+                            + (isTcp ? "TCP" : "a Unix socket"));
                     Assert.Equal(NbdError.None, changer.Write(0, bytes[..Read]));
                 }
             }

@@ -5,7 +5,10 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>Several servers on one image: who excludes whom, who is named, and what is promised to clients that have several connections.</summary>
+/// <summary>
+/// Several servers on one image: who excludes whom, who is named, and what is promised to clients that have several
+/// connections.
+/// </summary>
 public sealed class SharingTests : IDisposable
 {
     private const int Size = 4 << 20;
@@ -27,9 +30,13 @@ public sealed class SharingTests : IDisposable
     {
         using ServerProcess first = Target();
         string refusal = Refusal();
-        Assert.Contains($"'{_image}' is in use by xnbd-server (process {first.Id}): another program writes it", refusal, StringComparison.Ordinal);
+        Assert.Contains(
+            $"'{_image}' is in use by xnbd-server (process {first.Id}): another program writes it",
+            refusal,
+            StringComparison.Ordinal);
         Assert.Contains("--share-image", refusal, StringComparison.Ordinal);
-        Assert.Contains("tolerates no other writer", Refusal("--share-image"), StringComparison.Ordinal); // it was not asked
+        // it was not asked
+        Assert.Contains("tolerates no other writer", Refusal("--share-image"), StringComparison.Ordinal);
         using ServerProcess reader = Target("--readonly");
         first.Kill();
         using ServerProcess next = Target(); // the reader is in nobody's way
@@ -64,7 +71,8 @@ public sealed class SharingTests : IDisposable
             try
             {
                 Wait.Until(
-                    () => started.Count(s => s.Process.HasExited) >= 3 && started.All(s => s.Process.HasExited || ServerProcess.Listens(s.Socket)),
+                    () => started.Count(s => s.Process.HasExited) >= 3
+                        && started.All(s => s.Process.HasExited || ServerProcess.Listens(s.Socket)),
                     "three were refused");
                 Assert.Equal(1, started.Count(s => !s.Process.HasExited));
             }
@@ -85,7 +93,8 @@ public sealed class SharingTests : IDisposable
     public async Task Qemu_and_this_program_do_not_write_at_the_same_time()
     {
         Assert.SkipWhen(Tool.Find("qemu-io") is null || Tool.Find("qemu-nbd") is null, "qemu-io or qemu-nbd is absent");
-        string[] write = ["-f", "raw", "-c", "write 0 4k", _image]; // it tolerates other writers, as a guest's disk does not
+        // it tolerates other writers, as a guest's disk does not
+        string[] write = ["-f", "raw", "-c", "write 0 4k", _image];
         using (Target())
         {
             ToolResult refused = await Tool.Run("qemu-io", write);
@@ -101,7 +110,10 @@ public sealed class SharingTests : IDisposable
         try
         {
             Wait.Until(() => ServerProcess.Listens(socket), "qemu-nbd listens");
-            Assert.Contains($"is in use by qemu-nbd (process {qemu.Id}): another program writes it", Refusal(), StringComparison.Ordinal);
+            Assert.Contains(
+                $"is in use by qemu-nbd (process {qemu.Id}): another program writes it",
+                Refusal(),
+                StringComparison.Ordinal);
             using (Target("--share-image"))
             {
                 // Both are meant to share.
@@ -109,7 +121,8 @@ public sealed class SharingTests : IDisposable
 
             Assert.Contains(
                 $"is in use by qemu-nbd (process {qemu.Id}): another program writes it",
-                Assert.Throws<InvalidOperationException>(() => ServerProcess.StartMode("--cow-target", _folder, _image)).Message,
+                Assert.Throws<InvalidOperationException>(
+                    () => ServerProcess.StartMode("--cow-target", _folder, _image)).Message,
                 StringComparison.Ordinal);
         }
         finally
@@ -128,19 +141,31 @@ public sealed class SharingTests : IDisposable
         using (ServerProcess server = ServerProcess.StartMode("--cow-target", _folder, _image, "--cow-layer", layer))
         {
             string who = $"in use by xnbd-server (process {server.Id})";
-            Assert.Contains($"'{_image}' is {who}: another program relies on its staying as it is", Refusal(), StringComparison.Ordinal);
-            foreach (string[] work in (string[][])[["commit", layer], ["discard", layer], ["export", layer, _folder.File("out")]])
-                Assert.Contains($"layer '{layer}' is {who}", (await Tool.Run(Layers.Program, work)).Errors, StringComparison.Ordinal);
+            Assert.Contains(
+                $"'{_image}' is {who}: another program relies on its staying as it is",
+                Refusal(),
+                StringComparison.Ordinal);
+            string[][] works = [["commit", layer], ["discard", layer], ["export", layer, _folder.File("out")]];
+            foreach (string[] work in works)
+            {
+                ToolResult refused = await Tool.Run(Layers.Program, work);
+                Assert.Contains($"layer '{layer}' is {who}", refused.Errors, StringComparison.Ordinal);
+            }
         }
 
-        using var first = ServerProcess.Start(_folder.File("p"), ["--proxy", "--unix", _folder.File("p"), .. proxy, _folder.File("ctl")]);
-        ToolResult second = await Tool.Run(ServerProcess.Executable, ["--proxy", "--unix", _folder.File("p2"), .. proxy, _folder.File("ctl2")]);
-        Assert.Contains($"the map '{map}' is in use by xnbd-server (process {first.Id})", second.Errors, StringComparison.Ordinal);
+        using var first = ServerProcess.Start(
+            _folder.File("p"), ["--proxy", "--unix", _folder.File("p"), .. proxy, _folder.File("ctl")]);
+        ToolResult second = await Tool.Run(
+            ServerProcess.Executable, ["--proxy", "--unix", _folder.File("p2"), .. proxy, _folder.File("ctl2")]);
+        Assert.Contains(
+            $"the map '{map}' is in use by xnbd-server (process {first.Id})", second.Errors, StringComparison.Ordinal);
         ToolResult target = await Tool.Run(ServerProcess.Executable, "--target", "--unix", _folder.File("t"), cache);
-        Assert.Contains($"'{cache}' is in use by xnbd-server (process {first.Id})", target.Errors, StringComparison.Ordinal);
+        Assert.Contains(
+            $"'{cache}' is in use by xnbd-server (process {first.Id})", target.Errors, StringComparison.Ordinal);
         await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--cache-all", _folder.File("ctl"));
         await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--switch", _folder.File("ctl"));
-        target = await Tool.Run(ServerProcess.Executable, "--target", "--unix", _folder.File("t"), cache); // it is a target like any other now
+        // it is a target like any other now
+        target = await Tool.Run(ServerProcess.Executable, "--target", "--unix", _folder.File("t"), cache);
         Assert.Contains($"(process {first.Id}): another program writes it", target.Errors, StringComparison.Ordinal);
     }
 
@@ -229,7 +254,14 @@ public sealed class SharingTests : IDisposable
     {
         using ServerProcess remote = Target("--readonly");
         using var super = new SuperServer(
-            _folder, "--proxy", "--inetd", "unix:" + remote.SocketPath, "-", _folder.File("cache.img"), _folder.File("cache.map"), _folder.File("ctl"));
+            _folder,
+            "--proxy",
+            "--inetd",
+            "unix:" + remote.SocketPath,
+            "-",
+            _folder.File("cache.img"),
+            _folder.File("cache.map"),
+            _folder.File("ctl"));
         using NbdTestClient client = super.Open();
         Assert.False(IsMultiConn(client));
     }
@@ -274,6 +306,7 @@ public sealed class SharingTests : IDisposable
         // With layers, which go with their connections: one connection, so what it reads back is what it wrote.
         using var layers = new SuperServer(_folder, "--cow-target", "--inetd", _folder.Sparse("golden.img", Size));
         using (layers.Open())
-            Assert.Contains("can_multi_conn: false", await Tool.Succeed("nbdinfo", layers.Uri), StringComparison.Ordinal);
+            Assert.Contains(
+                "can_multi_conn: false", await Tool.Succeed("nbdinfo", layers.Uri), StringComparison.Ordinal);
     }
 }

@@ -4,7 +4,10 @@ using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
 
-/// <summary>Files that are not what their names promise: FIFOs, links, formats of others. Nothing hangs, and nothing of others is lost.</summary>
+/// <summary>
+/// Files that are not what their names promise: FIFOs, links, formats of others. Nothing hangs, and nothing of others
+/// is lost.
+/// </summary>
 public sealed class StrangeFileTests : IDisposable
 {
     private readonly TempFolder _folder = new();
@@ -71,19 +74,25 @@ public sealed class StrangeFileTests : IDisposable
         string from = "unix:" + remote.SocketPath;
         string[] unix = ["--unix", _folder.File("u")];
         foreach (string[] args in (string[][])[
-            ["--target", fifo], ["--target", "--readonly", fifo], ["--cow-target", fifo], ["--cow-target", "--cow-layer", layer, fifo],
+            ["--target", fifo], ["--target", "--readonly", fifo], ["--cow-target", fifo],
+            ["--cow-target", "--cow-layer", layer, fifo],
             ["--cow-target", "--cow-layer", fifo, _image], ["--cow-target", "--readonly", "--cow-layer", fifo, _image],
-            ["--cow-target", "--cow-layer", fifo, "--cow-layer", layer, _image], ["--target", "--logpath", fifo, "--readonly", _image],
-            ["--proxy", from, "-", fifo, _folder.File("m"), _folder.File("c")], ["--proxy", from, "-", _folder.File("i"), fifo, _folder.File("c")]])
+            ["--cow-target", "--cow-layer", fifo, "--cow-layer", layer, _image],
+            ["--target", "--logpath", fifo, "--readonly", _image],
+            ["--proxy", from, "-", fifo, _folder.File("m"), _folder.File("c")],
+            ["--proxy", from, "-", _folder.File("i"), fifo, _folder.File("c")]])
         {
             ToolResult refused = await Tool.Run("timeout", ["20", ServerProcess.Executable, .. unix, .. args]);
             Assert.True(refused.ExitCode == 1, $"{string.Join(' ', args)}: {refused.ExitCode} {refused.Errors}");
-            Assert.Matches("neither a regular file nor a block device|no regular file|that nobody reads", refused.Errors);
+            Assert.Matches(
+                "neither a regular file nor a block device|no regular file|that nobody reads", refused.Errors);
         }
 
         foreach (string[] args in (string[][])[
-            ["info", fifo], ["commit", fifo], ["discard", fifo], ["diff", fifo], ["export", fifo, _folder.File("o")], ["rebase", fifo, _image],
-            ["rebase", layer, fifo], ["rebase", layer, fifo, "--base-is-layer"], ["commit", layer, "--base", fifo], ["diff", layer, "--base", fifo]])
+            ["info", fifo], ["commit", fifo], ["discard", fifo], ["diff", fifo], ["export", fifo, _folder.File("o")],
+            ["rebase", fifo, _image],
+            ["rebase", layer, fifo], ["rebase", layer, fifo, "--base-is-layer"], ["commit", layer, "--base", fifo],
+            ["diff", layer, "--base", fifo]])
         {
             ToolResult refused = await Tool.Run("timeout", ["20", Layers.Program, .. args]);
             Assert.True(refused.ExitCode == 1, $"{string.Join(' ', args)}: {refused.ExitCode} {refused.Errors}");
@@ -105,7 +114,10 @@ public sealed class StrangeFileTests : IDisposable
             Wait.Until(() => (server = TryStart(fifo)) is not null, "the server finds a reader");
             using (server)
             {
-                Assert.Contains("serving", await reader.StandardOutput.ReadLineAsync() + await reader.StandardOutput.ReadLineAsync(), StringComparison.Ordinal);
+                Assert.Contains(
+                    "serving",
+                    await reader.StandardOutput.ReadLineAsync() + await reader.StandardOutput.ReadLineAsync(),
+                    StringComparison.Ordinal);
                 for (int i = 0; i < 2000; i++)
                     server!.Open().Dispose(); // far more than the pipe holds
                 Assert.Equal(0, server!.Stop());
@@ -131,8 +143,10 @@ public sealed class StrangeFileTests : IDisposable
 
     public static TheoryData<string, string> Formats => new()
     {
-        { "qcow2", "qcow2" }, { "qcow", "qcow" }, { "vmdk", "vmdk" }, { "vmdk -o subformat=twoGbMaxExtentSparse", "vmdk" }, { "vhdx", "vhdx" },
-        { "vdi", "vdi" }, { "vpc", "vpc" }, { "vpc -o subformat=fixed", "vpc" }, { "qed", "qed" }, { "parallels", "parallels" },
+        { "qcow2", "qcow2" }, { "qcow", "qcow" }, { "vmdk", "vmdk" },
+        { "vmdk -o subformat=twoGbMaxExtentSparse", "vmdk" }, { "vhdx", "vhdx" },
+        { "vdi", "vdi" }, { "vpc", "vpc" }, { "vpc -o subformat=fixed", "vpc" }, { "qed", "qed" },
+        { "parallels", "parallels" },
     };
 
     [Theory]

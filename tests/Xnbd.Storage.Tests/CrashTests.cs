@@ -9,10 +9,11 @@ using Xnbd.Storage.Threads;
 namespace Xnbd.Storage.Tests;
 
 /// <summary>
-/// A layer, or a cache with its map in a file of its own, on a file that loses what was not synced. Seeded schedules: random operations, a death of the machine or of the
-/// process at a random system call (in the middle of a commit, too), opening again, comparing, and so on.
-/// What may be found in a sector after the machine died: what the last flush or durable write covered, or anything
-/// written since. After the process died: the last completed write, or what was under way.
+/// A layer, or a cache with its map in a file of its own, on a file that loses what was not synced. Seeded schedules:
+/// random operations, a death of the machine or of the process at a random system call (in the middle of a commit,
+/// too), opening again, comparing, and so on. What may be found in a sector after the machine died: what the last flush
+/// or durable write covered, or anything written since. After the process died: the last completed write, or what was
+/// under way.
 /// </summary>
 public sealed class CrashTests
 {
@@ -22,7 +23,8 @@ public sealed class CrashTests
     private const long Length = (Blocks * BlockRange.BlockSize) - (3 * Sector); // a short last block
 
     // Operations stay near the start, a border of the map's pages, and the end.
-    private static readonly long[] s_places = [0, (MapLayout.BlocksPerPage - 3) * SectorsPerBlock, (Length / Sector) - 40];
+    private static readonly long[] s_places =
+        [0, (MapLayout.BlocksPerPage - 3) * SectorsPerBlock, (Length / Sector) - 40];
     private const int PlaceSectors = 40;
 
     private static readonly MemoryDisk s_base = MakeBase();
@@ -30,7 +32,8 @@ public sealed class CrashTests
     [Fact]
     public void No_schedule_of_deaths_loses_what_was_promised_or_shows_what_was_never_written()
     {
-        int schedules = int.Parse(Environment.GetEnvironmentVariable("XNBD_CRASH_SCHEDULES") ?? "10000", CultureInfo.InvariantCulture);
+        int schedules = int.Parse(
+            Environment.GetEnvironmentVariable("XNBD_CRASH_SCHEDULES") ?? "10000", CultureInfo.InvariantCulture);
         int seed = int.Parse(Environment.GetEnvironmentVariable("XNBD_SEED") ?? "20264", CultureInfo.InvariantCulture);
         int deaths = 0;
         Parallel.For(0, schedules, i =>
@@ -70,7 +73,8 @@ public sealed class CrashTests
         private readonly Random _random;
         private readonly LossyFile _file;
         private readonly long _start = (MapLayout.FileLength(Length) + 0xfffff) & ~0xfffffL;
-        private readonly Dictionary<long, List<ulong>> _model = []; // what a sector may hold; the last one is what it holds
+        // what a sector may hold; the last one is what it holds
+        private readonly Dictionary<long, List<ulong>> _model = [];
         private Guid _boot = Guid.NewGuid();
         private OverlayDisk _disk;
         private readonly bool _isCache;
@@ -116,12 +120,14 @@ public sealed class CrashTests
                 {
                     Deaths++;
                 }
-                catch (DiskException failure) when (failure.Message.Contains(nameof(CrashException), StringComparison.Ordinal))
+                catch (DiskException failure) when (
+                    failure.Message.Contains(nameof(CrashException), StringComparison.Ordinal))
                 {
                     Deaths++; // amid a commit
                 }
 
-                _file.OperationsLeft = _random.Next(4) == 0 ? _random.Next(4) : int.MaxValue; // it may die again as it opens
+                // it may die again as it opens
+                _file.OperationsLeft = _random.Next(4) == 0 ? _random.Next(4) : int.MaxValue;
                 bool isPowerLoss = Die();
                 while (true)
                 {
@@ -157,7 +163,8 @@ public sealed class CrashTests
                     Write(isDurable: false); // comes too late for the commit that is under way
             };
             return _isCache
-                ? new CachingDisk(s_base, local, map, readOnly: false, new CacheLimits(16, Fetch.MaxBytes), _ => { }, _toStore.Add)
+                ? new CachingDisk(
+                    s_base, local, map, readOnly: false, new CacheLimits(16, Fetch.MaxBytes), _ => { }, _toStore.Add)
                 : new CowDisk(s_base, local, map, readOnly: false);
         }
 
@@ -194,7 +201,8 @@ public sealed class CrashTests
                 StoreFetched();
             switch (_random.Next(12))
             {
-                case 11 when _disk is CachingDisk cache && cache.Statistics.WrittenBlocks == 0 && (cache.Map.Header.Flags & MapFlags.MayHoldWrites) == 0:
+                case 11 when _disk is CachingDisk cache && cache.Statistics.WrittenBlocks == 0
+                    && (cache.Map.Header.Flags & MapFlags.MayHoldWrites) == 0:
                     Invalidate(cache);
                     break;
                 case 10:
@@ -209,11 +217,17 @@ public sealed class CrashTests
                 case < 7:
                     ZeroMode mode = _random.Next(2) == 0 ? ZeroMode.None : ZeroMode.MayPunch;
                     (long start, int length) = Range();
-                    Change(start, length, _ => 0, isDurable, () => Wait(_disk.ZeroAsync(start * Sector, (long)length * Sector, mode, isDurable)));
+                    Change(
+                        start,
+                        length,
+                        _ => 0,
+                        isDurable,
+                        () => Wait(_disk.ZeroAsync(start * Sector, (long)length * Sector, mode, isDurable)));
                     break;
                 case 7:
                     (long sector, int count) = Range();
-                    (long first, long end) = ((sector + SectorsPerBlock - 1) / SectorsPerBlock * SectorsPerBlock, sector + count);
+                    (long first, long end) = (
+                        (sector + SectorsPerBlock - 1) / SectorsPerBlock * SectorsPerBlock, sector + count);
                     if (end * Sector < Length)
                         end = end / SectorsPerBlock * SectorsPerBlock;
                     if (end > first)
@@ -229,7 +243,9 @@ public sealed class CrashTests
             }
         }
 
-        /// <summary>Afterwards all is as in the base, also what a death of the process has left of a write that was under way.</summary>
+        /// <summary>
+        /// Afterwards all is as in the base, also what a death of the process has left of a write that was under way.
+        /// </summary>
         private void Invalidate(CachingDisk cache)
         {
             foreach ((long sector, List<ulong> values) in _model)
@@ -314,10 +330,17 @@ public sealed class CrashTests
                     Wait(_disk.ReadAsync(sector * Sector, bytes));
                 ulong found = MemoryMarshal.Read<ulong>(bytes);
                 bool isWhole = !MemoryMarshal.Cast<byte, ulong>(bytes.AsSpan()).ContainsAnyExcept(found);
-                IEnumerable<ulong> allowed = isExact ? values.TakeLast(1 + _underWay.GetValueOrDefault(sector)) : values;
+                IEnumerable<ulong> allowed = isExact
+                    ? values.TakeLast(1 + _underWay.GetValueOrDefault(sector))
+                    : values;
 
                 if (!isWhole || !allowed.Contains(found))
-                    Assert.Fail($"seed {_seed}: sector {sector} holds {found:x}, not one of {string.Join(", ", allowed.Select(v => v.ToString("x", CultureInfo.InvariantCulture)))}");
+                {
+                    string expected = string.Join(
+                        ", ", allowed.Select(v => v.ToString("x", CultureInfo.InvariantCulture)));
+                    Assert.Fail($"seed {_seed}: sector {sector} holds {found:x}, not one of {expected}");
+                }
+
                 if (!isExact)
                 {
                     values.Clear();

@@ -70,7 +70,8 @@ public sealed class ImageFileTests : IDisposable
                 byte[] read = new byte[length];
                 if (random.Next(2) == 0 || !image.TryRead(offset, read))
                     await image.ReadAsync(offset, read);
-                Assert.True(model.AsSpan(offset, length).SequenceEqual(read), $"seed {seed}: read of {length} at {offset}");
+                Assert.True(
+                    model.AsSpan(offset, length).SequenceEqual(read), $"seed {seed}: read of {length} at {offset}");
                 break;
         }
     }
@@ -125,7 +126,8 @@ public sealed class ImageFileTests : IDisposable
         var extents = new ExtentList(10);
         await image.GetExtentsAsync(1000, (1 << 20) - 1000, extents);
         Assert.Equal(
-            [new((256 * 1024) - 1000, true, 1), new(65536, false, 1), new((1 << 20) - (320 * 1024), true, 1)], extents.Extents);
+            [new((256 * 1024) - 1000, true, 1), new(65536, false, 1), new((1 << 20) - (320 * 1024), true, 1)],
+            extents.Extents);
 
         var few = new ExtentList(2);
         await image.GetExtentsAsync(0, 1 << 20, few);
@@ -145,7 +147,8 @@ public sealed class ImageFileTests : IDisposable
         using (ImageFile written = ImageFile.Open(path, readOnly: false))
         {
             Assert.True(written.TryWrite(512 * 1024, data));
-            Assert.Equal(FileRange.None, written.TryLocate(0, 1 << 20, findHoles: true)); // its pages may change in place
+            // its pages may change in place
+            Assert.Equal(FileRange.None, written.TryLocate(0, 1 << 20, findHoles: true));
             using ImageFile read = ImageFile.Open(path, readOnly: true);
             Assert.Equal(FileRange.None, read.TryLocate(0, 1 << 20, findHoles: true)); // the same pages
         }
@@ -217,19 +220,25 @@ public sealed class ImageFileTests : IDisposable
         Assert.Throws<DiskException>(() => Locate(layerBase, 256 * 1024));
         Assert.Contains(
             "has become shorter",
-            Assert.Throws<DiskException>(() => image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None)).Message,
+            Assert.Throws<DiskException>(
+                () => image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None)).Message,
             StringComparison.Ordinal);
-        Assert.DoesNotContain(Directory.GetFiles(Folder(inMemory).Path), file => file.Contains("snapshot", StringComparison.Ordinal));
-        await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync()); // nobody is told that all is well
+        Assert.DoesNotContain(
+            Directory.GetFiles(Folder(inMemory).Path), file => file.Contains("snapshot", StringComparison.Ordinal));
+        // nobody is told that all is well
+        await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
 
         static void Locate(ImageFile image, long offset)
         {
-            if (image.TryLocate(offset, 65536, findHoles: true) == FileRange.None && !image.TryRead(offset, new byte[65536]))
+            if (image.TryLocate(offset, 65536, findHoles: true) == FileRange.None
+                && !image.TryRead(offset, new byte[65536]))
                 image.ReadAsync(offset, new byte[65536]).AsTask().GetAwaiter().GetResult();
         }
     }
 
-    /// <summary>In memory the kernel goes through all pages of the data to find its end; on a disk, through its extents.</summary>
+    /// <summary>
+    /// In memory the kernel goes through all pages of the data to find its end; on a disk, through its extents.
+    /// </summary>
     [Fact]
     public async Task A_question_about_a_part_of_a_large_image_takes_no_longer_than_of_a_small_one()
     {
@@ -270,7 +279,12 @@ public sealed class ImageFileTests : IDisposable
         await image.ZeroAsync((1 << 20) + 4096, 400_000 / 4096 * 4096, ZeroMode.MayPunch, durable: false);
         const int hole = 400_000 / 4096 * 4096;
         Assert.Equal(
-            [new Extent((1 << 20) + 4096, false, 1), new Extent(hole, true, 1), new Extent((3 << 20) - 4096 - hole, false, 1)], await Ask());
+            [
+                new Extent((1 << 20) + 4096, false, 1),
+                new Extent(hole, true, 1),
+                new Extent((3 << 20) - 4096 - hole, false, 1),
+            ],
+            await Ask());
         await image.WriteAsync(1 << 20, new byte[1 << 20].Select(_ => (byte)1).ToArray(), durable: false);
         Assert.Equal([new Extent(4 << 20, false, 1)], await Ask());
 
@@ -325,10 +339,14 @@ public sealed class ImageFileTests : IDisposable
         Assert.Contains("No such file", Refusal(_disk.File("absent")), StringComparison.Ordinal);
         Assert.Contains("Is a directory", Refusal(_disk.Path), StringComparison.Ordinal);
         Assert.Contains("neither", Refusal("/dev/null"), StringComparison.Ordinal);
-        Assert.Contains("Is a directory", Assert.Throws<DiskException>(() => ImageFile.Open(_disk.Path, readOnly: true)).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "Is a directory",
+            Assert.Throws<DiskException>(() => ImageFile.Open(_disk.Path, readOnly: true)).Message,
+            StringComparison.Ordinal);
     }
 
-    private static string Refusal(string path) => Assert.Throws<DiskException>(() => ImageFile.Open(path, readOnly: false)).Message;
+    private static string Refusal(string path)
+        => Assert.Throws<DiskException>(() => ImageFile.Open(path, readOnly: false)).Message;
 
     [Fact]
     public async Task A_full_file_system_is_an_error_of_the_write_alone()
@@ -384,7 +402,8 @@ public sealed class ImageFileTests : IDisposable
                 data.CopyTo(model, offset);
                 offset = random.Next(model.Length - 20000);
                 length = random.Next(20000);
-                await image.ZeroAsync(offset, length, random.Next(2) == 0 ? ZeroMode.MayPunch : ZeroMode.None, durable: false);
+                await image.ZeroAsync(
+                    offset, length, random.Next(2) == 0 ? ZeroMode.MayPunch : ZeroMode.None, durable: false);
                 model.AsSpan(offset, length).Clear();
             }
 
@@ -392,7 +411,8 @@ public sealed class ImageFileTests : IDisposable
             await image.ReadAsync(0, all);
             Assert.Equal(model, all);
 
-            await Assert.ThrowsAsync<DiskException>(async () => await image.ZeroAsync(100, 8192, ZeroMode.MayPunch | ZeroMode.FastOnly, false));
+            await Assert.ThrowsAsync<DiskException>(
+                async () => await image.ZeroAsync(100, 8192, ZeroMode.MayPunch | ZeroMode.FastOnly, false));
             await image.TrimAsync(100, 1 << 20, durable: true);
         }
         finally
@@ -422,8 +442,10 @@ public sealed class ImageFileTests : IDisposable
 
             // The kernel reports a failure once; this image does not forget it.
             await Assert.ThrowsAsync<DiskException>(async () => await image.FlushAsync());
-            await Assert.ThrowsAsync<DiskException>(async () => await image.WriteAsync(0, new byte[4096], durable: true));
-            await Assert.ThrowsAsync<DiskException>(async () => await image.ZeroAsync(0, 4096, ZeroMode.None, durable: true));
+            await Assert.ThrowsAsync<DiskException>(
+                async () => await image.WriteAsync(0, new byte[4096], durable: true));
+            await Assert.ThrowsAsync<DiskException>(
+                async () => await image.ZeroAsync(0, 4096, ZeroMode.None, durable: true));
             await image.WriteAsync(0, new byte[4096], durable: false);
             await image.ReadAsync(0, new byte[4096]);
         }
@@ -474,8 +496,8 @@ public sealed class ImageFileTests : IDisposable
         => long.Parse(await Tool.Succeed("stat", "-c", "%b", path), System.Globalization.CultureInfo.InvariantCulture);
 
     /// <summary>
-    /// Layers know their base by the time of its last change. Old file systems keep that to the second: what happens within the
-    /// second in which a layer was bound must be noticed, too.
+    /// Layers know their base by the time of its last change. Old file systems keep that to the second: what happens
+    /// within the second in which a layer was bound must be noticed, too.
     /// </summary>
     [Theory]
     [InlineData("-I128")]

@@ -95,7 +95,8 @@ public sealed class LayerTests : IDisposable
         Assert.Throws<InUseException>(() => Open());
         Assert.Throws<InUseException>(() => Open(layers: [Layer, top2]));
         Assert.Throws<InUseException>(() => ImageFile.Open(_base, readOnly: false, ImageUse.Alone));
-        Assert.Throws<InUseException>(() => ImageFile.Open(_base, readOnly: false)); // somebody relies on its staying as it is
+        // somebody relies on its staying as it is
+        Assert.Throws<InUseException>(() => ImageFile.Open(_base, readOnly: false));
         using ImageFile reader = ImageFile.Open(_base, readOnly: true);
     }
 
@@ -107,7 +108,10 @@ public sealed class LayerTests : IDisposable
         Open(layers: [Layer, top]).Dispose();
         using (Disk disk = Open())
             Assert.True(disk.TryWrite(0, new byte[4096]));
-        Assert.Contains("is not as it was", Assert.Throws<DiskException>(() => Open(layers: [Layer, top])).Message, StringComparison.Ordinal);
+        Assert.Contains(
+            "is not as it was",
+            Assert.Throws<DiskException>(() => Open(layers: [Layer, top])).Message,
+            StringComparison.Ordinal);
         string swapped = Assert.Throws<DiskException>(() => Open(layers: [top, Layer])).Message;
         Assert.Contains("it is an image, and was a layer", swapped, StringComparison.Ordinal);
     }
@@ -118,7 +122,8 @@ public sealed class LayerTests : IDisposable
         foreach (byte[] content in (byte[][])[[], new byte[100], new byte[100_000], File.ReadAllBytes(_base)])
         {
             File.WriteAllBytes(Layer, content);
-            Assert.Contains("no xNBD layer", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
+            Assert.Contains(
+                "no xNBD layer", Assert.Throws<DiskException>(() => Open()).Message, StringComparison.Ordinal);
             Assert.Equal(content, File.ReadAllBytes(Layer));
         }
     }
@@ -308,7 +313,8 @@ public sealed class LayerTests : IDisposable
             DataStart = 1 << 20,
             Source = new SourceIdentity("x", 1 << 20, 5, 6),
         });
-        using var disk = new CowDisk(new MemoryDisk(1 << 20), new LossyDisk(file, 1 << 20, 1 << 20), map, readOnly: false);
+        using var disk = new CowDisk(
+            new MemoryDisk(1 << 20), new LossyDisk(file, 1 << 20, 1 << 20), map, readOnly: false);
         await disk.WriteAsync(0, new byte[4096], durable: false);
         store.IsFull = true;
         var failure = await Assert.ThrowsAsync<DiskException>(async () => await disk.FlushAsync());
@@ -374,7 +380,8 @@ public sealed class LayerTests : IDisposable
     {
         Assert.Throws<DiskException>(() => Open(layers: [_folder.File("no/such/folder")]));
         Assert.Throws<DiskException>(() => Open(readOnly: true)); // absent, and not to be made
-        Assert.Throws<DiskException>(() => LayerStack.OpenKept(_folder.File("nothing"), [Layer], false, false, _ => { }));
+        Assert.Throws<DiskException>(
+            () => LayerStack.OpenKept(_folder.File("nothing"), [Layer], false, false, _ => { }));
         Assert.Equal([_base], Directory.GetFiles(_folder.Path));
         File.WriteAllBytes(Layer + ".partial", [1]); // somebody's
         Open().Dispose();

@@ -6,8 +6,8 @@ namespace Xnbd.Storage.Tests;
 public sealed class CrashException : Exception;
 
 /// <summary>
-/// A file whose writes are volatile until they are synced. When the machine dies, each sector keeps what it had at the last
-/// sync, or any one of the versions written since: in any combination. When only the process dies, all is kept.
+/// A file whose writes are volatile until they are synced. When the machine dies, each sector keeps what it had at the
+/// last sync, or any one of the versions written since: in any combination. When only the process dies, all is kept.
 /// A countdown makes it die during an operation: a write is then carried out in part.
 /// </summary>
 internal sealed class LossyFile(Random random)
@@ -71,7 +71,8 @@ internal sealed class LossyFile(Random random)
         if (life != Life)
             throw new CrashException();
         bool dies = OperationsLeft-- <= 0;
-        int unit = data.Length % Sector == 0 ? Sector : sizeof(ulong); // what is not torn: a sector, or a word of the map
+        // what is not torn: a sector, or a word of the map
+        int unit = data.Length % Sector == 0 ? Sector : sizeof(ulong);
         int end = dies ? random.Next((data.Length / unit) + 1) * unit : data.Length;
         for (int done = 0; done < end;)
         {
@@ -117,7 +118,9 @@ internal sealed class LossyFile(Random random)
     }
 
     private byte[]? Newest(long sector)
-        => _volatile.TryGetValue(sector, out List<byte[]>? versions) ? versions[^1] : _durable.GetValueOrDefault(sector);
+        => _volatile.TryGetValue(sector, out List<byte[]>? versions)
+            ? versions[^1]
+            : _durable.GetValueOrDefault(sector);
 }
 
 /// <summary>A part of a lossy file as the place of a map.</summary>
@@ -179,7 +182,8 @@ internal sealed class LossyDisk(LossyFile file, long start, long length, bool is
     public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
         => WriteAsync(offset, new byte[length], durable);
 
-    public override ValueTask TrimAsync(long offset, long length, bool durable) => ZeroAsync(offset, length, ZeroMode.MayPunch, durable);
+    public override ValueTask TrimAsync(long offset, long length, bool durable)
+        => ZeroAsync(offset, length, ZeroMode.MayPunch, durable);
 
     public override ValueTask FlushAsync()
     {

@@ -3,7 +3,9 @@ using Xnbd.Storage.Maps;
 
 namespace Xnbd.Storage.Tests;
 
-/// <summary>The format of maps on disk stays as it is: the bytes of one map, written down. See docs/formats.md.</summary>
+/// <summary>
+/// The format of maps on disk stays as it is: the bytes of one map, written down. See docs/formats.md.
+/// </summary>
 public sealed class MapFormatTests
 {
     private const int BlocksPerPage = 16256;
@@ -18,7 +20,10 @@ public sealed class MapFormatTests
         Flags = MapFlags.Committing | MapFlags.BaseIsLayer,
         DataStart = 1 << 20,
         Source = new SourceIdentity(
-            "/images/größe.img", ((BlocksPerPage + 10L) * 4096) - 100, -5, new UInt128(0x0102030405060708, 0x090a0b0c0d0e0f10)),
+            "/images/größe.img",
+            ((BlocksPerPage + 10L) * 4096) - 100,
+            -5,
+            new UInt128(0x0102030405060708, 0x090a0b0c0d0e0f10)),
         Generation = 7,
         CommitPosition = 0x123456789a,
     };
@@ -94,7 +99,8 @@ public sealed class MapFormatTests
             while (at < bytes.Length && bytes.AsSpan(at, 8).ContainsAnyExcept((byte)0))
                 at += 8;
             if (at > start)
-                runs.Add(string.Create(CultureInfo.InvariantCulture, $"{start} {Convert.ToHexStringLower(bytes[start..at])}"));
+                runs.Add(string.Create(
+                    CultureInfo.InvariantCulture, $"{start} {Convert.ToHexStringLower(bytes[start..at])}"));
         }
 
         return runs;

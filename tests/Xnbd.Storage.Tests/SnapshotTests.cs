@@ -13,7 +13,8 @@ public sealed class SnapshotTests : IDisposable
     public void Dispose() => _folder.Dispose();
 
     [Fact]
-    public async Task A_snapshot_holds_a_prefix_of_the_writes_by_copy() => await CheckPrefix(_folder.Path, isReflink: false);
+    public async Task A_snapshot_holds_a_prefix_of_the_writes_by_copy()
+        => await CheckPrefix(_folder.Path, isReflink: false);
 
     [Theory]
     [InlineData("xfs")]
@@ -62,7 +63,8 @@ public sealed class SnapshotTests : IDisposable
                 await Task.Delay(30);
                 int before = Count(history), after = 0;
                 SnapshotResult snapshot = image.TakeSnapshot(
-                    DateTimeOffset.UnixEpoch.AddSeconds(1000), () => after = Count(history), _ => { }, CancellationToken.None);
+                    DateTimeOffset.UnixEpoch.AddSeconds(1000), () => after = Count(history),
+                    _ => { }, CancellationToken.None);
                 snapshots.Add((snapshot, before, after));
             }
         }
@@ -87,7 +89,8 @@ public sealed class SnapshotTests : IDisposable
             }
 
             int last = found.Max();
-            Assert.InRange(last, before - 1, after); // what was replied to before is in it (the last one may be under way)
+            // what was replied to before is in it (the last one may be under way)
+            Assert.InRange(last, before - 1, after);
             int[] expected = new int[blocks];
             for (int n = 1; n <= last; n++)
                 expected[history[n - 1]] = n;
@@ -173,7 +176,8 @@ public sealed class SnapshotTests : IDisposable
         string path = _folder.Sparse("image", 4096);
         File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite);
         using ImageFile image = ImageFile.Open(path, readOnly: false);
-        SnapshotResult snapshot = image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
+        SnapshotResult snapshot = image.TakeSnapshot(
+            DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
         Assert.Equal(UnixFileMode.UserRead | UnixFileMode.UserWrite, File.GetUnixFileMode(snapshot.Path));
     }
 
@@ -189,7 +193,8 @@ public sealed class SnapshotTests : IDisposable
             file.Write([1]);
         }
 
-        SnapshotResult snapshot = image.TakeSnapshot(DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
+        SnapshotResult snapshot = image.TakeSnapshot(
+            DateTimeOffset.UtcNow, () => { }, _ => { }, CancellationToken.None);
         Assert.SkipWhen(snapshot.IsReflink, "this file system shares blocks");
         Assert.Equal(before, File.ReadAllBytes(snapshot.Path));
     }

@@ -4,12 +4,13 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// Finds where data, holes and the end of an image's file are. Looking for them must not slow down reads and writes: it uses
-/// an opening of its own (<c>lseek</c> locks its opening), no call walks through more than is asked for, and the last run of
-/// data that was found is remembered. Holes may have been made in a remembered run by another program; to call a hole data
-/// is never wrong.
+/// Finds where data, holes and the end of an image's file are. Looking for them must not slow down reads and writes: it
+/// uses an opening of its own (<c>lseek</c> locks its opening), no call walks through more than is asked for, and the
+/// last run of data that was found is remembered. Holes may have been made in a remembered run by another program; to
+/// call a hole data is never wrong.
 /// <para>
-/// Threads: any thread may call any method. <c>_lastRunLock</c> guards the remembered run; no other lock is taken under it.
+/// Threads: any thread may call any method. <c>_lastRunLock</c> guards the remembered run; no other lock is taken under
+/// it.
 /// </para>
 /// </summary>
 internal sealed class DataFinder : IDisposable
@@ -20,8 +21,8 @@ internal sealed class DataFinder : IDisposable
     public const int StepBytes = 64 * 1024;
 
     /// <summary>
-    /// How much data one question about extents walks through in memory, in bytes: a millisecond. The answer ends there, and
-    /// the client asks on.
+    /// How much data one question about extents walks through in memory, in bytes: a millisecond. The answer ends
+    /// there, and the client asks on.
     /// </summary>
     private const long MaxWalkBytes = 256 << 20;
 
@@ -127,14 +128,15 @@ internal sealed class DataFinder : IDisposable
     /// <param name="end">Where the image ends now.</param>
     public DiskException TooShort(long offset, long end) => new(
         DiskError.Io,
-        $"'{_path}' has become shorter: it ends at {Math.Max(0, end)} and not at {_length}; what stood at {offset} is lost");
+        $"'{_path}' has become shorter: it ends at {Math.Max(0, end)} and not at {_length}; "
+            + $"what stood at {offset} is lost");
 
     /// <inheritdoc/>
     public void Dispose() => _ownOpening?.Dispose();
 
     /// <summary>
-    /// Where the image ends now: before its length if it has become shorter since it was opened. What stood behind that end
-    /// is lost, and no hole: whoever asks for it gets an error, never zeroes.
+    /// Where the image ends now: before its length if it has become shorter since it was opened. What stood behind that
+    /// end is lost, and no hole: whoever asks for it gets an error, never zeroes.
     /// </summary>
     /// <param name="offset">An offset that somebody asks about.</param>
     /// <exception cref="DiskException">The image ends at or before that offset, or its end is not known.</exception>
@@ -176,8 +178,8 @@ internal sealed class DataFinder : IDisposable
     }
 
     /// <summary>
-    /// Finds where data ends in memory. SEEK_HOLE would go through all pages of the data, up to the end of the file, and hold
-    /// a lock meanwhile for which writers wait. SEEK_DATA at an offset that holds data answers at once.
+    /// Finds where data ends in memory. SEEK_HOLE would go through all pages of the data, up to the end of the file,
+    /// and hold a lock meanwhile for which writers wait. SEEK_DATA at an offset that holds data answers at once.
     /// </summary>
     private long WalkData(long offset, long end)
     {

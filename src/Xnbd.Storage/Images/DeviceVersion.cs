@@ -6,24 +6,24 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// A number that differs when a block device was written: what the time of its last change is for a file, of which a
-/// device has none. There are three kinds, told apart by their sign (docs/formats.md):
+/// A number that differs when a block device was written. A device has no time of last change, so this takes its place.
+/// There are three kinds, told apart by their sign (docs/formats.md):
 /// <list type="bullet">
-/// <item>of a loop device, whose file can be found: that file's time of last change, never negative;</item>
-/// <item>of other devices a negative number: a hash of this run of the machine and of what the kernel counts. After the
-/// machine was started anew nobody knows what was written before;</item>
+/// <item>for a loop device whose file can be found: that file's time of last change, never negative;</item>
+/// <item>for other devices a negative number: a hash of this run of the machine and of what the kernel counts. After
+/// the machine was started anew nobody knows what was written before;</item>
 /// <item><see cref="Unknown"/>, which equals no version, not even itself.</item>
 /// </list>
 /// </summary>
 internal static class DeviceVersion
 {
-    /// <summary>Nothing is known: writes are not counted here.</summary>
+    /// <summary>Nothing is known: the kernel does not count this device's writes.</summary>
     public const long Unknown = long.MinValue;
 
     private const int BootShift = 48;
     private const long BootMask = 0x7fffL << BootShift;
 
-    /// <summary>The version of a device that has been synced.</summary>
+    /// <summary>The version of a device, which has been synced before.</summary>
     public static long Of(SafeFileHandle device)
     {
         if (BlockDevice.TryGetLoopFile(device, out FileStatus backing) && backing.Kind == FileKind.Regular)
@@ -42,12 +42,12 @@ internal static class DeviceVersion
         return version == Unknown ? version + 1 : version;
     }
 
-    /// <summary>Whether two versions say that nothing was written in between.</summary>
+    /// <summary>Whether two versions prove that nothing was written in between.</summary>
     public static bool AreEqual(long known, long actual) => known == actual && actual != Unknown;
 
-    /// <summary>Why a device is not known to be as it was, for people.</summary>
-    /// <param name="known">Its version then.</param>
-    /// <param name="actual">Its version now; negative.</param>
+    /// <summary>Describes for people why a device is not known to be as it was.</summary>
+    /// <param name="known">The device's version then.</param>
+    /// <param name="actual">The device's version now; negative.</param>
     public static string Describe(long known, long actual)
     {
         if (actual == Unknown)
@@ -60,7 +60,7 @@ internal static class DeviceVersion
                 + "the machine has been started anew, and a device does not tell";
     }
 
-    /// <summary>Tells this run of the machine from most others.</summary>
+    /// <summary>A number that tells this run of the machine from most others.</summary>
     private static long Boot()
     {
         Span<byte> id = stackalloc byte[16];

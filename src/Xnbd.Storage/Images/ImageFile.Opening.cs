@@ -48,7 +48,8 @@ public sealed partial class ImageFile
         try
         {
             ImageLock.Take(path, file!, readOnly, use);
-            return new ImageFile(path, file!, status.Kind, start: 0, length, readOnly, cannotChange: use == ImageUse.Base);
+            return new ImageFile(
+                path, file!, status.Kind, start: 0, length, readOnly, cannotChange: use == ImageUse.Base);
         }
         catch
         {
@@ -69,8 +70,8 @@ public sealed partial class ImageFile
         => new(path, file, FileKind.Regular, start, length, readOnly, cannotChange: readOnly);
 
     /// <summary>
-    /// Opens the image of a cache, for this process alone. A regular file is made if it is absent, and grown if it is too
-    /// short.
+    /// Opens the image of a cache, for this process alone. A regular file is made if it is absent, and grown if it is
+    /// too short.
     /// </summary>
     /// <param name="path">A file, or a block device that is long enough.</param>
     /// <param name="length">Length of the disk in bytes; what is beyond stays as it is.</param>

@@ -5,14 +5,14 @@ namespace Xnbd.Storage.Images;
 
 /// <summary>How a snapshot was made.</summary>
 /// <param name="Path">The finished snapshot.</param>
-/// <param name="IsReflink">It shares its blocks with the image; otherwise it is a copy.</param>
-/// <param name="AllocatedBytes">Space that it takes on its own (of a reflink: all that it refers to).</param>
+/// <param name="IsReflink">The snapshot shares its blocks with the image; otherwise it is a copy.</param>
+/// <param name="AllocatedBytes">Bytes that the snapshot takes; for a reflink, all that it refers to.</param>
 public readonly record struct SnapshotResult(string Path, bool IsReflink, long AllocatedBytes);
 
 /// <content>
-/// Snapshots: a copy of the image as it stood at one moment, beside it. The file is written under a temporary name,
-/// which only its lock tells from a leftover, made durable, then put in place. After a crash a leftover may remain;
-/// <see cref="RemoveAbandonedSnapshots"/> takes it away.
+/// Snapshots: a copy of the image as it stood at one moment, in a file beside it. The file is written under a temporary
+/// name, made durable, and then renamed. After a crash an unfinished file may remain, which nobody has locked;
+/// <see cref="RemoveAbandonedSnapshots"/> removes it.
 /// </content>
 public sealed partial class ImageFile
 {
@@ -23,16 +23,19 @@ public sealed partial class ImageFile
     private volatile SnapshotCopy? _saving;
 
     /// <summary>
-    /// Makes a snapshot, named for the time in seconds since 1970: <c>IMAGE.snapshot.SECONDS</c> (a later second when
-    /// that is taken). The moment of the snapshot is when this method is called, as nearly as can be: all writes that
-    /// had completed are in it, and none that starts after it has returned from <paramref name="begun"/>.
+    /// Makes a snapshot, named for the time in seconds since 1970: <c>IMAGE.snapshot.SECONDS</c> (a later second if
+    /// that name is taken). The moment of the snapshot is soon after this method is called: the snapshot has all writes
+    /// that had completed before the call, and none that starts after <paramref name="begun"/> was called.
     /// </summary>
     /// <param name="now">The time for the name.</param>
     /// <param name="begun">Called when the moment has passed and the copy, if one is needed, starts.</param>
-    /// <param name="progress">Is told how many bytes have been copied or passed over.</param>
+    /// <param name="progress">Receives how many bytes have been copied or passed over.</param>
     /// <param name="cancel">Gives the snapshot up; nothing is left behind.</param>
-    /// <exception cref="DiskException">It could not be made; nothing is left behind, and the image is untouched.</exception>
-    public SnapshotResult TakeSnapshot(DateTimeOffset now, Action begun, Action<long> progress, CancellationToken cancel)
+    /// <exception cref="DiskException">
+    /// The snapshot could not be made; nothing is left behind, and the image is as it was.
+    /// </exception>
+    public SnapshotResult TakeSnapshot(
+        DateTimeOffset now, Action begun, Action<long> progress, CancellationToken cancel)
     {
         if (_kind != FileKind.Regular || _start != 0)
             throw new DiskException(DiskError.NotSupported, "only snapshots of a whole regular file are supported");
@@ -41,7 +44,7 @@ public sealed partial class ImageFile
         try
         {
             RemoveAbandonedSnapshots();
-            Flush(); // a clone writes back what is dirty while writers wait: better most of it now
+            Flush(); // a clone writes back what is dirty while writers wait: so most of it is written now
             string partial = Path + SnapshotInfix + now.ToUnixTimeSeconds() + PartialSuffix;
             using SafeFileHandle target = CreatePartial(partial);
             try
@@ -65,11 +68,14 @@ public sealed partial class ImageFile
         }
     }
 
-    /// <summary>Removes what a killed server left of this image's unfinished snapshots.</summary>
-    /// <returns>The files removed.</returns>
-    public IReadOnlyList<string> RemoveAbandonedSnapshots() => LockedFile.RemoveAbandoned(Path + SnapshotInfix, PartialSuffix, _ => true);
+    /// <summary>Removes unfinished snapshots of this image that a killed server left.</summary>
+    /// <returns>The paths of the files that were removed.</returns>
+    public IReadOnlyList<string> RemoveAbandonedSnapshots()
+        => LockedFile.RemoveAbandoned(Path + SnapshotInfix, PartialSuffix, _ => true);
 
-    /// <summary>Creates and locks the file. It belongs to whom the image belongs to: a snapshot shows as much as that.</summary>
+    /// <summary>
+    /// Creates and locks the file. Its owner and mode are the image's: a snapshot shows as much as the image does.
+    /// </summary>
     private SafeFileHandle CreatePartial(string partial)
     {
         SafeFileHandle target = LockedFile.Create(partial);
@@ -112,13 +118,13 @@ public sealed partial class ImageFile
         }
         finally
         {
-            // With no writer inside: one that had seen the copy may still be saving into it.
+            // No writer may be inside: one that has seen the copy may still be saving into it.
             _gate.RunClosed(() => _saving = null);
         }
 
         if (copy.Failure is not null)
             throw copy.Failure;
-        _finder.ThrowIfShorter(); // what is behind the end was taken for a hole
+        _finder.ThrowIfShorter(); // what is behind the end would have been taken for a hole
         return false;
     }
 

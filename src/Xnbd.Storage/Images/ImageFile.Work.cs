@@ -7,7 +7,9 @@ namespace Xnbd.Storage.Images;
 /// <content>The async operations: each is one piece of work for the disk threads.</content>
 public sealed partial class ImageFile
 {
-    /// <summary>One request to prefetch brings in at most this much: it must not push everybody else's data out of memory.</summary>
+    /// <summary>
+    /// One prefetch reads at most so many bytes: it must not push everybody else's data out of memory.
+    /// </summary>
     private const long MaxPrefetchBytes = 64 << 20;
 
     private enum Operation
@@ -49,12 +51,14 @@ public sealed partial class ImageFile
         => Work.Rent(this, Operation.Extents, offset, length).Start(extents: extents);
 
     /// <summary>
-    /// One operation and the task that stands for it. Reused, so that a steady stream of operations allocates nothing;
-    /// whoever awaits goes on at once on the disk thread.
+    /// One operation and the task that stands for it. These objects are reused, so that a steady stream of operations
+    /// allocates nothing. Whoever awaits the task goes on at once, on the disk thread.
     /// </summary>
     private sealed class Work : IDiskWork, IValueTaskSource
     {
-        /// <summary>Kept for reuse at most: about as many as the disk threads and a few sessions have under way.</summary>
+        /// <summary>
+        /// So many are kept for reuse: about as many as the disk threads and a few sessions have under way.
+        /// </summary>
         private const int MaxSpare = 256;
 
         private static readonly Pool<Work> s_pool = new(() => new Work(), MaxSpare);
@@ -82,7 +86,10 @@ public sealed partial class ImageFile
         }
 
         public ValueTask Start(
-            Memory<byte> buffer = default, ReadOnlyMemory<byte> data = default, ZeroMode mode = default, ExtentList? extents = null)
+            Memory<byte> buffer = default,
+            ReadOnlyMemory<byte> data = default,
+            ZeroMode mode = default,
+            ExtentList? extents = null)
         {
             _buffer = buffer;
             _data = data;
@@ -114,14 +121,16 @@ public sealed partial class ImageFile
                         {
                             if (!Threads.HasWaiting)
                                 continue;
-                            Threads.Enqueue(this); // zeroes may take minutes: others come in between
+                            Threads.Enqueue(this); // zeroes may take minutes: others have their turn in between
                             return;
                         }
 
                         break;
                     case Operation.Trim: image.Trim(_offset, _length, _durable); break;
                     case Operation.Flush: image.Flush(); break;
-                    case Operation.Prefetch: LinuxFile.AdviseWillNeed(image._file, image._start + _offset, _length); break;
+                    case Operation.Prefetch:
+                        LinuxFile.AdviseWillNeed(image._file, image._start + _offset, _length);
+                        break;
                     case Operation.Extents: image._finder.GetExtents(_offset, _length, _extents!); break;
                 }
             }

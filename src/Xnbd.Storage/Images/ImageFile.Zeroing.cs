@@ -5,17 +5,17 @@ namespace Xnbd.Storage.Images;
 /// <content>Zeroes and trim: by the file system where it can, else by writing zeroes.</content>
 public sealed partial class ImageFile
 {
-    /// <summary>Zeroes are written, and ranges handled while a snapshot is copied, in pieces of this size: 1 MiB.</summary>
+    /// <summary>Zeroes are written in pieces of so many bytes.</summary>
     private const int ZeroPieceBytes = 1 << 20;
 
     private static readonly byte[] s_zeroes = new byte[ZeroPieceBytes];
 
-    // What the file system has refused once is not asked again.
+    // What the file system has refused once is not tried again.
     private bool _cannotPunch;
     private bool _cannotZeroRange;
 
-    /// <summary>Zeroes a range's beginning, and takes that off the range.</summary>
-    /// <returns>True when nothing is left of it, and it is durable if it has to be.</returns>
+    /// <summary>Zeroes the beginning of a range, and takes it off the range.</summary>
+    /// <returns>True when nothing is left of the range, and it is durable if it has to be.</returns>
     private bool ZeroPart(ref long offset, ref long length, ZeroMode mode, bool durable)
     {
         if (durable)
@@ -53,9 +53,9 @@ public sealed partial class ImageFile
     }
 
     /// <summary>
-    /// Zeroes a range without writing more than its edges. First what may turn out not to be fast, so that nothing has
-    /// changed when it does: the whole blocks. Not fast are, too, the edges of a device's blocks, which the device would
-    /// have to read first, and blocks that a snapshot has to save.
+    /// Zeroes a range without writing more than its edges. The whole blocks come first, since they may turn out not to
+    /// be fast: then nothing has changed. The edges of a device's blocks are not fast either, because the device would
+    /// have to read them first, nor are blocks that a snapshot has to save.
     /// </summary>
     private void ZeroFast(long offset, long length, ZeroMode mode)
     {
@@ -64,12 +64,17 @@ public sealed partial class ImageFile
             && (_kind == FileKind.Regular || (start, end) == (offset, offset + length))
             && (start == end || TryZeroBlocks(start, end - start, mode));
         if (!isFast)
-            throw new DiskException(DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset} of '{Path}'");
+        {
+            throw new DiskException(
+                DiskError.NotSupported, $"no fast way to zero {length} bytes at {offset} of '{Path}'");
+        }
+
         WriteZeroes(offset, start - offset);
         WriteZeroes(end, offset + length - end);
     }
 
-    /// <summary>Zeroes a range or its beginning; answers how much.</summary>
+    /// <summary>Zeroes a range or its beginning.</summary>
+    /// <returns>How many bytes were zeroed.</returns>
     private long ZeroPiece(long offset, long length, ZeroMode mode)
     {
         (long start, long end) = WholeBlocks(offset, length);
@@ -80,8 +85,8 @@ public sealed partial class ImageFile
             : WriteZeroes(offset, Math.Min(length, ZeroPieceBytes));
     }
 
-    /// <summary>Has whole blocks zeroed by the file system.</summary>
-    /// <returns>False when it cannot do that; then nothing has changed.</returns>
+    /// <summary>Lets the file system zero whole blocks.</summary>
+    /// <returns>False if it cannot do that; then nothing has changed.</returns>
     private bool TryZeroBlocks(long offset, long length, ZeroMode mode)
     {
         if ((mode & ZeroMode.MayPunch) != 0 && TryAllocate(AllocateMode.PunchHole, offset, length, ref _cannotPunch))
@@ -92,7 +97,7 @@ public sealed partial class ImageFile
             && TryAllocate(AllocateMode.ZeroRange, offset, length, ref _cannotZeroRange);
     }
 
-    /// <summary>Gives all of the image's space back, if the file system can; it then reads as zeroes.</summary>
+    /// <summary>Gives all of the image's space back if the file system can; the image then reads as zeroes.</summary>
     internal void Discard() => Trim(0, Length, durable: true);
 
     private void Trim(long offset, long length, bool durable)
@@ -105,7 +110,7 @@ public sealed partial class ImageFile
             _gate.Enter();
             try
             {
-                // A trim is a hint. While a snapshot is copied it would first have to copy all that it discards.
+                // A trim is a hint. While a snapshot is copied, a trim would first have to copy all that it discards.
                 if (_saving is null)
                     _ = TryAllocate(AllocateMode.PunchHole, start, end - start, ref _cannotPunch);
             }
@@ -120,9 +125,9 @@ public sealed partial class ImageFile
     }
 
     /// <summary>
-    /// The whole blocks of the file system inside a range, of which the image's last one may be shorter; of none, an
-    /// empty range at the end of the given one. Only such blocks are punched or zeroed by the file system: a part of one
-    /// is cleared by some of them (XFS) together with its neighbours, in memory and in place, and put right afterwards.
+    /// The whole blocks of the file system inside a range; the image's last block may be shorter. If there are none, an
+    /// empty range at the end of the given one. The file system punches or zeroes only such blocks: to clear a part of
+    /// a block, some file systems (XFS) clear all of it in memory, in place, and put the rest right afterwards.
     /// </summary>
     private (long Start, long End) WholeBlocks(long offset, long length)
     {
@@ -132,7 +137,7 @@ public sealed partial class ImageFile
         return firstWhole < lastWhole ? (firstWhole, lastWhole) : (end, end);
     }
 
-    /// <returns>False when the file system cannot do it.</returns>
+    /// <returns>False if the file system cannot do it.</returns>
     private bool TryAllocate(AllocateMode mode, long offset, long length, ref bool isImpossible)
     {
         if (Volatile.Read(ref isImpossible))

@@ -7,9 +7,9 @@ namespace Xnbd.Storage.Images;
 /// <summary>
 /// A disk image: a regular file of any length, or a block device, read and written where it stands.
 /// <para>
-/// What survives: a completed write is in the kernel's page cache, so the death of this process loses nothing. After the
-/// death of the machine there is what a flush or a durable operation has covered. A sync that has failed may have lost data
-/// that the kernel no longer holds, so from then on every flush fails until the image is opened anew.
+/// What survives: a completed write is in the kernel's page cache, so the death of this process loses nothing. After
+/// the death of the machine there is what a flush or a durable operation has covered. A sync that has failed may have
+/// lost data that the kernel no longer holds, so from then on every flush fails until the image is opened anew.
 /// </para>
 /// <para>
 /// The image is never mapped into memory: a full disk or an I/O error is an error of one request, not the end of the
@@ -21,15 +21,16 @@ namespace Xnbd.Storage.Images;
 /// (<c>_saving</c>), it first saves what it is about to change. A writer waits for nothing but that inside the gate.
 /// </para>
 /// The type's other files: <c>ImageFile.Opening.cs</c>, <c>ImageFile.Work.cs</c> (operations on the disk threads),
-/// <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Snapshots.cs</c>. Types of their own: <see cref="ImageLock"/>,
-/// <see cref="ImageSync"/>, <see cref="ImageVersion"/>, <see cref="DataFinder"/>.
+/// <c>ImageFile.Zeroing.cs</c> (zeroes and trim), <c>ImageFile.Snapshots.cs</c>. Types of their own:
+/// <see cref="ImageLock"/>, <see cref="ImageSync"/>, <see cref="ImageVersion"/>, <see cref="DataFinder"/>.
 /// </summary>
 public sealed partial class ImageFile : Disk
 {
     private const int PageSize = 4096;
 
     /// <summary>
-    /// The largest block of a local file system, in bytes. A network file system may tell more: that is a transfer size.
+    /// The largest block of a local file system, in bytes. A network file system may tell more: that is a transfer
+    /// size.
     /// </summary>
     private const uint MaxBlockBytes = 64 * 1024;
 
@@ -46,7 +47,13 @@ public sealed partial class ImageFile : Disk
     private readonly WriteGate _gate = new();
 
     private ImageFile(
-        string path, SafeFileHandle file, FileKind kind, long start, long length, bool readOnly, bool cannotChange = false)
+        string path,
+        SafeFileHandle file,
+        FileKind kind,
+        long start,
+        long length,
+        bool readOnly,
+        bool cannotChange = false)
     {
         Path = path;
         _file = file;
@@ -173,15 +180,15 @@ public sealed partial class ImageFile : Disk
 
     /// <summary>
     /// The file's pages may be changed while a socket still refers to them: then data must be copied. (When XFS punches
-    /// a hole, it clears whole blocks in place.) Nobody writes the base of a layer, as its locks say. An image that is only
-    /// read may be written as long as another program holds the lock of those who write.
+    /// a hole, it clears whole blocks in place.) Nobody writes the base of a layer, as its locks say. An image that is
+    /// only read may be written as long as another program holds the lock of those who write.
     /// </summary>
     private bool MayChange
         => !_cannotChange && ((Features & DiskFeatures.ReadOnly) == 0 || ImageLock.IsWritten(_file));
 
     /// <summary>
-    /// Whether a write needs no read of the disk before it: a page that is written in part must be in memory. (The write
-    /// itself goes to the page cache. The kernel may still throttle it, as everywhere.)
+    /// Whether a write needs no read of the disk before it: a page that is written in part must be in memory. (The
+    /// write itself goes to the page cache. The kernel may still throttle it, as everywhere.)
     /// </summary>
     private bool IsWritableNow(long offset, int length)
     {
@@ -238,8 +245,8 @@ public sealed partial class ImageFile : Disk
             }
         }
 
-        // A write is never synced on its own: the kernel reports a failed write-back to the first sync that looks, and that
-        // one must be known to be a sync.
+        // A write is never synced on its own: the kernel reports a failed write-back to the first sync that looks, and
+        // that one must be known to be a sync.
         if (durable)
             Flush();
     }
@@ -251,7 +258,9 @@ public sealed partial class ImageFile : Disk
             throw new DiskException("write", Path, offset, data.Length, Errno.Of(count));
     }
 
-    /// <summary>Syncs the file. A file that has become shorter has lost data, whatever the kernel says about the rest.</summary>
+    /// <summary>
+    /// Syncs the file. A file that has become shorter has lost data, whatever the kernel says about the rest.
+    /// </summary>
     private DiskException? Sync()
     {
         if (_version.Sync() is var errno and not Errno.None)

@@ -4,28 +4,29 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// The locks of an open image, which keep others out who would do harm. The kernel lets go of them when the file is
+/// The locks of an open image, which keep out programs that would do harm. The kernel releases them when the file is
 /// closed. Where there are no locks (some network file systems), nobody is kept out.
 /// <para>
-/// The whole file is locked (<c>flock</c>): alone by who needs it alone, else together. And two bytes are locked as
-/// QEMU does, so that its programs and this one respect each other: one by who writes the file, the other one by who
-/// does not tolerate that somebody else writes it. Each looks whether somebody holds the byte that excludes it.
+/// The whole file is locked (<c>flock</c>): exclusively by a program that needs it alone, else shared. In addition, two
+/// bytes are locked as QEMU does, so that its programs and this one respect each other: one byte by a program that
+/// writes the file, the other one by a program that does not tolerate another writer. Each program looks whether
+/// another one holds the byte that excludes it.
 /// </para>
 /// <para>
-/// To look first keeps two from excluding each other when one has been there for long. To look again, after both bytes
-/// were locked, keeps two that start at the same moment from missing each other. Then both give their bytes back, and
-/// try again after a random time: one of them comes first.
+/// A program looks before it locks its bytes, so it does not disturb one that has been there for long. It looks again
+/// after both bytes are locked, so two programs that start at the same moment do not miss each other. Then both unlock
+/// their bytes and try again after a random time: one of them comes first.
 /// </para>
 /// </summary>
 internal static class ImageLock
 {
-    /// <summary>QEMU's byte of those who write (<c>BLK_PERM_WRITE</c>).</summary>
+    /// <summary>The offset of QEMU's byte for programs that write (<c>BLK_PERM_WRITE</c>).</summary>
     private const long Writes = 100 + 1;
 
-    /// <summary>QEMU's byte of those who tolerate no other writer.</summary>
+    /// <summary>The offset of QEMU's byte for programs that tolerate no other writer.</summary>
     private const long ToleratesNoWriter = 200 + 1;
 
-    /// <summary>So often two give way to each other. Each time one of them comes first, more likely than not.</summary>
+    /// <summary>So often two programs give way to each other. Each time one of them most likely comes first.</summary>
     private const int MaxTries = 20;
 
     private const int MaxPauseMilliseconds = 20;
@@ -33,8 +34,8 @@ internal static class ImageLock
     /// <summary>Takes the locks.</summary>
     /// <param name="path">The file's name, for messages.</param>
     /// <param name="file">The open file; its owner closes it, also if this fails.</param>
-    /// <param name="readOnly">It is only read.</param>
-    /// <param name="use">What it is opened for.</param>
+    /// <param name="readOnly">The file is only read.</param>
+    /// <param name="use">What the file is opened for.</param>
     /// <exception cref="InUseException">Another program excludes this use, or would be excluded.</exception>
     public static void Take(string path, SafeFileHandle file, bool readOnly, ImageUse use)
     {
@@ -64,7 +65,7 @@ internal static class ImageLock
     /// <summary>From now on others may read the file as well, and nobody else may write it.</summary>
     public static void Share(SafeFileHandle file) => _ = LinuxFile.TryLock(file, shared: true);
 
-    /// <summary>Somebody else may write the file at present.</summary>
+    /// <summary>Another program may be writing the file.</summary>
     public static bool IsWritten(SafeFileHandle file) => LinuxFile.IsByteLocked(file, Writes);
 
     private static bool IsExcluded(SafeFileHandle file, bool readOnly, bool toleratesNoWriter)

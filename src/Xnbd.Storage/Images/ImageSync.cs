@@ -1,12 +1,12 @@
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// Syncs of an image, each shared by all who wait for one: those who ask while a sync runs share the next one. It starts
-/// after they asked, so it covers what they mean. (This is a group commit for threads that may wait, such as disk threads:
-/// each of them goes on by itself, where it can do more work that waits.)
+/// Syncs of an image, each shared by all who wait for one: those who ask while a sync runs share the next one. It
+/// starts after they asked, so it covers what they mean. (This is a group commit for threads that may wait, such as
+/// disk threads: each of them goes on by itself, where it can do more work that waits.)
 /// <para>
-/// States: at most one sync runs, on the thread of one of those who asked for it. A sync that fails is final: it may have
-/// lost data that the kernel no longer holds, so every later one fails, too.
+/// States: at most one sync runs, on the thread of one of those who asked for it. A sync that fails is final: it may
+/// have lost data that the kernel no longer holds, so every later one fails, too.
 /// </para>
 /// <para>
 /// Locks: <c>_lock</c> guards all fields. It is not held while a sync runs, and no other lock is taken under it.
@@ -57,7 +57,8 @@ internal sealed class ImageSync(Func<DiskException?> sync)
         {
             throw new DiskException(
                 DiskError.Io,
-                $"an earlier sync failed and may have lost data; nothing is called durable any more ({failure.Message})");
+                "an earlier sync failed and may have lost data; nothing is called durable any more "
+                    + $"({failure.Message})");
         }
     }
 }

@@ -4,17 +4,18 @@ namespace Xnbd.Storage.Images;
 public enum ImageUse
 {
     /// <summary>
-    /// Others may use it as well, also write it, but nobody who needs it alone, who is to be its only writer, or as a
-    /// base.
+    /// Others may use it as well, and may also write it. Excluded are programs that need it alone, as its only writer,
+    /// or as a base.
     /// </summary>
     Shared,
 
     /// <summary>
-    /// Others may read it, and nobody else may write it. For who only reads, the same as <see cref="Shared"/>.
+    /// Others may read it, and nobody else may write it. For a program that only reads it, this is the same as
+    /// <see cref="Shared"/>.
     /// </summary>
     OnlyWriter,
 
-    /// <summary>As a base, under layers: nobody may write it meanwhile.</summary>
+    /// <summary>It is a base, under layers: nobody may write it meanwhile.</summary>
     Base,
 
     /// <summary>Nobody else may use it.</summary>

@@ -4,12 +4,13 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// The version of an image: a number that differs when the image was changed. It is the time of the file's last change, in
-/// nanoseconds since 1970; a device has a <see cref="DeviceVersion"/>. Layers know by it that their base has changed, so a
-/// sync makes it durable together with the data: after the death of the machine the old time must not stand over new data.
+/// The version of an image: a number that differs when the image was changed. It is the time of the file's last change,
+/// in nanoseconds since 1970; a device has a <see cref="DeviceVersion"/>. Layers know by it that their base has
+/// changed, so a sync makes it durable together with the data: after the death of the machine the old time must not
+/// stand over new data.
 /// <para>
-/// Threads: one thread at a time calls <see cref="Sync"/> (<see cref="ImageSync"/> sees to that). The other methods have no
-/// state.
+/// Threads: one thread at a time calls <see cref="Sync"/> (<see cref="ImageSync"/> sees to that). The other methods
+/// have no state.
 /// </para>
 /// </summary>
 /// <param name="path">The image's path, for messages.</param>
@@ -24,8 +25,9 @@ internal sealed class ImageVersion(string path, SafeFileHandle file, FileKind ki
 
     /// <summary>Reads the version.</summary>
     /// <param name="isKept">
-    /// Something will be bound to it that outlives the machine's run. Then image and version are made durable, and a change
-    /// from now on makes another version. (A device is synced in any case: what is not written yet has not been counted.)
+    /// Something will be bound to it that outlives the machine's run. Then image and version are made durable, and a
+    /// change from now on makes another version. (A device is synced in any case: what is not written yet has not been
+    /// counted.)
     /// </param>
     /// <exception cref="DiskException">The sync failed.</exception>
     public long Read(bool isKept)
@@ -55,8 +57,8 @@ internal sealed class ImageVersion(string path, SafeFileHandle file, FileKind ki
     }
 
     /// <summary>
-    /// Changes the version, durably, and nothing else. This comes before the first change of an image on which layers may
-    /// stand: whatever becomes of the machine then, the layers do not take the image for what it was.
+    /// Changes the version, durably, and nothing else. This comes before the first change of an image on which layers
+    /// may stand: whatever becomes of the machine then, the layers do not take the image for what it was.
     /// </summary>
     /// <exception cref="DiskException">It could not be done.</exception>
     public void MarkChanged()
@@ -69,8 +71,9 @@ internal sealed class ImageVersion(string path, SafeFileHandle file, FileKind ki
     }
 
     /// <summary>
-    /// Syncs the data, and, as far as it matters, the time of their change. The first sync covers what was left by a process
-    /// that was killed, and another one the first change since. Which change it is makes no difference to anybody.
+    /// Syncs the data, and, as far as it matters, the time of their change. The first sync covers what was left by a
+    /// process that was killed, and another one the first change since. Which change it is makes no difference to
+    /// anybody.
     /// </summary>
     public Errno Sync()
     {
@@ -92,7 +95,9 @@ internal sealed class ImageVersion(string path, SafeFileHandle file, FileKind ki
             throw new DiskException("sync", path, 0, length, errno);
     }
 
-    /// <summary>Whether a sync has failed. Some file systems that are never written cannot sync, and need not.</summary>
+    /// <summary>
+    /// Whether a sync has failed. Some file systems that are never written cannot sync, and need not.
+    /// </summary>
     private bool IsFailure(Errno errno)
         => errno != Errno.None && !(errno == Errno.EINVAL && LinuxFile.IsOnReadOnlyFileSystem(file));
 
@@ -109,8 +114,8 @@ internal sealed class ImageVersion(string path, SafeFileHandle file, FileKind ki
     }
 
     /// <summary>
-    /// Waits until a change of the file gets a later time than the given one, if the file was changed just now. Times of
-    /// change go in steps: of the kernel's timer, or of one or two seconds where a file system has no room for more.
+    /// Waits until a change of the file gets a later time than the given one, if the file was changed just now. Times
+    /// of change go in steps: of the kernel's timer, or of one or two seconds where a file system has no room for more.
     /// </summary>
     private static void WaitForLaterTime(long nanoseconds)
     {

@@ -4,25 +4,25 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// Files that are in use as long as somebody holds their lock (<c>flock</c>). The kernel lets go of it when the process
-/// ends, however it ends: so a temporary file without a lock is what a killed process left behind.
+/// Files that are in use as long as a process holds their lock (<c>flock</c>). The kernel releases the lock when the
+/// process ends, however it ends: so a temporary file without a lock is what a killed process left behind.
 /// </summary>
 internal static class LockedFile
 {
     /// <summary>Creates a file and locks it for this process alone.</summary>
-    /// <exception cref="DiskException">It is there already, or cannot be created.</exception>
+    /// <exception cref="DiskException">The file exists, or cannot be created.</exception>
     public static SafeFileHandle Create(string path)
         => TryCreate(path) ?? throw Failure(Errno.EEXIST, "create", path);
 
-    /// <summary>Creates a file beside another one, with a name that nobody has, to be put in that one's place later.</summary>
+    /// <summary>Creates a file under a new name beside a path. It will be renamed to that path later.</summary>
     public static SafeFileHandle CreateBeside(string path, out string partial)
     {
         partial = $"{path}.{Guid.NewGuid().ToString("N")[..8]}.partial";
         return Create(partial);
     }
 
-    /// <returns>Null when the file is there already.</returns>
-    /// <exception cref="DiskException">It cannot be created.</exception>
+    /// <returns>Null if the file exists.</returns>
+    /// <exception cref="DiskException">The file cannot be created.</exception>
     public static SafeFileHandle? TryCreate(string path)
     {
         while (true)
@@ -36,7 +36,7 @@ internal static class LockedFile
             if (errno == Errno.None && IsAt(path, file!))
                 return file;
 
-            // Before it was locked, somebody who cleans up took it for a leftover, and has removed it, or is about to.
+            // Before it was locked, another process took it for abandoned, and has removed it, or is about to.
             file!.Dispose();
             if (errno is not (Errno.None or Errno.EAGAIN))
             {
@@ -46,11 +46,11 @@ internal static class LockedFile
         }
     }
 
-    /// <summary>Removes files of a pattern that nobody holds.</summary>
-    /// <param name="prefix">Directory, and how the names begin.</param>
-    /// <param name="suffix">How they end; between the two there are digits.</param>
-    /// <param name="isOurs">Says of an open and locked file whether it may go.</param>
-    /// <returns>The files removed.</returns>
+    /// <summary>Removes files that nobody has locked and whose names fit a pattern.</summary>
+    /// <param name="prefix">The directory, and how the names begin.</param>
+    /// <param name="suffix">How the names end; between prefix and suffix there are digits.</param>
+    /// <param name="isOurs">Tells whether an open and locked file may be removed.</param>
+    /// <returns>The paths of the files that were removed.</returns>
     public static IReadOnlyList<string> RemoveAbandoned(string prefix, string suffix, Func<SafeFileHandle, bool> isOurs)
     {
         string full = Path.GetFullPath(prefix);
@@ -63,7 +63,7 @@ internal static class LockedFile
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
-            return removed; // a directory that cannot be listed holds nothing that this program could have left
+            return removed; // in a directory that cannot be listed, this program has left nothing
         }
 
         foreach (string path in paths)
@@ -77,7 +77,7 @@ internal static class LockedFile
                 continue;
             using (file)
             {
-                // This program leaves regular files only. Anything else of such a name is somebody's.
+                // This program leaves regular files only. Anything else of such a name belongs to somebody.
                 if (LinuxFile.Status(file!, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
                     && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!)
                     && LinuxFile.Unlink(path) == Errno.None)
@@ -88,7 +88,7 @@ internal static class LockedFile
         return removed;
     }
 
-    /// <summary>Whether a path leads to an open file.</summary>
+    /// <summary>Whether a path names an open file.</summary>
     public static bool IsAt(string path, SafeFileHandle file)
         => LinuxFile.Status(path, out FileStatus there) == Errno.None
             && LinuxFile.Status(file, out FileStatus here) == Errno.None

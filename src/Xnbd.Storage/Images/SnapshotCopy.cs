@@ -4,18 +4,22 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Images;
 
 /// <summary>
-/// A copy of an image as it stood at one moment, made while the image goes on changing: a block is saved before it is
-/// overwritten (by the writer, who waits for that one block), and all others by <see cref="CopyAll"/>.
+/// A copy of an image as it stood at one moment, made while the image goes on changing. A writer saves a block before
+/// it overwrites it, and waits for that one block; <see cref="CopyAll"/> saves all others.
 /// <para>
-/// States: a block is not saved or saved, once and for all; it is saved under the lock of its stripe. While this object
-/// is the image's current one (from one closing of the image's gate to the next), every writer calls <see cref="Save"/>
-/// inside the gate before it changes anything; hence a block that is not saved still stands as it did. A copy that has
-/// failed saves nothing any more: the image's service matters more than the copy.
+/// States: a block is not saved, and then saved for good; it is saved under the lock of its stripe. While this object
+/// is the image's current copy (from one closing of the image's gate to the next), every writer calls
+/// <see cref="Save"/> inside the gate before it changes anything. Hence a block that is not saved still stands as it
+/// did. A copy that has failed saves nothing any more: the image's service matters more than the copy.
+/// </para>
+/// <para>
+/// Locks: <c>_locks</c>, one for each stripe of blocks, is held while one block is read and written: so long a writer
+/// of the same stripe waits. No other lock is taken under it.
 /// </para>
 /// </summary>
 internal sealed class SnapshotCopy
 {
-    /// <summary>What is saved at a time, in bytes: what a writer waits for at the longest.</summary>
+    /// <summary>How much is saved at a time, in bytes: a writer waits for no more.</summary>
     public const int BlockSize = 64 * 1024;
 
     private const int Stripes = 64;
@@ -40,10 +44,10 @@ internal sealed class SnapshotCopy
             _locks[i] = new Lock();
     }
 
-    /// <summary>Why the copy cannot be completed; null while it can.</summary>
+    /// <summary>Why the copy cannot be completed; null as long as it can.</summary>
     public DiskException? Failure => _failure;
 
-    /// <summary>Whether nothing in the range needs to be saved any more.</summary>
+    /// <summary>Whether nothing in a range needs to be saved any more.</summary>
     public bool IsSaved(long offset, long length)
     {
         if (_failure is not null)
@@ -58,7 +62,7 @@ internal sealed class SnapshotCopy
         return true;
     }
 
-    /// <summary>Saves what is not saved yet of the blocks that the range touches.</summary>
+    /// <summary>Saves the blocks that a range touches, as far as they are not saved yet.</summary>
     public void Save(long offset, long length)
     {
         long last = (offset + length - 1) / BlockSize;
@@ -77,9 +81,9 @@ internal sealed class SnapshotCopy
         }
     }
 
-    /// <summary>Saves all blocks that hold data, until it is done, has failed, or is cancelled.</summary>
-    /// <param name="progress">Is told how many bytes have been passed.</param>
-    /// <param name="cancel">Ends it early.</param>
+    /// <summary>Saves all blocks that hold data, until this is done, has failed, or is cancelled.</summary>
+    /// <param name="progress">Receives how many bytes have been passed.</param>
+    /// <param name="cancel">Interrupts it.</param>
     public void CopyAll(Action<long> progress, CancellationToken cancel)
     {
         long offset = 0;
@@ -88,11 +92,11 @@ internal sealed class SnapshotCopy
             cancel.ThrowIfCancellationRequested();
             progress(offset);
 
-            // A hole that is passed over here is still a hole in the copy; whoever writes there later saves it first,
+            // A hole that is passed over here is a hole in the copy, too. Whoever writes there later saves it first,
             // and finds zeroes, which are not written.
             long data = LinuxFile.NextData(_seeking, offset);
             if (Errno.Of(data) == Errno.ENXIO || data >= _length)
-                break; // a hole to the end, or to what somebody has appended since
+                break; // a hole up to the end, or up to what was appended since
             if (data > offset)
                 offset = data / BlockSize * BlockSize;
             Save(offset, 1);
@@ -111,7 +115,8 @@ internal sealed class SnapshotCopy
         long count = LinuxFile.Read(_image, buffer, offset);
         if (count < buffer.Length)
         {
-            _failure = new DiskException("read", "the image", offset, buffer.Length, count < 0 ? Errno.Of(count) : Errno.EIO);
+            _failure = new DiskException(
+                "read", "the image", offset, buffer.Length, count < 0 ? Errno.Of(count) : Errno.EIO);
             return;
         }
 

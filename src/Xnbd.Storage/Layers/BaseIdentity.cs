@@ -8,8 +8,9 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Layers;
 
 /// <summary>
-/// Records what the base of a layer is, and validates that it is still the same: over another base, a layer's blocks are
-/// nonsense. A base is known by its length, its version (<see cref="SourceIdentity.Version"/>) and a hash of sampled blocks.
+/// Records what the base of a layer is, and validates that it is still the same: over another base, a layer's blocks
+/// are nonsense. A base is known by its length, its version (<see cref="SourceIdentity.Version"/>) and a hash of
+/// sampled blocks.
 /// </summary>
 internal static class BaseIdentity
 {
@@ -44,8 +45,8 @@ internal static class BaseIdentity
     }
 
     /// <summary>
-    /// Samples the blocks of a base that a layer does not hold. A commit leaves these as they are, so by them the base is
-    /// known again when the commit is resumed.
+    /// Samples the blocks of a base that a layer does not hold. A commit leaves these as they are, so by them the base
+    /// is known again when the commit is resumed.
     /// </summary>
     public static UInt128 SampleAbsent(BlockMap map, Disk baseDisk)
     {

@@ -3,22 +3,25 @@ using Xnbd.Storage.Overlay;
 
 namespace Xnbd.Storage.Layers;
 
-/// <summary>A disk whose writes go to a layer, over a base that is never written.</summary>
+/// <summary>
+/// A disk whose writes go to a layer, over a base that is never written. It owns both: closing the disk closes them,
+/// the layer first.
+/// </summary>
 internal sealed class CowDisk : OverlayDisk
 {
     private readonly LayerFile? _file; // null in tests, which compose the disk of parts
     private readonly IDisposable _layer; // the owner of data and map
 
-    /// <summary>Composes the disk; it owns its parts from now on.</summary>
-    /// <param name="baseDisk">The base; it is only read.</param>
+    /// <summary>Composes the disk of parts, which it owns from now on.</summary>
+    /// <param name="baseDisk">The base, which is only read.</param>
     /// <param name="data">The layer's data, as long as the base.</param>
     /// <param name="map">Which blocks the layer holds.</param>
-    /// <param name="readOnly">The disk is not to be written.</param>
+    /// <param name="readOnly">The disk will not be written.</param>
     public CowDisk(Disk baseDisk, Disk data, BlockMap map, bool readOnly)
         : base(data, map, DiskFeatures.Layered | (readOnly ? DiskFeatures.ReadOnly : DiskFeatures.None))
         => (Base, _layer) = (baseDisk, data);
 
-    /// <summary>Composes the disk of a base and a layer's file; it owns both from now on.</summary>
+    /// <summary>Composes the disk of a base and a layer's file, which it owns from now on.</summary>
     public CowDisk(Disk baseDisk, LayerFile file, bool readOnly)
         : this(baseDisk, file.Data, file.Map, readOnly) => _layer = _file = file;
 
@@ -35,7 +38,8 @@ internal sealed class CowDisk : OverlayDisk
     protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer) => Base.ReadAsync(offset, buffer);
 
     /// <inheritdoc/>
-    protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles) => Base.TryLocate(offset, length, findHoles);
+    protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles)
+        => Base.TryLocate(offset, length, findHoles);
 
     /// <inheritdoc/>
     protected override ValueTask PrefetchAbsentAsync(long offset, long length) => Base.PrefetchAsync(offset, length);

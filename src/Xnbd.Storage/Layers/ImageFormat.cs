@@ -4,7 +4,7 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Layers;
 
 /// <summary>
-/// Recognises files that hold a disk in a format of its own. This program serves the bytes of a file as they are, and a
+/// Recognises files that hold a disk in a format of its own. This program serves the bytes of a file as they are, so a
 /// client of such a file sees the format instead of the disk. But a client of a raw image may write anything to its
 /// first blocks: what is found here is worth a warning, and decides nothing.
 /// </summary>
@@ -13,13 +13,13 @@ public static class ImageFormat
     /// <summary>The format that this program serves.</summary>
     public const string Raw = "raw";
 
-    /// <summary>How many bytes of either end of a file are looked at.</summary>
-    public const int LookedAt = 512;
+    /// <summary>How many bytes at either end of a file are looked at.</summary>
+    public const int SampleBytes = 512;
 
-    /// <summary>The format of a file, by the name that <c>qemu-img</c> has for it.</summary>
-    /// <param name="start">The first <see cref="LookedAt"/> bytes, or all of a shorter file.</param>
-    /// <param name="end">The last <see cref="LookedAt"/> bytes, or all of a shorter file.</param>
-    /// <returns>Null for raw images, which look like anything.</returns>
+    /// <summary>Finds the format of a file, by the name that <c>qemu-img</c> has for it.</summary>
+    /// <param name="start">The first <see cref="SampleBytes"/> bytes, or all of a shorter file.</param>
+    /// <param name="end">The last <see cref="SampleBytes"/> bytes, or all of a shorter file.</param>
+    /// <returns>Null for raw images, which may look like anything.</returns>
     public static string? Find(ReadOnlySpan<byte> start, ReadOnlySpan<byte> end)
     {
         const int vdiSignatureAt = 64;
@@ -33,8 +33,8 @@ public static class ImageFormat
         if (start.Length >= vdiSignatureAt + 4
             && BinaryPrimitives.ReadUInt32LittleEndian(start[vdiSignatureAt..]) == vdiSignature)
             return "vdi";
-        if (start.StartsWith("conectix"u8) || (end.Length == LookedAt && end.StartsWith("conectix"u8)))
-            return "vpc"; // a dynamic one has its footer at the start, too
+        if (start.StartsWith("conectix"u8) || (end.Length == SampleBytes && end.StartsWith("conectix"u8)))
+            return "vpc"; // a dynamic image has its footer at the start, too
         if (start.StartsWith("QED\0"u8))
             return "qed";
         if (start.StartsWith("WithoutFreeSpace"u8) || start.StartsWith("WithouFreSpacExt"u8))
@@ -42,12 +42,11 @@ public static class ImageFormat
         return MapHeader.HasMagic(start) ? "xnbd-layer" : null;
     }
 
-    /// <summary>The same of a disk.</summary>
-    /// <param name="disk">A disk that is open.</param>
-    /// <returns>Null also if it cannot be read.</returns>
+    /// <summary>Finds the format of an open disk.</summary>
+    /// <returns>Null for raw images, and if the disk cannot be read.</returns>
     public static string? Find(Disk disk)
     {
-        int length = (int)Math.Min(LookedAt, disk.Length);
+        int length = (int)Math.Min(SampleBytes, disk.Length);
         byte[] start = new byte[length], end = new byte[length];
         try
         {
@@ -56,7 +55,7 @@ public static class ImageFormat
         }
         catch (DiskException)
         {
-            return null; // the first client that reads it is told
+            return null; // the first client that reads is told
         }
 
         return Find(start, end);

@@ -8,8 +8,8 @@ namespace Xnbd.Storage.Layers;
 /// Writes all that a layer holds into its base, and empties the layer. The layer is not being served.
 /// <para>
 /// What survives: if the process or the machine dies, the layer still holds everything. It is marked
-/// (<see cref="MapFlags.Committing"/>), and nothing serves it until a second call has completed the commit. The second call
-/// begins at the last checkpoint.
+/// (<see cref="MapFlags.Committing"/>), and nothing serves it until a second call has completed the commit. The second
+/// call begins at the last checkpoint.
 /// </para>
 /// </summary>
 public static class LayerCommit
@@ -28,7 +28,8 @@ public static class LayerCommit
     public static async Task<long> Run(
         string path, string? basePath, Action<WorkProgress> progress, CancellationToken cancel)
     {
-        using CowDisk disk = LayerStack.OpenByHeader(path, basePath, readOnly: false, writableBase: true, resumes: true);
+        using CowDisk disk = LayerStack.OpenByHeader(
+            path, basePath, readOnly: false, writableBase: true, resumes: true);
         LayerFile layer = disk.File;
         string below = Path.GetFullPath(basePath ?? layer.Map.Header.Source.Path);
         if ((layer.Map.Header.Flags & MapFlags.Committing) == 0)
@@ -73,10 +74,13 @@ public static class LayerCommit
         return committed;
     }
 
-    /// <summary>Marks the layer, and then the base: other layers on the base notice that it is not what it was.</summary>
+    /// <summary>
+    /// Marks the layer, and then the base: other layers on the base notice that it is not what it was.
+    /// </summary>
     private static void Begin(CowDisk disk, string below)
     {
-        // The base's time and contents will change. What the layer does not hold stays, and tells this base from others.
+        // The base's time and contents will change. What the layer does not hold stays, and tells this base from
+        // others.
         UInt128 sample = BaseIdentity.SampleAbsent(disk.Map, disk.Base);
         disk.Map.ChangeHeader(header => header with
         {

@@ -3,15 +3,18 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Layers;
 
 /// <summary>
-/// Empties a layer that is not being served, and binds it to its base as the base is now. If the process dies meanwhile, the
-/// layer is marked (<see cref="MapFlags.Discarding"/>), and nothing serves it until a second call has completed this.
+/// Empties a layer that is not being served, and binds it to its base as the base is now. If the process dies
+/// meanwhile, the layer is marked (<see cref="MapFlags.Discarding"/>), and nothing serves it until a second call has
+/// completed this.
 /// </summary>
 public static class LayerDiscard
 {
     /// <summary>Empties a layer.</summary>
     /// <param name="path">The layer.</param>
     /// <param name="basePath">Where the base stands now; null for where the layer's header says.</param>
-    /// <exception cref="DiskException">A file cannot be opened, a commit was interrupted, or a write failed.</exception>
+    /// <exception cref="DiskException">
+    /// A file cannot be opened, a commit was interrupted, or a write failed.
+    /// </exception>
     public static void Run(string path, string? basePath)
     {
         using LayerFile layer = LayerFile.Open(path, readOnly: false);

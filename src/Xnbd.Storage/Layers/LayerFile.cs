@@ -6,19 +6,25 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Layers;
 
 /// <summary>
-/// A copy-on-write layer: one file, which holds a <see cref="BlockMap"/> and, behind it, the blocks' data, sparse, as long as
-/// the disk (docs/formats.md). It is locked while it is open: alone by who writes it, together by those who only read it.
+/// A copy-on-write layer: one file, which holds a <see cref="BlockMap"/> and, behind it, the blocks' data, sparse, as
+/// long as the disk (docs/formats.md). The file is locked while it is open: a program that writes the layer has it
+/// alone, those that only read it share it.
 /// <para>
-/// A layer is made under a temporary name and put in place when it is complete. A disposable one is put in place at once: its
-/// name must be taken before another server takes it, and what a killed server leaves of it is removed by the next one.
+/// A layer is made under a temporary name and renamed when it is complete. A disposable layer has its name at once: the
+/// name must be taken before another server takes it, and what a killed server leaves of it is removed by the next
+/// server.
+/// </para>
+/// <para>
+/// Owner: this object owns the file, its lock, the data and the map. Whoever opens a layer closes it once, with
+/// <see cref="Dispose"/>.
 /// </para>
 /// </summary>
 internal sealed class LayerFile : IDisposable
 {
-    /// <summary>The data begins at a multiple of this, in bytes, which suits every file system's extents.</summary>
+    /// <summary>The data begins at a multiple of this, in bytes. It suits the extents of every file system.</summary>
     private const long DataAlignment = 1 << 20;
 
-    /// <summary>The longest disk, in bytes: its map is an array of at most 2^31 words.</summary>
+    /// <summary>Length of the longest disk in bytes. Its map is an array, which has at most 2^31 words.</summary>
     private const long MaxDiskLength = 1L << 47;
 
     private readonly bool _isRemovedAtEnd;
@@ -32,17 +38,17 @@ internal sealed class LayerFile : IDisposable
         _isRemovedAtEnd = isRemovedAtEnd;
     }
 
-    /// <summary>Where it stands.</summary>
+    /// <summary>Where the file stands.</summary>
     public string Path { get; }
 
-    /// <summary>The blocks that it holds, each at its place. The layer closes it.</summary>
+    /// <summary>The data of the blocks that the layer holds, each block at its place. The layer closes it.</summary>
     public ImageFile Data { get; }
 
-    /// <summary>Which blocks it holds.</summary>
+    /// <summary>Which blocks the layer holds.</summary>
     public BlockMap Map { get; }
 
     /// <summary>Makes an empty layer that is kept.</summary>
-    /// <exception cref="DiskException">It cannot be made; nothing is left behind.</exception>
+    /// <exception cref="DiskException">The layer cannot be made; nothing is left behind.</exception>
     public static LayerFile Create(string path, SourceIdentity source, MapFlags flags)
     {
         SafeFileHandle file = LockedFile.CreateBeside(path, out string partial);
@@ -65,9 +71,9 @@ internal sealed class LayerFile : IDisposable
         }
     }
 
-    /// <summary>Makes a layer that goes when it is closed, unless somebody has taken the name.</summary>
-    /// <returns>Null when the name is taken.</returns>
-    /// <exception cref="DiskException">It cannot be made; nothing is left behind.</exception>
+    /// <summary>Makes an empty layer that is removed when it is closed.</summary>
+    /// <returns>Null if the name is taken.</returns>
+    /// <exception cref="DiskException">The layer cannot be made; nothing is left behind.</exception>
     public static LayerFile? TryCreateDisposable(string path, SourceIdentity source)
     {
         SafeFileHandle? file = LockedFile.TryCreate(path);
@@ -86,15 +92,20 @@ internal sealed class LayerFile : IDisposable
     }
 
     /// <summary>Opens a layer.</summary>
-    /// <remarks>Nothing is written, until <see cref="BlockMap.PrepareToWrite"/> is called of its map.</remarks>
+    /// <remarks>Nothing is written until <see cref="BlockMap.PrepareToWrite"/> of its map is called.</remarks>
     /// <param name="path">The file.</param>
-    /// <param name="readOnly">It is only read, and others may read it as well.</param>
-    /// <exception cref="DiskException">It is absent, in use, no layer, or damaged; it is untouched.</exception>
+    /// <param name="readOnly">The layer is only read, and others may read it as well.</param>
+    /// <exception cref="DiskException">
+    /// The file is absent, in use, no layer, or damaged. It is left as it was.
+    /// </exception>
     public static LayerFile Open(string path, bool readOnly) => Open(path, readOnly, mayBeInUse: false, out _);
 
-    /// <summary>Opens a layer to look at it, even while somebody writes it: then what is found is of that moment.</summary>
-    /// <exception cref="DiskException">It is absent, no layer, or damaged.</exception>
-    public static LayerFile OpenUnlocked(string path, out bool isInUse) => Open(path, readOnly: true, mayBeInUse: true, out isInUse);
+    /// <summary>
+    /// Opens a layer to look at it, even while another program writes it: what is found is of this moment.
+    /// </summary>
+    /// <exception cref="DiskException">The file is absent, no layer, or damaged.</exception>
+    public static LayerFile OpenUnlocked(string path, out bool isInUse)
+        => Open(path, readOnly: true, mayBeInUse: true, out isInUse);
 
     private static LayerFile Open(string path, bool readOnly, bool mayBeInUse, out bool isInUse)
     {
@@ -104,7 +115,11 @@ internal sealed class LayerFile : IDisposable
         try
         {
             if (LinuxFile.Status(file!, out FileStatus kind) == Errno.None && kind.Kind != FileKind.Regular)
-                throw new DiskException(DiskError.Damaged, $"cannot open layer '{path}': it is no regular file");
+            {
+                throw new DiskException(
+                    DiskError.Damaged, $"cannot open layer '{path}': it is no regular file");
+            }
+
             isInUse = LinuxFile.TryLock(file!, shared: readOnly) == Errno.EAGAIN;
             if (isInUse && !mayBeInUse)
                 throw new InUseException($"layer '{path}'", file!, UseConflict.NeededAlone);
@@ -115,7 +130,8 @@ internal sealed class LayerFile : IDisposable
                 MapHeader header = ReadHeader(store, status, out string? problem)
                     ?? throw new DiskException(DiskError.Damaged, problem!);
                 var map = BlockMap.Open(store, LinuxProcess.BootId);
-                return new LayerFile(path, ImageFile.OfPart(path, file!, header.DataStart, header.Source.Length, readOnly), map);
+                var data = ImageFile.OfPart(path, file!, header.DataStart, header.Source.Length, readOnly);
+                return new LayerFile(path, data, map);
             }
             catch (DiskException failure)
             {
@@ -129,19 +145,22 @@ internal sealed class LayerFile : IDisposable
         }
     }
 
-    /// <summary>Nothing of it can be written, whoever tries: its file system is read-only.</summary>
+    /// <summary>Nobody can write any of it: its file system is read-only.</summary>
     public bool IsOnReadOnlyFileSystem => Data.IsOnReadOnlyFileSystem;
 
-    /// <summary>Whether an open file is a disposable layer, or the beginning of one; who holds its lock may remove it.</summary>
+    /// <summary>
+    /// Whether an open file is a disposable layer, or the beginning of one. Whoever holds its lock may remove it.
+    /// </summary>
     public static bool IsDisposable(SafeFileHandle file)
     {
         if (LinuxFile.Status(file, out FileStatus status) != Errno.None || status.Kind != FileKind.Regular)
             return false;
         if (status.AllocatedBytes == 0)
-            return true; // it never got its header, and holds nothing
+            return true; // its header was never written: it holds nothing
         try
         {
-            return ReadHeader(new FileMapStore("", file), status, out _) is { } header && (header.Flags & MapFlags.Disposable) != 0;
+            MapHeader? header = ReadHeader(new FileMapStore("", file), status, out _);
+            return header is not null && (header.Flags & MapFlags.Disposable) != 0;
         }
         catch (DiskException)
         {
@@ -150,8 +169,9 @@ internal sealed class LayerFile : IDisposable
     }
 
     /// <summary>
-    /// Makes it an empty layer on a base; what it held is lost, and its space is given back. Until that is done the layer is
-    /// marked, and refused by all but this method: half of its blocks would be neither the old disk nor the new one.
+    /// Makes this an empty layer on a base. What it held is lost, and its space is given back. Until that is done the
+    /// layer is marked, and refused by all but this method: half of its blocks would be neither the old disk nor the
+    /// new one.
     /// </summary>
     public void Clear(SourceIdentity source)
     {
@@ -163,7 +183,7 @@ internal sealed class LayerFile : IDisposable
             CommitPosition = 0,
         });
 
-        // The map before the data: at no time may it speak of data that is gone.
+        // The map comes before the data: at no time may it describe data that is gone.
         Map.Set(new BlockRange(0, Map.BlockCount), BlockState.Absent);
         Map.Commit();
         Data.Discard();
@@ -171,8 +191,8 @@ internal sealed class LayerFile : IDisposable
     }
 
     /// <summary>
-    /// Takes a disposable layer's name away, if this object made the layer. Operations may be under way: the file itself lives
-    /// until it is closed.
+    /// Takes a disposable layer's name away, if this object made the layer. Operations may be under way: the file
+    /// itself lives until it is closed.
     /// </summary>
     public void RemoveIfDisposable()
     {
@@ -181,8 +201,8 @@ internal sealed class LayerFile : IDisposable
     }
 
     /// <summary>
-    /// Closes the file. A disposable layer is removed first, while its lock is held: once the lock is gone, another server may
-    /// take the name.
+    /// Closes the file. A disposable layer is removed first, while its lock is held: once the lock is gone, another
+    /// server may take the name.
     /// </summary>
     public void Dispose()
     {
@@ -193,12 +213,16 @@ internal sealed class LayerFile : IDisposable
     private static LayerFile Fill(string path, SafeFileHandle file, SourceIdentity source, MapFlags flags)
     {
         if (source.Length > MaxDiskLength)
-            throw new DiskException(DiskError.NotSupported, $"'{source.Path}' is too long for a layer: {source.Length} bytes");
+        {
+            throw new DiskException(
+                DiskError.NotSupported, $"'{source.Path}' is too long for a layer: {source.Length} bytes");
+        }
+
         long mapLength = MapLayout.FileLength(source.Length);
         long dataStart = (mapLength + DataAlignment - 1) / DataAlignment * DataAlignment;
         Errno errno = LinuxFile.Truncate(file, dataStart + source.Length);
 
-        // The map has its space from the start: where the disk is full, a flush still finds room for it.
+        // The map has its space from the start: if the disk becomes full, a flush still finds room for it.
         if (errno == Errno.None && (flags & MapFlags.Disposable) == 0)
             errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, mapLength);
         if (errno is not (Errno.None or Errno.EOPNOTSUPP))
@@ -213,7 +237,8 @@ internal sealed class LayerFile : IDisposable
             Source = source,
         };
         var map = BlockMap.Create(new FileMapStore(path, file), header);
-        return new LayerFile(path, ImageFile.OfPart(path, file, dataStart, source.Length, readOnly: false), map, (flags & MapFlags.Disposable) != 0);
+        var data = ImageFile.OfPart(path, file, dataStart, source.Length, readOnly: false);
+        return new LayerFile(path, data, map, isRemovedAtEnd: (flags & MapFlags.Disposable) != 0);
     }
 
     private static MapHeader? ReadHeader(FileMapStore store, in FileStatus status, out string? problem)

@@ -16,8 +16,8 @@ namespace Xnbd.Storage.Layers;
 /// <param name="IsDiscarding">The layer was being emptied, and that was interrupted.</param>
 /// <param name="IsInUse">Another program is writing the layer: the figures are of a moment ago.</param>
 /// <param name="Runs">
-/// All blocks in order, as runs of one state, with their lengths in bytes. A run is made when the caller asks for it, since
-/// there may be very many.
+/// All blocks in order, as runs of one state, with their lengths in bytes. A run is made when the caller asks for it,
+/// since there may be very many.
 /// </param>
 public sealed record LayerInfo(
     string Path,

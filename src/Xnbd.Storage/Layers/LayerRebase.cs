@@ -6,16 +6,17 @@ namespace Xnbd.Storage.Layers;
 /// <summary>
 /// Puts a layer that is not being served on another base, so that its disk reads as before.
 /// <para>
-/// The order: 1. the layer takes over the blocks in which the new base differs from the old one; 2. these are made durable;
-/// 3. the header names the new base; 4. the layer lets go of the blocks that equal those of the new base, and of their
-/// space. If the process or the machine dies, the layer is complete, on the old base or on the new one. A second call
-/// finishes the work.
+/// The order: 1. the layer takes over the blocks in which the new base differs from the old one; 2. these are made
+/// durable; 3. the header names the new base; 4. the layer lets go of the blocks that equal those of the new base, and
+/// of their space. If the process or the machine dies, the layer is complete, on the old base or on the new one. A
+/// second call finishes the work.
 /// </para>
 /// </summary>
 public static class LayerRebase
 {
     /// <summary>
-    /// The layer lets go of so many ranges of blocks at a time, each time with a commit of the map: memory stays bounded.
+    /// The layer lets go of so many ranges of blocks at a time, each time with a commit of the map: memory stays
+    /// bounded.
     /// </summary>
     private const int MaxRanges = 64 * 1024;
 
@@ -26,7 +27,9 @@ public static class LayerRebase
     /// <param name="newBaseIsLayer">The new base is a layer, not an image.</param>
     /// <param name="progress">Receives how far this has come.</param>
     /// <param name="cancel">Interrupts it.</param>
-    /// <exception cref="DiskException">A file cannot be opened, the lengths differ, or a read or a write failed.</exception>
+    /// <exception cref="DiskException">
+    /// A file cannot be opened, the lengths differ, or a read or a write failed.
+    /// </exception>
     /// <exception cref="OperationCanceledException">It was interrupted.</exception>
     public static async Task Run(
         string path,
@@ -55,8 +58,8 @@ public static class LayerRebase
     }
 
     /// <summary>
-    /// Writes into the layer what the new base lacks. As long as the header names the old base, such a block holds what the
-    /// old base has: nothing has changed.
+    /// Writes into the layer what the new base lacks. As long as the header names the old base, such a block holds what
+    /// the old base has: nothing has changed.
     /// </summary>
     private static Task TakeOver(CowDisk disk, Disk newBase, Action<WorkProgress> progress, CancellationToken cancel)
         => BlockComparison.Run(disk, newBase, skipAbsent: false, progress, cancel, (blockIndex, data, other) =>
@@ -66,7 +69,8 @@ public static class LayerRebase
         });
 
     /// <summary>
-    /// Makes absent the blocks that equal the new base's: first in the map, durably, and then their space is given back.
+    /// Makes absent the blocks that equal the new base's: first in the map, durably, and then their space is given
+    /// back.
     /// </summary>
     private static async Task LetGo(CowDisk disk, Disk newBase, CancellationToken cancel)
     {

@@ -6,8 +6,8 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Layers;
 
 /// <summary>
-/// Composes copy-on-write disks: a base image, and layers over it, from the bottom up. Each layer knows what it stands on,
-/// and is refused on anything else (<see cref="BaseIdentity"/>). The disk that is returned owns all its files.
+/// Composes copy-on-write disks: a base image, and layers over it, from the bottom up. Each layer knows what it stands
+/// on, and is refused on anything else (<see cref="BaseIdentity"/>). The disk that is returned owns all its files.
 /// </summary>
 public static class LayerStack
 {
@@ -18,7 +18,9 @@ public static class LayerStack
     /// <param name="basePath">The base image.</param>
     /// <param name="directory">Where the layer is made; null for the base's directory.</param>
     /// <param name="readOnly">The disk will not be written.</param>
-    /// <param name="removed">Receives the path of each layer that a killed server had left behind, and that was removed.</param>
+    /// <param name="removed">
+    /// Receives the path of each layer that a killed server had left behind, and that was removed.
+    /// </param>
     /// <exception cref="DiskException">The base cannot be opened, or the layer cannot be made.</exception>
     public static Disk OpenDisposable(string basePath, string? directory, bool readOnly, Action<string> removed)
     {
@@ -60,7 +62,8 @@ public static class LayerStack
     }
 
     /// <summary>
-    /// Opens a disk over a base and layers that are kept. Only the topmost layer is written; it is made if it is absent.
+    /// Opens a disk over a base and layers that are kept. Only the topmost layer is written; it is made if it is
+    /// absent.
     /// </summary>
     /// <param name="basePath">The base image.</param>
     /// <param name="layerPaths">At least one layer, from the bottom up.</param>
@@ -86,7 +89,8 @@ public static class LayerStack
                     if (readOnly)
                     {
                         throw new DiskException(
-                            DiskError.Permission, $"there is no layer '{path}'; none is made for a disk that is only read");
+                            DiskError.Permission,
+                            $"there is no layer '{path}'; none is made for a disk that is only read");
                     }
 
                     disk = new CowDisk(disk, LayerFile.Create(path, source, flags), readOnly: false);
@@ -202,16 +206,16 @@ public static class LayerStack
     }
 
     /// <summary>
-    /// Opens a layer. A layer that will only be read must be durable as it is found: what stands on it is bound to it, and a
-    /// flush of what stands on it covers it. If a server of the layer was killed, the layer is settled first, which needs it
-    /// alone for a moment.
+    /// Opens a layer. A layer that will only be read must be durable as it is found: what stands on it is bound to it,
+    /// and a flush of what stands on it covers it. If a server of the layer was killed, the layer is settled first,
+    /// which needs it alone for a moment.
     /// </summary>
     /// <remarks>
-    /// On a read-only file system a layer cannot be settled. If nothing that stands on it is written, the layer is taken as
-    /// its map says: no flush relies on it, and nothing will be bound to it. The map is right. In the run of the machine in
-    /// which the server was killed, the live map is right, because a file system becomes read-only by writing back all that
-    /// was in memory; later the durable map is. Nobody changes the layer meanwhile: it is locked, and not even another mount
-    /// of the file system, which may be writable, lets this program past the lock.
+    /// On a read-only file system a layer cannot be settled. If nothing that stands on it is written, the layer is
+    /// taken as its map says: no flush relies on it, and nothing will be bound to it. The map is right. In the run of
+    /// the machine in which the server was killed, the live map is right, because a file system becomes read-only by
+    /// writing back all that was in memory; later the durable map is. Nobody changes the layer meanwhile: it is locked,
+    /// and not even another mount of the file system, which may be writable, lets this program past the lock.
     /// </remarks>
     private static LayerFile OpenSettled(string path, bool isWritten, bool isStackWritten)
     {

@@ -5,6 +5,8 @@ namespace Xnbd.Storage.Layers;
 /// <param name="Total">Length of the disk in bytes.</param>
 public readonly record struct WorkProgress(long Done, long Total)
 {
-    /// <summary>How much long work reads and writes at a time, in bytes. It tells its progress after each piece.</summary>
+    /// <summary>
+    /// How much long work reads and writes at a time, in bytes. It tells its progress after each piece.
+    /// </summary>
     internal const int PieceBytes = 1 << 20;
 }

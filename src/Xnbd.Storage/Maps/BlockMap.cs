@@ -19,13 +19,13 @@ public enum BlockState
 }
 
 /// <summary>
-/// Which blocks a local file holds. The map never claims a block that the file does not hold: whoever sets a block's state
-/// has written (or discarded) the block's data before.
+/// Which blocks a local file holds. The map never claims a block that the file does not hold: whoever sets a block's
+/// state has written (or discarded) the block's data before.
 /// <para>
-/// The map exists three times. In memory, where it is read without a lock. In the file as the <em>live</em> map, which is
-/// written before each change in memory (except for copies), and so survives the death of the process. The live map is right
-/// until the machine is started anew; the boot id tells. And in the file as the <em>durable</em> map, which survives the
-/// death of the machine: pages with checksums, written after the data that they describe was synced
+/// The map exists three times. In memory, where it is read without a lock. In the file as the <em>live</em> map, which
+/// is written before each change in memory (except for copies), and so survives the death of the process. The live map
+/// is right until the machine is started anew; the boot id tells. And in the file as the <em>durable</em> map, which
+/// survives the death of the machine: pages with checksums, written after the data that they describe was synced
 /// (<see cref="Collect"/>, sync the data, <see cref="WritePages"/>, <see cref="SyncPages"/>). Blocks change state
 /// independently of each other, so the disk may be found in any mixture of older and newer pages.
 /// </para>
@@ -35,8 +35,9 @@ public enum BlockState
 /// (<see cref="WriteBehind"/>).
 /// </para>
 /// <para>
-/// Locks, in their order: <c>_writingBehind</c>; one of <c>_pageLocks</c>, for each change of a page; <c>_behind</c>. The
-/// header has a lock of its own (<see cref="MapFile"/>), which is taken with none of these held, and is the last of all.
+/// Locks, in their order: <c>_writingBehind</c>; one of <c>_pageLocks</c>, for each change of a page; <c>_behind</c>.
+/// The header has a lock of its own (<see cref="MapFile"/>), which is taken with none of these held, and is the last of
+/// all.
 /// </para>
 /// </summary>
 internal sealed class BlockMap
@@ -79,8 +80,8 @@ internal sealed class BlockMap
     public static BlockMap Create(IMapStore store, MapHeader header) => new(MapFile.Create(store, header));
 
     /// <summary>
-    /// Opens a map: its live part if the machine has not been started anew since, else its durable part. Nothing is written
-    /// until <see cref="PrepareToWrite"/>.
+    /// Opens a map: its live part if the machine has not been started anew since, else its durable part. Nothing is
+    /// written until <see cref="PrepareToWrite"/>.
     /// </summary>
     /// <param name="store">Where the map is kept.</param>
     /// <param name="bootId">The id of the machine's present run.</param>
@@ -103,7 +104,8 @@ internal sealed class BlockMap
                 _file.WriteLive(at, _words.AsSpan(at, Math.Min(piece, _words.Length - at)));
         }
 
-        // Also if nothing was written here: a copy that is whole may not be durable, if the process died before its sync.
+        // Also if nothing was written here: a copy that is whole may not be durable, if the process died before its
+        // sync.
         _file.Sync();
         if (Header.BootId != _bootId)
         {
@@ -124,7 +126,8 @@ internal sealed class BlockMap
         => (BlockState)((Volatile.Read(ref _words[block / BlocksPerWord]) >> (int)(block % BlocksPerWord * 2)) & 3);
 
     /// <summary>Whether all blocks of a range are in one state.</summary>
-    public bool IsAll(BlockRange range, BlockState state) => Run(range, out BlockState actual) == range && actual == state;
+    public bool IsAll(BlockRange range, BlockState state)
+        => Run(range, out BlockState actual) == range && actual == state;
 
     /// <summary>The blocks at the start of a range that are all in one state.</summary>
     /// <param name="range">At least one block.</param>
@@ -165,7 +168,8 @@ internal sealed class BlockMap
     public long Count(BlockState state) => CountAll()[(int)state];
 
     /// <summary>
-    /// How many blocks are in each state, by the state's number. If the map changes meanwhile, the numbers are approximate.
+    /// How many blocks are in each state, by the state's number. If the map changes meanwhile, the numbers are
+    /// approximate.
     /// </summary>
     public long[] CountAll()
     {
@@ -201,7 +205,9 @@ internal sealed class BlockMap
     /// </summary>
     public void SetFetched(BlockRange range) => _ = TrySet(range, BlockState.Fetched, isWritten: false);
 
-    /// <summary>From now on no block becomes zero in the map alone: whoever zeroes a block writes zeroes to the file.</summary>
+    /// <summary>
+    /// From now on no block becomes zero in the map alone: whoever zeroes a block writes zeroes to the file.
+    /// </summary>
     public void Seal()
     {
         _isSealed = true;

@@ -4,15 +4,15 @@ using Xnbd.Linux;
 namespace Xnbd.Storage.Maps;
 
 /// <summary>
-/// Where a map is kept: bytes that survive the process as soon as they are written, and the machine as soon as they are
-/// synced. Failures are <see cref="DiskException"/>s.
+/// Where a map is kept. Bytes survive the process as soon as they are written, and the machine as soon as they are
+/// synced. All methods throw <see cref="DiskException"/>.
 /// </summary>
 internal interface IMapStore
 {
-    /// <summary>Reads.</summary>
+    /// <summary>Reads bytes.</summary>
     void Read(long offset, Span<byte> buffer);
 
-    /// <summary>Writes.</summary>
+    /// <summary>Writes bytes.</summary>
     void Write(long offset, ReadOnlySpan<byte> data);
 
     /// <summary>Makes durable all that was written.</summary>
@@ -20,7 +20,7 @@ internal interface IMapStore
 }
 
 /// <summary>A map in a file.</summary>
-/// <param name="path">The file's name, for messages.</param>
+/// <param name="path">The file's path, for messages.</param>
 /// <param name="file">The open file; its owner closes it.</param>
 internal sealed class FileMapStore(string path, SafeFileHandle file) : IMapStore
 {

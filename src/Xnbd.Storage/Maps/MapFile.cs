@@ -3,16 +3,16 @@ using System.Runtime.InteropServices;
 namespace Xnbd.Storage.Maps;
 
 /// <summary>
-/// A map as it stands in its file: the header, the live map, and the pages of the durable map. This type knows where each of
-/// them stands and which copy counts; <see cref="BlockMap"/> knows what their words mean.
+/// A map as it stands in its file: the header, the live map, and the pages of the durable map. This type knows where
+/// each of them stands and which copy counts; <see cref="BlockMap"/> knows what their words mean.
 /// <para>
-/// Invariants: a copy of the header or of a page is written over the older one of two, so that a torn write leaves the newer
-/// one. A torn copy of a page is wiped before its slot is written again.
+/// Invariants: a copy of the header or of a page is written over the older one of two, so that a torn write leaves the
+/// newer one. A torn copy of a page is wiped before its slot is written again.
 /// </para>
 /// <para>
 /// Threads: any thread may change the header, and any may write to the live map. One thread at a time writes and syncs
-/// durable pages (a commit). The lock <c>_headerLock</c> is held while the header is written and synced. That is harmless:
-/// requests do not change headers, and whoever holds it takes no other lock.
+/// durable pages (a commit). The lock <c>_headerLock</c> is held while the header is written and synced. That is
+/// harmless: requests do not change headers, and whoever holds it takes no other lock.
 /// </para>
 /// </summary>
 internal sealed class MapFile
@@ -49,7 +49,9 @@ internal sealed class MapFile
     }
 
     /// <summary>Opens a file. Nothing is written.</summary>
-    /// <exception cref="DiskException">The header is damaged or cannot be read, or its version is a later one.</exception>
+    /// <exception cref="DiskException">
+    /// The header is damaged or cannot be read, or its version is a later one.
+    /// </exception>
     public static MapFile Open(IMapStore store)
         => new(store, ReadHeader(store) ?? throw new DiskException(DiskError.Damaged, "its header is damaged"));
 
@@ -107,8 +109,8 @@ internal sealed class MapFile
     }
 
     /// <summary>
-    /// Overwrites torn copies of pages with zeroes. This comes before their slots are written again: the sectors that a torn
-    /// copy lacks might be in the next copy, and complete the torn one.
+    /// Overwrites torn copies of pages with zeroes. This comes before their slots are written again: the sectors that a
+    /// torn copy lacks might be in the next copy, and complete the torn one.
     /// </summary>
     public void WipeTornCopies()
     {
@@ -117,7 +119,9 @@ internal sealed class MapFile
         _tornSlots.Clear();
     }
 
-    /// <summary>Writes pages of the durable map to their next slots. The data that they describe is durable already.</summary>
+    /// <summary>
+    /// Writes pages of the durable map to their next slots. The data that they describe is durable already.
+    /// </summary>
     /// <exception cref="DiskException">They could not be written.</exception>
     public void WriteDurable(List<(int Page, ulong[] Words)> pages)
     {

@@ -8,9 +8,9 @@ namespace Xnbd.Storage.Maps;
 /// <param name="Path">Where the disk stands, for people and tools.</param>
 /// <param name="Length">Length of the disk in bytes.</param>
 /// <param name="Version">
-/// A number that differs when the disk was changed: for an image's file the time of its last change, in nanoseconds since
-/// 1970; for a layer its <see cref="MapHeader.Generation"/>; for a device a number made of the kernel's counters; 0 for the
-/// origin of a cache.
+/// A number that differs when the disk was changed: for an image's file the time of its last change, in nanoseconds
+/// since 1970; for a layer its <see cref="MapHeader.Generation"/>; for a device a number made of the kernel's counters;
+/// 0 for the origin of a cache.
 /// </param>
 /// <param name="Sample">A hash of sampled blocks, and of a layer's id.</param>
 internal sealed record SourceIdentity(string Path, long Length, long Version, UInt128 Sample);
@@ -25,7 +25,9 @@ public enum MapFlags
     /// <summary>The layer is removed when its server ends, and by the next server if that one was killed.</summary>
     Disposable = 1,
 
-    /// <summary>The layer is being committed into its base, which is therefore neither the old disk nor the new one.</summary>
+    /// <summary>
+    /// The layer is being committed into its base, which is therefore neither the old disk nor the new one.
+    /// </summary>
     Committing = 2,
 
     /// <summary>The base is a layer itself, not an image.</summary>
@@ -38,21 +40,21 @@ public enum MapFlags
     Cache = 16,
 
     /// <summary>
-    /// Of a cache: blocks that count as fetched may hold what was written here, since the cache was switched to, or since the
-    /// machine died while writes were under way.
+    /// Of a cache: blocks that count as fetched may hold what was written here, since the cache was switched to, or
+    /// since the machine died while writes were under way.
     /// </summary>
     MayHoldWrites = 32,
 
     /// <summary>
-    /// Of a cache: it was switched to. The image is complete, and is the disk without the map. A proxy that goes on with the
-    /// cache takes the flag back.
+    /// Of a cache: it was switched to. The image is complete, and is the disk without the map. A proxy that goes on
+    /// with the cache takes the flag back.
     /// </summary>
     Switched = 64,
 }
 
 /// <summary>
-/// The header of a map's file (docs/formats.md): one page, of which there are two copies, written in turn, so that a torn
-/// write leaves the other copy.
+/// The header of a map's file (docs/formats.md): one page, of which there are two copies, written in turn, so that a
+/// torn write leaves the other copy.
 /// </summary>
 internal sealed record MapHeader
 {
@@ -106,8 +108,8 @@ internal sealed record MapHeader
     public required SourceIdentity Source { get; init; }
 
     /// <summary>
-    /// Grows each time when the layer is opened to be written by clients, or is emptied: what stands on the layer sees another
-    /// disk then.
+    /// Grows each time when the layer is opened to be written by clients, or is emptied: what stands on the layer sees
+    /// another disk then.
     /// </summary>
     public long Generation { get; init; }
 
@@ -127,8 +129,10 @@ internal sealed record MapHeader
     /// <exception cref="DiskException">Its version is a later one, or its path is too long.</exception>
     public static MapHeader? TryRead(ReadOnlySpan<byte> copy)
     {
-        if (!HasMagic(copy)
-            || BinaryPrimitives.ReadUInt64LittleEndian(copy[At.Checksum..]) != XxHash3.HashToUInt64(copy[..At.Checksum]))
+        if (!HasMagic(copy))
+            return null;
+        ulong checksum = BinaryPrimitives.ReadUInt64LittleEndian(copy[At.Checksum..]);
+        if (checksum != XxHash3.HashToUInt64(copy[..At.Checksum]))
             return null;
         uint version = BinaryPrimitives.ReadUInt32LittleEndian(copy[At.FormatVersion..]);
         int pathLength = BinaryPrimitives.ReadInt32LittleEndian(copy[At.PathLength..]);

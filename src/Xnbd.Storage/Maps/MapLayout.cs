@@ -1,12 +1,14 @@
 namespace Xnbd.Storage.Maps;
 
 /// <summary>
-/// Where the parts of a map stand in its file (docs/formats.md): two copies of the header, the live map, and two slots for
-/// each page of the durable map. All offsets and lengths are bytes.
+/// Where the parts of a map stand in its file (docs/formats.md): two copies of the header, the live map, and two slots
+/// for each page of the durable map. All offsets and lengths are bytes.
 /// </summary>
 internal static class MapLayout
 {
-    /// <summary>How many blocks one 64-bit word of a map describes: two bits each, the first block in the lowest.</summary>
+    /// <summary>
+    /// How many blocks one 64-bit word of a map describes: two bits each, the first block in the lowest.
+    /// </summary>
     public const int BlocksPerWord = 32;
 
     /// <summary>Length of a slot, which holds one copy of a page.</summary>
@@ -28,7 +30,8 @@ internal static class MapLayout
         => Math.Max(1, (BlockRange.CountOf(diskLength) + BlocksPerPage - 1) / BlocksPerPage);
 
     /// <summary>How much of its file a map takes.</summary>
-    public static long FileLength(long diskLength) => DurableStart(diskLength) + (PageCount(diskLength) * 2 * PageBytes);
+    public static long FileLength(long diskLength)
+        => DurableStart(diskLength) + (PageCount(diskLength) * 2 * PageBytes);
 
     /// <summary>Where the copy of the header with this sequence number stands.</summary>
     public static long HeaderOffset(ulong sequence) => (long)(sequence % 2) * MapHeader.Size;

@@ -5,8 +5,8 @@ using System.Runtime.InteropServices;
 namespace Xnbd.Storage.Maps;
 
 /// <summary>
-/// The format of one page of the durable map (docs/formats.md): four words of head, then a part of the map. Pure: bytes in,
-/// values out.
+/// The format of one page of the durable map (docs/formats.md): four words of head, then a part of the map. Pure: bytes
+/// in, values out.
 /// </summary>
 internal static class MapPage
 {
@@ -31,7 +31,8 @@ internal static class MapPage
     }
 
     /// <summary>The part of the map that a copy holds.</summary>
-    public static ReadOnlySpan<ulong> ContentOf(ReadOnlySpan<byte> slot) => MemoryMarshal.Cast<byte, ulong>(slot)[ContentAt..];
+    public static ReadOnlySpan<ulong> ContentOf(ReadOnlySpan<byte> slot)
+        => MemoryMarshal.Cast<byte, ulong>(slot)[ContentAt..];
 
     /// <summary>Writes a copy.</summary>
     public static void Write(Span<byte> slot, int page, ulong sequence, ReadOnlySpan<ulong> content, Guid mapId)
@@ -45,7 +46,8 @@ internal static class MapPage
     }
 
     /// <summary>
-    /// The checksum of all words but itself. The id is its seed, so that another map's page is not taken for one of this map.
+    /// The checksum of all words but itself. The id is its seed, so that another map's page is not taken for one of
+    /// this map.
     /// </summary>
     private static ulong Checksum(ReadOnlySpan<ulong> words, Guid mapId)
     {
