@@ -1,4 +1,6 @@
+using System.Buffers.Binary;
 using System.Globalization;
+using System.IO.Hashing;
 using Xnbd.Storage.Maps;
 
 namespace Xnbd.Storage.Tests;
@@ -47,6 +49,22 @@ public sealed class MapFormatTests
         "28672 0100000000000000010000000000000066d3f9d0cda1a51f",
         "28704 c0ff0f0000000000",
     ];
+
+    [Theory]
+    [InlineData(8, 2, "format version 2")]
+    [InlineData(64, 8192, "blocks of 8192 bytes")]
+    public void A_header_of_another_version_or_block_size_is_refused(int offset, int value, string reason)
+    {
+        byte[] copy = new byte[MapHeader.Size];
+        s_header.Write(copy);
+        Assert.NotNull(MapHeader.TryRead(copy));
+        BinaryPrimitives.WriteInt32LittleEndian(copy.AsSpan(offset), value);
+        Assert.Null(MapHeader.TryRead(copy)); // the checksum is wrong
+        BinaryPrimitives.WriteUInt64LittleEndian(copy.AsSpan()[^8..], XxHash3.HashToUInt64(copy.AsSpan()[..^8]));
+        DiskException failure = Assert.Throws<DiskException>(() => MapHeader.TryRead(copy));
+        Assert.Equal(DiskError.NotSupported, failure.Error);
+        Assert.Contains(reason, failure.Message, StringComparison.Ordinal);
+    }
 
     [Fact]
     public void A_map_has_these_bytes()

@@ -119,6 +119,22 @@ public partial class DependencyTests
     [GeneratedRegex(@"Message\.(Contains|StartsWith|EndsWith|IndexOf|Split)\b")]
     private static partial Regex LookIntoMessage();
 
+    [Fact]
+    public void The_programs_have_advice_for_each_remedy()
+    {
+        string exceptions = File.ReadAllText(Path.Combine(Repository.Root, "src", "Xnbd.Storage", "DiskException.cs"));
+        string advice = File.ReadAllText(Path.Combine(Repository.Root, "src", "Xnbd", "Advice.cs"));
+        string remedies = exceptions[exceptions.IndexOf("public enum Remedy", StringComparison.Ordinal)..];
+        remedies = remedies[..remedies.IndexOf("\n}", StringComparison.Ordinal)];
+        string[] names = [.. RemedyPattern().Matches(remedies).Select(match => match.Groups[1].Value)];
+        Assert.InRange(names.Length, 8, 100);
+        foreach (string name in names.Where(name => name != "None"))
+            Assert.Contains($"Remedy.{name} => ", advice, StringComparison.Ordinal);
+    }
+
+    [GeneratedRegex(@"^ +([A-Z]\w+)(?: = \d+)?,", RegexOptions.Multiline)]
+    private static partial Regex RemedyPattern();
+
     [GeneratedRegex(@"\bXnbd\.Storage\.(?!Tests)([A-Z]\w*)")]
     private static partial Regex RoomPattern();
 

@@ -126,7 +126,10 @@ internal sealed record MapHeader
 
     /// <summary>Reads one copy.</summary>
     /// <returns>Null when the copy is torn, or never was one.</returns>
-    /// <exception cref="DiskException">Its version is a later one, or its path is too long.</exception>
+    /// <exception cref="DiskException">
+    /// It has a later version or another block size (<see cref="DiskError.NotSupported"/>), or its path is too long
+    /// (<see cref="DiskError.Damaged"/>).
+    /// </exception>
     public static MapHeader? TryRead(ReadOnlySpan<byte> copy)
     {
         if (!HasMagic(copy))
@@ -135,11 +138,19 @@ internal sealed record MapHeader
         if (checksum != XxHash3.HashToUInt64(copy[..At.Checksum]))
             return null;
         uint version = BinaryPrimitives.ReadUInt32LittleEndian(copy[At.FormatVersion..]);
+        int blockSize = BinaryPrimitives.ReadInt32LittleEndian(copy[At.BlockSize..]);
         int pathLength = BinaryPrimitives.ReadInt32LittleEndian(copy[At.PathLength..]);
         if (version != FormatVersion)
         {
             throw new DiskException(
-                DiskError.Damaged, $"it has format version {version}; this program knows version {FormatVersion}");
+                DiskError.NotSupported, $"it has format version {version}; this program knows version {FormatVersion}");
+        }
+
+        if (blockSize != BlockRange.BlockSize)
+        {
+            throw new DiskException(
+                DiskError.NotSupported,
+                $"it has blocks of {blockSize} bytes; this program knows blocks of {BlockRange.BlockSize} bytes");
         }
 
         if (pathLength is < 0 or > MaxPathBytes)
