@@ -192,11 +192,11 @@ public sealed class RunningPeer : IDisposable
         long start = Stopwatch.GetTimestamp();
         Process process = Process.Start(
             new ProcessStartInfo(Tool.Find(peer.Program) ?? peer.Program, peer.Arguments(image, socket, folder))
-        {
-            RedirectStandardError = true,
-            RedirectStandardOutput = true,
-            Environment = { ["TMPDIR"] = folder }, // where nbdkit's filters keep their files
-        })!;
+            {
+                RedirectStandardError = true,
+                RedirectStandardOutput = true,
+                Environment = { ["TMPDIR"] = folder }, // where nbdkit's filters keep their files
+            })!;
         process.ErrorDataReceived += (_, _) => { };
         process.OutputDataReceived += (_, _) => { };
         process.BeginErrorReadLine();
@@ -217,7 +217,8 @@ public sealed class RunningPeer : IDisposable
         }
 
         return new RunningPeer(
-            process, peer, socket, folder) { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
+            process, peer, socket, folder)
+        { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
     }
 
     /// <summary>Processor time used so far, user and system, children included, in seconds.</summary>

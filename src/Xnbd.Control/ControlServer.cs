@@ -22,8 +22,8 @@ public sealed class ControlServer : IDisposable
     internal const int MaxClients = 16;
 
     /// <summary>
-    /// Threads at once: clients, and calls whose clients have left. Beyond that new clients are refused until a call
-    /// ends.
+    /// Threads at once: of clients, and of calls whose clients were pushed out. When all carry out a call, new clients
+    /// are refused.
     /// </summary>
     internal const int MaxThreads = 2 * MaxClients;
 

@@ -27,7 +27,7 @@ public static class LinuxSyslog
     /// <summary>Sets the program's name for all further lines.</summary>
     /// <remarks>The name is never freed, since the C library keeps the pointer.</remarks>
     public static void Open(string program)
-       
+
         => LibC.OpenLog(Marshal.StringToCoTaskMemUTF8(program), LogWithProcessId, FacilityDaemon);
 
     /// <summary>Logs one line.</summary>

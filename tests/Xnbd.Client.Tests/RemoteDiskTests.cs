@@ -701,25 +701,25 @@ public sealed class RemoteDiskTests : IDisposable
     /// <summary>A server that wants whole blocks and short requests, and notes what it is asked.</summary>
     private FakeServer Demanding(string path, uint block, uint most, List<NbdRequest> seen)
         => new FakeServer(path, _image)
-    {
-        Handshake = (peer, _) =>
         {
-            Negotiate(peer, (p, option) =>
+            Handshake = (peer, _) =>
             {
-                p.ReplyOption(
-                    option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
-                p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
-                p.ReplyOption(option, NbdOptionReplyType.Ack);
-            });
-            return true;
-        },
-        Answer = (_, _, request) =>
-        {
-            lock (seen)
-                seen.Add(request);
-            return false;
-        },
-    }.Start();
+                Negotiate(peer, (p, option) =>
+                {
+                    p.ReplyOption(
+                        option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(Size, NbdTransmissionFlags.HasFlags));
+                    p.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoBlockSize(block, 4096, most));
+                    p.ReplyOption(option, NbdOptionReplyType.Ack);
+                });
+                return true;
+            },
+            Answer = (_, _, request) =>
+            {
+                lock (seen)
+                    seen.Add(request);
+                return false;
+            },
+        }.Start();
 }
 
 /// <summary>Keeps what is logged.</summary>

@@ -36,13 +36,13 @@ public sealed class ProxyControlTests : IDisposable
     /// <summary>An origin that takes long for each read, until it is told to hurry.</summary>
     private FakeServer SlowOrigin(ManualResetEventSlim hurry)
         => new FakeServer(_folder.File("slow"), File.ReadAllBytes(_image))
-    {
-        Answer = (_, _, _) =>
         {
-            hurry.Wait(100);
-            return false;
-        },
-    }.Start();
+            Answer = (_, _, _) =>
+            {
+                hurry.Wait(100);
+                return false;
+            },
+        }.Start();
 
     [Fact]
     public async Task The_control_channel_answers_everybody_who_is_its_owner()
