@@ -114,8 +114,13 @@ internal static class CacheFiles
         catch
         {
             image?.Dispose();
-            made?.Dispose();
-            old?.Dispose();
+            foreach (SafeFileHandle? map in (SafeFileHandle?[])[made, old])
+            {
+                if (map is { IsClosed: false })
+                    LinuxFile.Unlock(map);
+                map?.Dispose();
+            }
+
             throw;
         }
     }

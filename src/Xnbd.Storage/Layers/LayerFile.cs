@@ -140,6 +140,7 @@ internal sealed class LayerFile : IDisposable
         }
         catch
         {
+            LinuxFile.Unlock(file!); // also where a child process is being started; see there
             file!.Dispose();
             throw;
         }
