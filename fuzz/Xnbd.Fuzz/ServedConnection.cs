@@ -1,6 +1,6 @@
 using System.Net.Sockets;
-using Microsoft.Extensions.Logging;
 using Xnbd.Server;
+using Xnbd.TestKit;
 
 namespace Xnbd.Fuzz;
 
@@ -17,13 +17,14 @@ internal sealed class ServedConnection
     private const int SendBuffer = 1 << 20;
 
     private readonly SocketPairs _sockets = new();
-    private readonly CrashLog _log = new();
     private readonly NbdServer _server;
+    private string? _crash; // what the server says of an exception that it did not expect
 
     public ServedConnection(bool isReadOnly, HandshakeStyle style)
     {
         Disk = new FuzzDisk(isReadOnly);
-        _server = new NbdServer(new ExportTable(new Export(ExportName, "a disk of many kinds", Disk)), style, _log);
+        var log = new TestLog((_, name, line) => _crash = name == "SessionCrashed" ? line : _crash);
+        _server = new NbdServer(new ExportTable(new Export(ExportName, "a disk of many kinds", Disk)), style, log);
     }
 
     public FuzzDisk Disk { get; }
@@ -33,7 +34,7 @@ internal sealed class ServedConnection
     public byte[] Run(byte[] fromClient)
     {
         Disk.Reset();
-        _log.Crash = null;
+        _crash = null;
         (Socket client, Socket server) = _sockets.Make();
         using (client)
         {
@@ -48,30 +49,8 @@ internal sealed class ServedConnection
             });
             _server.Serve(server);
             byte[] result = received.GetAwaiter().GetResult();
-            Check.That(_log.Crash is null, $"a session ends without an exception: {_log.Crash}");
+            Check.That(_crash is null, $"a session ends without an exception: {_crash}");
             return result;
-        }
-    }
-
-    /// <summary>Keeps what the server says of an exception that it did not expect.</summary>
-    private sealed class CrashLog : ILogger
-    {
-        public string? Crash { get; set; }
-
-        public IDisposable? BeginScope<TState>(TState state)
-            where TState : notnull => null;
-
-        public bool IsEnabled(LogLevel logLevel) => logLevel >= LogLevel.Error;
-
-        public void Log<TState>(
-            LogLevel logLevel,
-            EventId eventId,
-            TState state,
-            Exception? exception,
-            Func<TState, Exception?, string> formatter)
-        {
-            if (eventId.Name == "SessionCrashed")
-                Crash = formatter(state, exception);
         }
     }
 }

@@ -1,19 +1,16 @@
-using System.Threading.Tasks.Sources;
 using Xnbd.Storage;
 using Xnbd.Storage.Threads;
 
 namespace Xnbd.Client;
 
 /// <summary>
-/// A read of a remote disk that is under way, or a question where its zeroes are, and the task that stands for it.
+/// A read of a remote disk that is under way, or a question where its zeroes are.
 /// <para>
 /// States: rented; with a connection, or waiting for one; completed, once; returned by whoever awaits the task. One
-/// thread at a time owns it: the one that made it, then the connection's receiving thread. Whoever awaits goes on at
-/// once, on the thread that received the reply. Requests are reused, so that a steady stream of reads allocates
-/// nothing.
+/// thread at a time owns it: the one that made it, then the connection's receiving thread.
 /// </para>
 /// </summary>
-internal sealed class RemoteRequest : IValueTaskSource
+internal sealed class RemoteRequest : PooledOperation
 {
     /// <summary>How many requests are kept for reuse: as many as two connections have under way.</summary>
     private const int MaxKept = 256;
@@ -21,7 +18,6 @@ internal sealed class RemoteRequest : IValueTaskSource
     private static readonly Pool<RemoteRequest> s_pool = new(() => new RemoteRequest(), MaxKept);
 
     private readonly List<(int Start, int End)> _covered = []; // what has arrived of a structured reply, in order
-    private ManualResetValueTaskSourceCore<bool> _completion;
 
     /// <summary>Offset of the range in bytes.</summary>
     public long Offset { get; private set; }
@@ -43,9 +39,6 @@ internal sealed class RemoteRequest : IValueTaskSource
 
     /// <summary>The time stamp at which the request was made.</summary>
     public long StartedAt { get; private set; }
-
-    /// <summary>The task. It is taken before the request is handed to anybody.</summary>
-    public ValueTask Task => new(this, _completion.Version);
 
     /// <summary>All data have arrived, or some of the answer.</summary>
     public bool IsComplete
@@ -116,30 +109,14 @@ internal sealed class RemoteRequest : IValueTaskSource
         return true;
     }
 
-    /// <summary>Completes it.</summary>
-    public void Succeed() => _completion.SetResult(true);
+    /// <summary>Fails the request.</summary>
+    public void Fail(DiskError error, string message) => Fail(new DiskException(error, message));
 
-    /// <summary>Fails it.</summary>
-    public void Fail(DiskError error, string message) => _completion.SetException(new DiskException(error, message));
-
-    void IValueTaskSource.GetResult(short token)
+    /// <inheritdoc/>
+    protected override void Return()
     {
-        try
-        {
-            _completion.GetResult(token);
-        }
-        finally
-        {
-            Buffer = default;
-            Extents = null;
-            _completion.Reset();
-            s_pool.Return(this);
-        }
+        Buffer = default;
+        Extents = null;
+        s_pool.Return(this);
     }
-
-    ValueTaskSourceStatus IValueTaskSource.GetStatus(short token) => _completion.GetStatus(token);
-
-    void IValueTaskSource.OnCompleted(
-        Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags)
-        => _completion.OnCompleted(continuation, state, token, flags);
 }

@@ -1,5 +1,5 @@
 using System.Buffers.Binary;
-using Microsoft.Extensions.Logging;
+using System.Collections.Concurrent;
 using Xnbd.Protocol;
 using Xnbd.Storage;
 using Xnbd.TestKit;
@@ -14,9 +14,16 @@ public sealed class RemoteDiskTests : IDisposable
 
     private readonly TempFolder _folder = new();
     private readonly byte[] _image = new byte[Size];
-    private readonly MessageList _log = new();
+    private readonly ConcurrentQueue<string> _lines = new();
+    private readonly TestLog _log;
 
-    public RemoteDiskTests() => new Random(1).NextBytes(_image);
+    public RemoteDiskTests()
+    {
+        new Random(1).NextBytes(_image);
+        _log = new TestLog((_, _, line) => _lines.Enqueue(line));
+    }
+
+    private string LogText => string.Join('\n', _lines);
 
     public void Dispose() => _folder.Dispose();
 
@@ -24,8 +31,11 @@ public sealed class RemoteDiskTests : IDisposable
 
     private RemoteDisk Connect(int connections = 1, double patienceSeconds = 30, TimeProvider? time = null)
         => RemoteDisk.Connect(
-            RemoteAddress.Parse(
-                "unix:" + SocketPath, "-", ""), connections, _log, TimeSpan.FromSeconds(patienceSeconds), time);
+            RemoteAddress.Parse("unix:" + SocketPath, "-", ""),
+            connections,
+            _log,
+            TimeSpan.FromSeconds(patienceSeconds),
+            time);
 
     private static async Task<byte[]> Read(RemoteDisk disk, long offset, int length)
     {
@@ -123,8 +133,8 @@ public sealed class RemoteDiskTests : IDisposable
         using RemoteDisk disk = Connect();
         Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
         Assert.Equal(2, server.Count);
-        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
-        Assert.Contains(SocketPath, _log.Text, StringComparison.Ordinal);
+        Assert.Contains("this is a fault of that server", LogText, StringComparison.Ordinal);
+        Assert.Contains(SocketPath, LogText, StringComparison.Ordinal);
     }
 
     private static async Task<Extent[]> Extents(RemoteDisk disk, long offset, long length, int capacity = 100)
@@ -227,7 +237,7 @@ public sealed class RemoteDiskTests : IDisposable
         }.Start();
         using RemoteDisk disk = Connect();
         Assert.Equal([Data(65536)], await Extents(disk, 0, 65536));
-        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
+        Assert.Contains("this is a fault of that server", LogText, StringComparison.Ordinal);
         Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
         Assert.Equal(2, server.Count);
     }
@@ -247,7 +257,7 @@ public sealed class RemoteDiskTests : IDisposable
             $"the export has {Size / 2} bytes, not {Size}: it is another disk",
             failure.Message,
             StringComparison.Ordinal);
-        Assert.Contains(failure.Message, _log.Text, StringComparison.Ordinal);
+        Assert.Contains(failure.Message, LogText, StringComparison.Ordinal);
         Assert.Equal(DiskError.Unreachable, failure.Error);
         Assert.InRange(other.Count, 1, 10);
     }
@@ -359,7 +369,7 @@ public sealed class RemoteDiskTests : IDisposable
         }.Start();
         using RemoteDisk disk = Connect();
         Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
-        Assert.Contains("this is a fault of that server", _log.Text, StringComparison.Ordinal);
+        Assert.Contains("this is a fault of that server", LogText, StringComparison.Ordinal);
     }
 
     [Fact]
@@ -397,7 +407,7 @@ public sealed class RemoteDiskTests : IDisposable
         }.Start();
         using RemoteDisk disk = Connect();
         Assert.Equal(_image[..200_000], await Read(disk, 0, 200_000));
-        Assert.Contains("the server has closed the connection", _log.Text, StringComparison.Ordinal);
+        Assert.Contains("the server has closed the connection", LogText, StringComparison.Ordinal);
     }
 
     [Fact]
@@ -720,37 +730,4 @@ public sealed class RemoteDiskTests : IDisposable
                 return false;
             },
         }.Start();
-}
-
-/// <summary>Keeps what is logged.</summary>
-internal sealed class MessageList : ILogger
-{
-    private readonly System.Text.StringBuilder _text = new();
-
-    public string Text
-    {
-        get
-        {
-            lock (_text)
-                return _text.ToString();
-        }
-    }
-
-    public IDisposable? BeginScope<TState>(TState state)
-        where TState : notnull => null;
-
-    public bool IsEnabled(LogLevel logLevel) => true;
-
-    public void Log<TState>(
-        LogLevel logLevel,
-        EventId eventId,
-        TState state,
-        Exception? exception,
-        Func<TState,
-        Exception?,
-        string> formatter)
-    {
-        lock (_text)
-            _text.AppendLine(formatter(state, exception));
-    }
 }

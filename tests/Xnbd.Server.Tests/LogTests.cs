@@ -1,4 +1,3 @@
-using Microsoft.Extensions.Logging;
 using Xnbd.Protocol;
 using Xnbd.TestKit;
 
@@ -8,12 +7,15 @@ namespace Xnbd.Server.Tests;
 public class LogTests
 {
     private readonly TestClock _clock = new();
-    private readonly LineLog _lines = new();
+    private readonly List<string> _lines = [];
+    private readonly TestLog _log;
+
+    public LogTests() => _log = new TestLog((_, _, line) => _lines.Add(line));
 
     [Fact]
     public void Failures_are_logged_a_few_in_a_second_and_counted()
     {
-        var log = new FailureLog(_lines, _clock);
+        var log = new FailureLog(_log, _clock);
         for (int i = 0; i < 3 * ServerLimits.MaxLoggedFailures; i++)
             log.Log("peer", NbdCommand.Read, "broken");
         Assert.Equal(ServerLimits.MaxLoggedFailures, _lines.Count);
@@ -29,28 +31,12 @@ public class LogTests
     [Fact]
     public void Refusals_are_logged_once_in_a_while_and_counted()
     {
-        var log = new RefusalLog(_lines, _clock);
+        var log = new RefusalLog(_log, _clock);
         for (int i = 0; i < 5; i++)
             log.Log("full");
         Assert.Equal(["a connection was refused: full"], _lines);
         _clock.Turn(ServerLimits.RefusalLogPause);
         log.Log("full");
         Assert.Equal(["4 more connections were refused", "a connection was refused: full"], _lines.Skip(1));
-    }
-
-    private sealed class LineLog : List<string>, ILogger
-    {
-        public IDisposable? BeginScope<TState>(TState state)
-            where TState : notnull => null;
-
-        public bool IsEnabled(LogLevel logLevel) => true;
-
-        public void Log<TState>(
-            LogLevel logLevel,
-            EventId eventId,
-            TState state,
-            Exception? exception,
-            Func<TState, Exception?, string> formatter)
-            => Add(formatter(state, exception));
     }
 }

@@ -1,4 +1,3 @@
-using Microsoft.Extensions.Logging;
 using Xnbd.Storage;
 using Xnbd.TestKit;
 
@@ -17,7 +16,7 @@ internal sealed class ServerFixture : IDisposable
     {
         Disk = disk ?? new MemoryDisk(1 << 20);
         Server = new NbdServer(
-            new ExportTable(new Export(name, "a test's disk", Disk)), style, new TestLog(), limits: null, time);
+            new ExportTable(new Export(name, "a test's disk", Disk)), style, LogToTest(), limits: null, time);
         Server.Listen(SocketPath);
         Server.Start();
     }
@@ -39,32 +38,21 @@ internal sealed class ServerFixture : IDisposable
         Disk.Dispose();
         _folder.Dispose();
     }
-}
 
-/// <summary>Passes what the server logs on to the test's output.</summary>
-internal sealed class TestLog : ILogger
-{
-    private readonly ITestOutputHelper? _output = TestContext.Current.TestOutputHelper;
-
-    public IDisposable? BeginScope<TState>(TState state)
-        where TState : notnull => null;
-
-    public bool IsEnabled(LogLevel logLevel) => true;
-
-    public void Log<TState>(
-        LogLevel logLevel,
-        EventId eventId,
-        TState state,
-        Exception? exception,
-        Func<TState, Exception?, string> formatter)
+    /// <summary>Passes what the server logs on to the test's output.</summary>
+    private static TestLog LogToTest()
     {
-        try
+        ITestOutputHelper? output = TestContext.Current.TestOutputHelper;
+        return new TestLog((_, _, line) =>
         {
-            _output?.WriteLine(formatter(state, exception));
-        }
-        catch (InvalidOperationException)
-        {
-            // The test has ended.
-        }
+            try
+            {
+                output?.WriteLine(line);
+            }
+            catch (InvalidOperationException)
+            {
+                // The test has ended.
+            }
+        });
     }
 }

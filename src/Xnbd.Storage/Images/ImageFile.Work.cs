@@ -1,4 +1,3 @@
-using System.Threading.Tasks.Sources;
 using Xnbd.Linux;
 using Xnbd.Storage.Threads;
 
@@ -50,11 +49,8 @@ public sealed partial class ImageFile
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
         => Work.Rent(this, Operation.Extents, offset, length).Start(extents: extents);
 
-    /// <summary>
-    /// One operation and the task that stands for it. These objects are reused, so that a steady stream of operations
-    /// allocates nothing. Whoever awaits the task goes on at once, on the disk thread.
-    /// </summary>
-    private sealed class Work : IDiskWork, IValueTaskSource
+    /// <summary>One operation, for a disk thread.</summary>
+    private sealed class Work : PooledOperation, IDiskWork
     {
         /// <summary>
         /// So many are kept for reuse: about as many as the disk threads and a few sessions have under way.
@@ -63,7 +59,6 @@ public sealed partial class ImageFile
 
         private static readonly Pool<Work> s_pool = new(() => new Work(), MaxSpare);
 
-        private ManualResetValueTaskSourceCore<bool> _completion;
         private ImageFile? _image;
         private Operation _operation;
         private long _offset;
@@ -95,7 +90,7 @@ public sealed partial class ImageFile
             _data = data;
             _mode = mode;
             _extents = extents;
-            var task = new ValueTask(this, _completion.Version);
+            ValueTask task = Task;
             Threads.Enqueue(this);
             return task;
         }
@@ -136,34 +131,20 @@ public sealed partial class ImageFile
             }
             catch (Exception failure)
             {
-                _completion.SetException(failure);
+                Fail(failure);
                 return;
             }
 
-            _completion.SetResult(true);
+            Succeed();
         }
 
-        void IValueTaskSource.GetResult(short token)
+        protected override void Return()
         {
-            try
-            {
-                _completion.GetResult(token);
-            }
-            finally
-            {
-                _image = null;
-                _buffer = default;
-                _data = default;
-                _extents = null;
-                _completion.Reset();
-                s_pool.Return(this);
-            }
+            _image = null;
+            _buffer = default;
+            _data = default;
+            _extents = null;
+            s_pool.Return(this);
         }
-
-        ValueTaskSourceStatus IValueTaskSource.GetStatus(short token) => _completion.GetStatus(token);
-
-        void IValueTaskSource.OnCompleted(
-            Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags)
-            => _completion.OnCompleted(continuation, state, token, flags);
     }
 }
