@@ -37,7 +37,6 @@ public sealed class ControlServer : IDisposable
     private static readonly TimeSpan s_endTime = TimeSpan.FromSeconds(2);
 
     private readonly UnixSocket _socket;
-    private readonly Socket _listener;
     private readonly Func<string, JsonObject, JsonNode?> _call;
     private readonly Func<string, Action, bool> _startThread;
     private readonly List<Socket> _clients = []; // the one that spoke last stands last
@@ -49,7 +48,6 @@ public sealed class ControlServer : IDisposable
         UnixSocket socket, Func<string, JsonObject, JsonNode?> call, Func<string, Action, bool> startThread)
     {
         _socket = socket;
-        _listener = socket.Socket;
         _call = call;
         _startThread = startThread;
     }
@@ -106,7 +104,7 @@ public sealed class ControlServer : IDisposable
             Socket client;
             try
             {
-                client = _listener.Accept();
+                client = _socket.Socket.Accept();
             }
             catch (ObjectDisposedException)
             {
@@ -235,7 +233,7 @@ public sealed class ControlServer : IDisposable
                 return;
             buffer.AsSpan(start, length - start).CopyTo(buffer);
             length -= start;
-            if (isGuest && start > 0 && _listener.Poll(0, SelectMode.SelectRead))
+            if (isGuest && _socket.Socket.Poll(0, SelectMode.SelectRead))
                 return;
             if (length < buffer.Length)
                 continue;

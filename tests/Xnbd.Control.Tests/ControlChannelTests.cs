@@ -269,6 +269,31 @@ public sealed class ControlChannelTests : IDisposable
     }
 
     [Fact]
+    public async Task Without_a_thread_to_spare_a_client_that_sends_single_bytes_keeps_nobody_waiting()
+    {
+        using ControlServer server = ControlServer.Start(
+            SocketPath, Call, (name, work) => name == "control" && LinuxThread.TryStart(name, work) is not null);
+        using var dripping = new RawClient(SocketPath);
+        using var ended = new CancellationTokenSource();
+        int sent = 0;
+        Task drip = Task.Run(async () =>
+        {
+            for (bool isOpen = true; isOpen && !ended.IsCancellationRequested; sent++)
+            {
+                isOpen = dripping.TrySend("x"u8); // each byte comes before the server has waited long enough
+                await Task.Delay(50);
+            }
+        });
+        WaitFor(() => Volatile.Read(ref sent) > 2);
+        Task served = Task.Run(Works);
+        bool isServed = await Task.WhenAny(served, Task.Delay(s_time)) == served;
+        await ended.CancelAsync();
+        await drip;
+        await served;
+        Assert.True(isServed, "the other client waits as long as bytes are sent");
+    }
+
+    [Fact]
     public void Without_any_thread_it_does_not_start_and_leaves_no_socket()
     {
         Assert.Throws<IOException>(() => ControlServer.Start(SocketPath, Call, (_, _) => false));
@@ -419,15 +444,19 @@ public sealed class ControlChannelTests : IDisposable
 
         public void SendLine(string line) => Send(Encoding.UTF8.GetBytes(line + "\n"));
 
-        public void TrySendLine(string line)
+        public void TrySendLine(string line) => TrySend(Encoding.UTF8.GetBytes(line + "\n"));
+
+        /// <returns>False when the client was refused, or has to leave.</returns>
+        public bool TrySend(ReadOnlySpan<byte> bytes)
         {
             try
             {
-                SendLine(line);
+                Send(bytes);
+                return true;
             }
             catch (SocketException)
             {
-                // It was refused.
+                return false;
             }
         }
 

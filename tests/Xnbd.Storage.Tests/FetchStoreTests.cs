@@ -95,6 +95,23 @@ public sealed class FetchStoreTests : IDisposable
     }
 
     [Fact]
+    public void A_fetch_that_waits_for_writers_when_the_store_stops_is_not_stored()
+    {
+        var held = new BlockRange(10, 1);
+        Assert.True(_changing.TryEnter(held));
+        Receive(Arrived(0, 20));
+        Assert.Single(_heldUp);
+        _store.Stop();
+        int writes = _mapFile.Writes;
+        _changing.Leave(held); // the file may be closed by now
+        Wait.Until(() => _ended.Count == 1, "the fetch has ended");
+        Assert.NotNull(_ended[0].Failure);
+        Assert.Empty(_failures);
+        Assert.Equal(0, ByteOf(10));
+        Assert.Equal(writes, _mapFile.Writes);
+    }
+
+    [Fact]
     public void Without_a_batch_another_thread_stores()
     {
         _store.Add(Arrived(0, 1));

@@ -108,19 +108,14 @@ internal static class CacheFiles
             }
 
             LinuxFile.SyncDirectoryOf(mapPath);
-            old?.Dispose();
+            LockedFile.Close(old);
             return (image, map, made);
         }
         catch
         {
             image?.Dispose();
-            foreach (SafeFileHandle? map in (SafeFileHandle?[])[made, old])
-            {
-                if (map is { IsClosed: false })
-                    LinuxFile.Unlock(map);
-                map?.Dispose();
-            }
-
+            LockedFile.Close(made);
+            LockedFile.Close(old);
             throw;
         }
     }

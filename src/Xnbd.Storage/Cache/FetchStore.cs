@@ -23,7 +23,7 @@ namespace Xnbd.Storage.Cache;
 /// map, and the death of the machine after a step or a flush. What is lost is fetched again.
 /// </para>
 /// Locks: <c>_lock</c> guards the queue, the steps and the count of held-up bytes. Inside it no other lock is taken and
-/// nothing is called. Blocks are held in <c>BlockLocks</c>, never while <c>_lock</c> is held.
+/// no code of another part runs. Blocks are held in <c>BlockLocks</c>, never while <c>_lock</c> is held.
 /// </summary>
 internal sealed class FetchStore : IDiskWork
 {
@@ -70,13 +70,15 @@ internal sealed class FetchStore : IDiskWork
         _storeHere = () => Begin(isHere: true);
     }
 
-    /// <summary>Told that a fetch waits for writers: its bytes take the store's room from now on.</summary>
+    /// <summary>Called when a fetch waits for writers: from now on its bytes take the room of the store.</summary>
     public required Action<Fetch> HeldUp { get; init; }
 
-    /// <summary>Told which fetches are over, each with the reason if it was not stored. No lock is held.</summary>
+    /// <summary>
+    /// Called with the fetches that are over, each with the reason if it was not stored. No lock is held.
+    /// </summary>
     public required Action<IReadOnlyList<(Fetch Fetch, DiskException? Failure)>> Ended { get; init; }
 
-    /// <summary>Told why something could not be stored.</summary>
+    /// <summary>Called with the reason when something could not be stored.</summary>
     public required Action<DiskException> CannotStore { get; init; }
 
     /// <summary>Makes durable what is in the file and in the map.</summary>
@@ -137,9 +139,10 @@ internal sealed class FetchStore : IDiskWork
     /// <param name="maxBytes">About how much this thread stores; a disk thread stores the rest.</param>
     private void StoreArrived(long maxBytes)
     {
-        for (long bytes = 0; TryGoOn(bytes < maxBytes, out bool isForDiskThread);)
+        long bytes = 0;
+        while (IsAnyLeft())
         {
-            if (isForDiskThread)
+            if (bytes >= maxBytes)
             {
                 RunLater(this);
                 return;
@@ -150,13 +153,11 @@ internal sealed class FetchStore : IDiskWork
     }
 
     /// <returns>False when nothing is left: then this thread does not store any more.</returns>
-    private bool TryGoOn(bool isHere, out bool isForDiskThread)
+    private bool IsAnyLeft()
     {
         lock (_lock)
         {
-            bool isLeft = !_isClosed && _toStore.Count > 0;
-            isForDiskThread = isLeft && !isHere;
-            if (isLeft)
+            if (!_isClosed && _toStore.Count > 0)
                 return true;
             _isStoring = false;
             Monitor.PulseAll(_lock);
@@ -179,9 +180,9 @@ internal sealed class FetchStore : IDiskWork
             }
 
             bytes += BytesOf(fetch);
-            ValueTask storing = Store(fetch);
+            ValueTask<DiskException?> storing = Store(fetch);
             if (storing.IsCompleted)
-                stored.Add((fetch, FailureOf(storing)));
+                stored.Add((fetch, storing.Result));
             else
                 _ = EndLater(fetch, storing);
         }
@@ -194,7 +195,21 @@ internal sealed class FetchStore : IDiskWork
     }
 
     /// <summary>Writes to the file what has arrived, where nobody has written meanwhile, unless it is stale.</summary>
-    private async ValueTask Store(Fetch fetch)
+    /// <returns>Why it could not be stored; null if nothing failed.</returns>
+    private async ValueTask<DiskException?> Store(Fetch fetch)
+    {
+        try
+        {
+            await StoreAbsent(fetch);
+            return null;
+        }
+        catch (Exception caught)
+        {
+            return AsDiskException(caught);
+        }
+    }
+
+    private async ValueTask StoreAbsent(Fetch fetch)
     {
         for (BlockRange left = fetch.Range; left.Count > 0 && !fetch.IsStale;)
         {
@@ -215,6 +230,8 @@ internal sealed class FetchStore : IDiskWork
 
             try
             {
+                if (fetch.IsHeldUp && Volatile.Read(ref _isClosed))
+                    throw Closed(); // while the fetch waited for writers, the file may have been closed
                 await StoreHeld(fetch, run);
             }
             finally
@@ -269,19 +286,13 @@ internal sealed class FetchStore : IDiskWork
         return true;
     }
 
-    private async Task EndLater(Fetch fetch, ValueTask storing)
+    private async Task EndLater(Fetch fetch, ValueTask<DiskException?> storing)
     {
-        DiskException? failure = null;
-        try
-        {
-            await storing;
-        }
-        catch (Exception caught)
-        {
-            failure = AsDiskException(caught);
-        }
-
-        EndStored([(fetch, failure)]);
+        DiskException? failure = await storing;
+        if (Volatile.Read(ref _isClosed))
+            Ended([(fetch, failure ?? Closed())]); // without the map: its file may be closed
+        else
+            EndStored([(fetch, failure)]);
     }
 
     /// <summary>Writes the map, once for all that was stored, and ends the fetches.</summary>
@@ -303,7 +314,7 @@ internal sealed class FetchStore : IDiskWork
             (Fetch fetch, DiskException? failure) = stored[i];
             bytes += BytesOf(fetch);
             stored[i] = (fetch, failure ?? behind);
-            if ((failure ?? behind) is { } told)
+            if ((failure ?? behind) is { } told && !Volatile.Read(ref _isClosed))
                 CannotStore(told);
         }
 
@@ -374,19 +385,6 @@ internal sealed class FetchStore : IDiskWork
         }
 
         Ended(left); // those that wait for room are sent, and fail
-    }
-
-    private static DiskException? FailureOf(ValueTask storing)
-    {
-        try
-        {
-            storing.GetAwaiter().GetResult();
-            return null;
-        }
-        catch (Exception caught)
-        {
-            return AsDiskException(caught);
-        }
     }
 
     private static DiskException Closed() => new(DiskError.Io, "the cache is closed");

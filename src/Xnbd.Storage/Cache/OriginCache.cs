@@ -67,10 +67,11 @@ public sealed class OriginCache : IDisposable
         CacheLimits limits,
         Action<DiskException> cannotStore)
     {
+        ImageFile? image = null;
+        SafeFileHandle? mapFile = null;
         try
         {
-            (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(
-                imagePath, mapPath, originName, origin.Length, opening);
+            (image, BlockMap map, mapFile) = CacheFiles.Open(imagePath, mapPath, originName, origin.Length, opening);
             var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
             if (!map.IsCommitted)
                 cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says
@@ -79,6 +80,8 @@ public sealed class OriginCache : IDisposable
         catch
         {
             origin.Dispose();
+            image?.Dispose();
+            LockedFile.Close(mapFile);
             throw;
         }
     }
@@ -168,14 +171,11 @@ public sealed class OriginCache : IDisposable
                         header => header with { Flags = header.Flags | MapFlags.MayHoldWrites | MapFlags.Switched });
                     return _image;
                 }
-                catch (OperationCanceledException)
+                catch (Exception failure)
                 {
                     GoOn(mayHaveNoted);
-                    throw Closed();
-                }
-                catch
-                {
-                    GoOn(mayHaveNoted);
+                    if (failure is OperationCanceledException)
+                        throw Closed();
                     throw;
                 }
             });
@@ -213,8 +213,7 @@ public sealed class OriginCache : IDisposable
             _isClosed = true;
             _cache.StopStoring();
             _image.Dispose();
-            Linux.LinuxFile.Unlock(_mapFile);
-            _mapFile.Dispose();
+            LockedFile.Close(_mapFile);
         }
         finally
         {

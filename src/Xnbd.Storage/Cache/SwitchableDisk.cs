@@ -19,7 +19,7 @@ namespace Xnbd.Storage.Cache;
 /// </para>
 /// </summary>
 /// <param name="first">The first disk; owned, like all later ones.</param>
-public sealed class SwitchableDisk(Disk first) : Disk
+internal sealed class SwitchableDisk(Disk first) : Disk
 {
     private readonly Lock _switching = new();
     private volatile Disk _current = first;

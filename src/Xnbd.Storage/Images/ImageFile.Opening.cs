@@ -41,7 +41,7 @@ public sealed partial class ImageFile
 
         if (status.Kind is not (FileKind.Regular or FileKind.BlockDevice))
         {
-            file!.Dispose();
+            LockedFile.Close(file);
             throw NoImage(path);
         }
 
@@ -53,7 +53,7 @@ public sealed partial class ImageFile
         }
         catch
         {
-            file!.Dispose();
+            LockedFile.Close(file);
             throw;
         }
     }
@@ -94,7 +94,7 @@ public sealed partial class ImageFile
         }
         catch
         {
-            file!.Dispose();
+            LockedFile.Close(file);
             throw;
         }
     }

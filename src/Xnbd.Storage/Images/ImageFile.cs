@@ -173,9 +173,8 @@ public sealed partial class ImageFile : Disk
     {
         if (!disposing || _file.IsClosed)
             return;
-        LinuxFile.Unlock(_file);
         _finder.Dispose();
-        _file.Dispose();
+        LockedFile.Close(_file);
     }
 
     /// <summary>

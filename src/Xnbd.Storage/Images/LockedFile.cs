@@ -37,7 +37,7 @@ internal static class LockedFile
                 return file;
 
             // Before it was locked, another process took it for abandoned, and has removed it, or is about to.
-            file!.Dispose();
+            Close(file);
             if (errno is not (Errno.None or Errno.EAGAIN))
             {
                 _ = LinuxFile.Unlink(path);
@@ -75,17 +75,28 @@ internal static class LockedFile
                 || !name[namePrefix.Length..^suffix.Length].All(char.IsAsciiDigit)
                 || LinuxFile.Open(path, OpenMode.ReadOnly | OpenMode.NoFollow, out SafeFileHandle? file) != Errno.None)
                 continue;
-            using (file)
-            {
-                // This program leaves regular files only. Anything else of such a name belongs to somebody.
-                if (LinuxFile.Status(file!, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
-                    && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!)
-                    && LinuxFile.Unlink(path) == Errno.None)
-                    removed.Add(path);
-            }
+
+            // This program leaves regular files only. Anything else of such a name belongs to somebody.
+            if (LinuxFile.Status(file!, out FileStatus status) == Errno.None && status.Kind == FileKind.Regular
+                && LinuxFile.TryLock(file!) == Errno.None && IsAt(path, file!) && isOurs(file!)
+                && LinuxFile.Unlink(path) == Errno.None)
+                removed.Add(path);
+            Close(file);
         }
 
         return removed;
+    }
+
+    /// <summary>
+    /// Closes a file, and releases its locks before; see <see cref="LinuxFile.Unlock"/>. A file that is closed already
+    /// stays so.
+    /// </summary>
+    public static void Close(SafeFileHandle? file)
+    {
+        if (file is not { IsClosed: false })
+            return;
+        LinuxFile.Unlock(file);
+        file.Dispose();
     }
 
     /// <summary>Whether a path names an open file.</summary>

@@ -66,7 +66,7 @@ internal sealed class LayerFile : IDisposable
         {
             _ = LinuxFile.Unlink(partial);
             layer?.Dispose();
-            file.Dispose();
+            LockedFile.Close(file);
             throw;
         }
     }
@@ -86,7 +86,7 @@ internal sealed class LayerFile : IDisposable
         catch
         {
             _ = LinuxFile.Unlink(path);
-            file.Dispose();
+            LockedFile.Close(file);
             throw;
         }
     }
@@ -140,8 +140,7 @@ internal sealed class LayerFile : IDisposable
         }
         catch
         {
-            LinuxFile.Unlock(file!); // also where a child process is being started; see there
-            file!.Dispose();
+            LockedFile.Close(file);
             throw;
         }
     }

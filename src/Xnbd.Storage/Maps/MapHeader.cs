@@ -17,7 +17,7 @@ internal sealed record SourceIdentity(string Path, long Length, long Version, UI
 
 /// <summary>What a map's file says about itself.</summary>
 [Flags]
-public enum MapFlags
+internal enum MapFlags
 {
     /// <summary>Nothing special.</summary>
     None = 0,
