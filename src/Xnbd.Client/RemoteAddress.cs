@@ -12,8 +12,8 @@ namespace Xnbd.Client;
 public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, string ExportName)
 {
     /// <summary>
-    /// If the other end has not even acknowledged what was sent for so long, the connection is broken. (By itself, the
-    /// kernel would try on for a quarter of an hour.) This is short enough to try a read on another connection before
+    /// The connection is broken if the other end acknowledges nothing for this time. (By itself, the kernel would try
+    /// for a quarter of an hour.) This is short enough to try a read on another connection before
     /// it has to fail.
     /// </summary>
     public static readonly TimeSpan UnacknowledgedTime = TimeSpan.FromSeconds(5);

@@ -286,9 +286,9 @@ internal sealed class RemoteConnection : IDisposable
     }
 
     /// <summary>
-    /// Breaks it, if requests are under way and nothing has arrived for so long, or if a request was not answered for
-    /// so long although younger ones were. (A slow line alone makes requests wait in order.) To be called now and then,
-    /// by one thread.
+    /// Breaks the connection if requests are under way and nothing has arrived for this time, or if a request has
+    /// waited for this time while younger ones were answered. (A slow line alone makes requests wait in order.)
+    /// To be called now and then, by one thread.
     /// </summary>
     public void BreakIfSilent(TimeSpan time)
     {

@@ -45,7 +45,7 @@ internal sealed class RemoteRequest : PooledOperation
         => Extents is null ? _covered.Count == 1 && _covered[0] == (0, Buffer.Length) : Extents.Length > 0;
 
     /// <summary>Makes a read.</summary>
-    /// <param name="offset">In bytes.</param>
+    /// <param name="offset">Offset in bytes.</param>
     /// <param name="buffer">Where the data go.</param>
     /// <param name="now">The time stamp of the present.</param>
     public static RemoteRequest Rent(long offset, Memory<byte> buffer, long now)
@@ -62,8 +62,8 @@ internal sealed class RemoteRequest : PooledOperation
     /// <summary>
     /// Makes a question where zeroes are. It is not sent again: whoever asks can do without an answer.
     /// </summary>
-    /// <param name="offset">In bytes.</param>
-    /// <param name="length">In bytes.</param>
+    /// <param name="offset">Offset in bytes.</param>
+    /// <param name="length">Length in bytes.</param>
     /// <param name="extents">Receives the answer.</param>
     /// <param name="now">The time stamp of the present.</param>
     public static RemoteRequest RentQuestion(long offset, int length, ExtentList extents, long now)

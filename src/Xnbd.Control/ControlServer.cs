@@ -7,7 +7,8 @@ namespace Xnbd.Control;
 
 /// <summary>
 /// The server's end of the control channel (docs/control.md): a Unix socket, for its owner alone, on which each line is
-/// a request of JSON-RPC 2.0. Each client has a thread. A client that is silent, slow or malformed harms nobody else.
+/// a request of JSON-RPC 2.0. Each client has a thread; without a thread to spare, it is served on the thread that
+/// accepts. A client that is silent, slow or malformed harms nobody else.
 /// <para>
 /// <c>_clients</c> guards itself, <c>_calling</c> and <c>_threads</c>; no call is made and nothing is sent while it is
 /// held. A client that leaves during a call keeps its thread until the call has ended.

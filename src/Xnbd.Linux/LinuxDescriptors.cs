@@ -18,7 +18,7 @@ public static unsafe class LinuxDescriptors
     private const int MaxWanted = 65_536;
 
     /// <summary>
-    /// The reserve: 64 connections to a remote, 16 control clients, and as many for logs, layers and snapshots.
+    /// The reserve: 64 connections to a remote, 16 control clients, and 48 for logs, layers and snapshots.
     /// </summary>
     private const int MaxReserve = 128;
 

@@ -98,10 +98,10 @@ public static class NbdClientHandshake
 }
 
 /// <summary>What a client has learnt of an export.</summary>
-/// <param name="Length">In bytes.</param>
+/// <param name="Length">Length in bytes.</param>
 /// <param name="Flags">What it can do.</param>
 /// <param name="MinimumBlock">Requests are to be multiples of this, in bytes.</param>
-/// <param name="MaximumPayload">Of a read or write, in bytes.</param>
+/// <param name="MaximumPayload">The largest payload of a read or write in bytes.</param>
 public sealed record NbdExportInfo(
     ulong Length, NbdTransmissionFlags Flags, uint MinimumBlock = 1, uint MaximumPayload = 32 << 20)
 {
@@ -141,9 +141,9 @@ public sealed record NbdExportInfo(
 
 /// <summary>The header of a reply, simple or structured, as a client reads it.</summary>
 /// <param name="IsStructured">It is one chunk of a structured reply.</param>
-/// <param name="Error">Of a simple reply.</param>
-/// <param name="Flags">Of a chunk.</param>
-/// <param name="Type">Of a chunk.</param>
+/// <param name="Error">The error of a simple reply.</param>
+/// <param name="Flags">Flags of a chunk.</param>
+/// <param name="Type">Type of a chunk.</param>
 /// <param name="Cookie">The request's.</param>
 /// <param name="Length">Of a chunk: bytes of payload that follow. It is what the peer says.</param>
 public readonly record struct NbdReplyHeader(

@@ -7,7 +7,7 @@ internal readonly struct Deadline
     private readonly long _start;
     private readonly TimeSpan _length;
 
-    /// <summary>The moment that comes in so much time.</summary>
+    /// <summary>A deadline after the given time.</summary>
     public Deadline(TimeProvider time, TimeSpan length)
     {
         _time = time;

@@ -204,7 +204,7 @@ public sealed class NbdServer(
         string? refusal = LinuxDescriptors.IsOfReserve(socket.SafeHandle, _descriptorLimit)
             ? $"the limit of {_descriptorLimit} descriptors is reached"
             : Volatile.Read(ref _connectionCount) >= ServerLimits.MaxConnections
-                ? $"there are {ServerLimits.MaxConnections} already"
+                ? $"there are {ServerLimits.MaxConnections} clients already"
                 : LinuxThread.TryStart("session", () => Serve(socket)) is null ? "the system has no thread to spare"
                 : null;
         if (refusal is null)

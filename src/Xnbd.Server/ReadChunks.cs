@@ -14,7 +14,10 @@ internal static class ReadChunks
     /// <summary>Length of a chunk that is a hole, in bytes; longer than a data chunk of 3 bytes.</summary>
     public const int HoleChunk = NbdSize.StructuredReply + NbdSize.OffsetHolePayload;
 
-    /// <summary>A whole aligned part of this length in bytes is sent as a hole if it is all zeroes.</summary>
+    /// <summary>
+    /// Data is looked at in aligned parts of this length in bytes; the first and the last may be shorter. A part that
+    /// is all zeroes is sent as a hole.
+    /// </summary>
     private const int HoleGrain = 64 * 1024;
 
     /// <summary>Room for the headers of all chunks that a read may be cut into.</summary>

@@ -60,7 +60,7 @@ public static class ServerLimits
     public static readonly TimeSpan LingerTime = TimeSpan.FromSeconds(1);
 
     /// <summary>
-    /// Requests are received into a buffer of this size: a batch of 32 small writes and their payload.
+    /// Requests are received into a buffer of this size: a batch of 60 small writes and their payload.
     /// </summary>
     public const int InputBuffer = 256 * 1024;
 
@@ -100,7 +100,8 @@ public static class ServerLimits
     public const int MaxBatchedWrite = 64 * 1024;
 
     /// <summary>
-    /// A read up to this length is answered with one chunk; a longer one with separate data and holes.
+    /// A read up to this length that is answered at once has one chunk. Longer and pending reads are cut into data and
+    /// holes.
     /// </summary>
     public const int MaxUncutRead = 32 * 1024;
 
@@ -113,7 +114,9 @@ public static class ServerLimits
     /// <summary>The longest read that must not be cut and is still gathered in the output.</summary>
     public const int MaxCopiedRead = 256 * 1024;
 
-    /// <summary>The chunks, data or hole, of one large read: bounds the work for a badly fragmented range.</summary>
+    /// <summary>
+    /// Data and hole chunks of a large read that is sent from the file: bounds the work for a fragmented range.
+    /// </summary>
     public const int MaxReadChunks = 64;
 
     /// <summary>

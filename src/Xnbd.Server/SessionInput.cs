@@ -32,11 +32,11 @@ internal sealed class SessionInput(
     public void Stop() => _isStopping = true;
 
     /// <summary>The next bytes, which stay there to be taken.</summary>
-    /// <param name="length">In bytes, at most <see cref="Length"/>.</param>
+    /// <param name="length">Length in bytes, at most <see cref="Length"/>.</param>
     public ReadOnlySpan<byte> Peek(int length) => _buffer!.Slice(_head, length);
 
     /// <summary>Takes the next bytes. They are valid until the next receive.</summary>
-    /// <param name="length">In bytes, at most <see cref="Length"/>.</param>
+    /// <param name="length">Length in bytes, at most <see cref="Length"/>.</param>
     public Span<byte> Take(int length)
     {
         Span<byte> taken = _buffer!.Slice(_head, length);

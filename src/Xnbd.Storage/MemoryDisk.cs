@@ -4,7 +4,7 @@ namespace Xnbd.Storage;
 /// A disk in this process's memory: gone with the process. It stands in for an image in tests, and for an origin in
 /// tests of layers. All its operations are done at once.
 /// </summary>
-/// <param name="length">In bytes, below 2 GiB.</param>
+/// <param name="length">Length in bytes, below 2 GiB.</param>
 public sealed class MemoryDisk(int length) : Disk
 {
     private readonly byte[] _bytes = new byte[length];

@@ -11,8 +11,7 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Programs;
 
 /// <summary>
-/// The program <c>xnbd-layer</c>: work on layers that are kept. To add a subcommand: a method here, a section in the
-/// man page.
+/// The program <c>xnbd-layer</c>: work on layers that are kept. To add a subcommand, see HACKING.md.
 /// </summary>
 internal static class LayerProgram
 {

@@ -17,8 +17,8 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
     private readonly OriginCache _cache = cache;
     private readonly RemoteDisk _remote = remote;
     private readonly ILogger _log = log;
-    private readonly Lock _lock = new(); // guards the two fields below
-    private CacheAllJob? _job; // the last one
+    private readonly Lock _lock = new(); // held to change the two fields below; _job is also read without it
+    private volatile CacheAllJob? _job; // the last one
     private int _jobs;
     private readonly Lock _reconnecting = new();
 

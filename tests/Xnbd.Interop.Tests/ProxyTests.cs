@@ -259,9 +259,9 @@ public sealed class ProxyTests : IDisposable
         string one
             = _folder.File("one"), two = _folder.File("two"), three = _folder.File("three"), socket = _folder.File("s");
         string folder = Directory.CreateSymbolicLink(_folder.File("link"), Path.GetDirectoryName(one)!).FullName;
-        Refused("cannot be the cache image and its map", one, one, three);
+        Refused("cannot be both the cache image and its map", one, one, three);
         Assert.False(File.Exists(one));
-        Refused("cannot be the cache image and its map", one, Path.Combine(folder, "one"), three);
+        Refused("cannot be both the cache image and its map", one, Path.Combine(folder, "one"), three);
         Refused("the path of a Unix socket has 1 to 107 bytes", one, two, "/tmp/" + new string('x', 103));
         Refused("there is another file of that name", one, two, one);
         Refused("there is another file of that name", one, two, two);

@@ -148,7 +148,7 @@ internal static class CacheFiles
     }
 
     private static DiskException OneFile(string path)
-        => new(DiskError.Permission, $"'{path}' cannot be the cache image and its map");
+        => new(DiskError.Permission, $"'{path}' cannot be both the cache image and its map");
 
     /// <returns>Null when a new map is to be made in place of this file.</returns>
     private static BlockMap? ReadMap(

@@ -8,8 +8,8 @@ namespace Xnbd.Storage.Cache;
 /// Fills the cache with all that is missing. It asks the origin where zeroes are, a step ahead of what is being
 /// fetched, keeps long zeroes as holes of the file, and fetches the rest.
 /// <para>
-/// An answer that was given before the origin changed is not used: it carries how often the origin had changed when it
-/// was asked for, and that is compared while the blocks are held. Whoever calls <see cref="Forget"/> looks at all
+/// An answer from before a change of the origin is not used. Each answer carries the number of changes at its time,
+/// which is compared while the blocks are held. Whoever calls <see cref="Forget"/> looks at all
 /// blocks afterwards.
 /// </para>
 /// Threads: several may run at once. There is no lock here; blocks are held in <c>BlockLocks</c> while their zeroes are

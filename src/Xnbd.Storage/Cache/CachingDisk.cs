@@ -8,8 +8,8 @@ namespace Xnbd.Storage.Cache;
 /// <param name="AbsentBlocks">Blocks that are not local yet.</param>
 /// <param name="FetchedBlocks">Blocks that are local and as the origin has them.</param>
 /// <param name="WrittenBlocks">Blocks that were written or zeroed here.</param>
-/// <param name="Hits">Reads that found all they needed here.</param>
-/// <param name="Misses">Reads, or parts of reads, that did not.</param>
+/// <param name="Hits">Reads, or pieces of reads, that were answered at once from here.</param>
+/// <param name="Misses">Reads, or pieces of reads, that had to wait for the origin.</param>
 /// <param name="FetchedBytes">Bytes that were read from the origin since the start.</param>
 /// <param name="ZeroBytes">
 /// Bytes that were made zero here since the start, because the origin says that they are. They were not fetched.
@@ -39,8 +39,8 @@ public readonly record struct CacheLimits(int Requests, long Bytes);
 /// <para>
 /// This type puts the parts together. <see cref="FetchQueue"/> reads the origin, and its file shows the way of a cold
 /// read. <see cref="FetchStore"/> stores what has arrived. <see cref="ReadAhead"/> knows which readers go on in
-/// sequence. <see cref="CacheFill"/> fetches all that is missing. Each of them has its own state and lock, and knows
-/// none of the others.
+/// sequence. <see cref="CacheFill"/> fetches all that is missing. Each of them has its own state; the first three have
+/// a lock each. None of them calls another one.
 /// </para>
 /// <para>
 /// Locks, in order: blocks held in <see cref="OverlayDisk.Changing"/>; then one of the parts' own locks. No part's lock
@@ -351,8 +351,8 @@ internal sealed class CachingDisk : OverlayDisk
         {
             throw new DiskException(
                 DiskError.Permission,
-                "blocks that were fetched may have been written here since: the disk was switched to, or the machine"
-                + " has died",
+                "blocks that were fetched may have been written here since: the proxy was switched to a target, or the"
+                + " machine has died",
                 Remedy.ClearMap);
         }
 

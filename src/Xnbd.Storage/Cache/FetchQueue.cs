@@ -103,7 +103,7 @@ internal sealed partial class FetchQueue : IDisposable
         => Volatile.Read(ref _bytesInFlight) < _maxBytes / 2 && Volatile.Read(ref _bytesArrived) <= Fetch.MaxBytes;
 
     /// <summary>Reads blocks that were absent. All fetches have been asked for when this returns.</summary>
-    /// <param name="offset">In bytes.</param>
+    /// <param name="offset">Offset in bytes.</param>
     /// <param name="buffer">At least one byte.</param>
     /// <exception cref="DiskException">The origin failed, or is detached.</exception>
     public async ValueTask ReadAsync(long offset, Memory<byte> buffer)

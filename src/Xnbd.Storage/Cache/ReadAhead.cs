@@ -13,7 +13,7 @@ namespace Xnbd.Storage.Cache;
 /// <param name="blockCount">How many blocks the disk has.</param>
 internal sealed class ReadAhead(long blockCount)
 {
-    /// <summary>Streams that are remembered: a few for each client machine, for many of them.</summary>
+    /// <summary>How many streams are remembered: enough for a few readers on each of several machines.</summary>
     private const int MaxStreams = 16;
 
     /// <summary>How many reads in sequence make a stream that is read ahead of.</summary>
@@ -23,7 +23,7 @@ internal sealed class ReadAhead(long blockCount)
     private const long MaxAheadBlocks = 1024;
 
     /// <summary>
-    /// What is read ahead is fetched in pieces of so many blocks, 256 KiB: no reader waits for a whole MiB.
+    /// Read-ahead is fetched in pieces of this many blocks (256 KiB), so no reader waits for a whole MiB.
     /// </summary>
     private const int PieceBlocks = 64;
 
@@ -32,7 +32,9 @@ internal sealed class ReadAhead(long blockCount)
     private readonly Lock _lock = new();
     private readonly List<Stream> _streams = [];
 
-    /// <summary>A place stands where its lowest bits say, so that each read looks at one number.</summary>
+    /// <summary>
+    /// A place is kept at its number modulo the array's length, so a read compares one number.
+    /// </summary>
     private readonly long[] _triggers = [.. Enumerable.Repeat(-1L, 64)];
 
     /// <summary>Where a reader is.</summary>
@@ -78,7 +80,7 @@ internal sealed class ReadAhead(long blockCount)
             long distance = count < SequentialReads ? 0 : Math.Min(MaxAheadBlocks, range.Count << Math.Min(count, 20));
             if (hasRoom && distance > 0 && aheadEnd <= range.End + (distance / 2))
             {
-                // Twice as far each time.
+                // Each time the distance doubles.
                 long end = Math.Min(range.End + distance, blockCount);
                 ahead = new BlockRange(aheadEnd, Math.Max(0, end - aheadEnd));
                 aheadEnd = Math.Max(end, aheadEnd);

@@ -7,7 +7,7 @@ namespace Xnbd.Storage.Images;
 public sealed partial class ImageFile
 {
     /// <summary>
-    /// One prefetch reads at most so many bytes: it must not push everybody else's data out of memory.
+    /// The most that one prefetch reads, in bytes, so that it does not push other data out of memory.
     /// </summary>
     private const long MaxPrefetchBytes = 64 << 20;
 
@@ -53,7 +53,7 @@ public sealed partial class ImageFile
     private sealed class Work : PooledOperation, IDiskWork
     {
         /// <summary>
-        /// So many are kept for reuse: about as many as the disk threads and a few sessions have under way.
+        /// How many objects are kept for reuse: about as many as the disk threads and a few sessions have under way.
         /// </summary>
         private const int MaxSpare = 256;
 

@@ -5,7 +5,7 @@ namespace Xnbd.Storage.Images;
 /// <content>Zeroes and trim: by the file system where it can, else by writing zeroes.</content>
 public sealed partial class ImageFile
 {
-    /// <summary>Zeroes are written in pieces of so many bytes.</summary>
+    /// <summary>Length of the pieces in which zeroes are written, in bytes.</summary>
     private const int ZeroPieceBytes = 1 << 20;
 
     private static readonly byte[] s_zeroes = new byte[ZeroPieceBytes];

@@ -26,7 +26,9 @@ internal static class ImageLock
     /// <summary>The offset of QEMU's byte for programs that tolerate no other writer.</summary>
     private const long ToleratesNoWriter = 200 + 1;
 
-    /// <summary>So often two programs give way to each other. Each time one of them most likely comes first.</summary>
+    /// <summary>
+    /// How often two programs give way to each other; each time, one of them most likely comes first.
+    /// </summary>
     private const int MaxTries = 20;
 
     private const int MaxPauseMilliseconds = 20;

@@ -130,7 +130,7 @@ internal static class BaseIdentity
             differences.Add(isLayer ? "it is a layer, and was an image" : "it is an image, and was a layer");
         else if (!DeviceVersion.AreEqual(known.Version, actual.Version))
         {
-            differences.Add(isLayer ? "it has been served to be written, or emptied, since"
+            differences.Add(isLayer ? "a server or a commit has written it since, or it was emptied"
                 : IsDevice(actual) && actual.Version < 0 ? DeviceVersion.Describe(known.Version, actual.Version)
                 : $"modified {Time(actual.Version)}, was {Time(known.Version)}");
         }

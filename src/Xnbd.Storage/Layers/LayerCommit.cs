@@ -14,7 +14,7 @@ namespace Xnbd.Storage.Layers;
 /// </summary>
 public static class LayerCommit
 {
-    /// <summary>After so many bytes the base is synced and the position is noted: a checkpoint.</summary>
+    /// <summary>After this many bytes the base is synced and the position is noted: a checkpoint.</summary>
     private const long CheckpointBytes = 64L << 20;
 
     /// <summary>Commits a layer, or completes a commit that was interrupted.</summary>

@@ -12,7 +12,8 @@ namespace Xnbd.Storage.Maps;
 /// <para>
 /// Threads: any thread may change the header, and any may write to the live map. One thread at a time writes and syncs
 /// durable pages (a commit). The lock <c>_headerLock</c> is held while the header is written and synced. That is
-/// harmless: requests do not change headers, and whoever holds it takes no other lock.
+/// harmless: of requests, only a flush whose sync has failed changes a header, and whoever holds the lock takes no
+/// other one.
 /// </para>
 /// </summary>
 internal sealed class MapFile

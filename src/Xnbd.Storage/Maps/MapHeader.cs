@@ -40,14 +40,14 @@ internal enum MapFlags
     Cache = 16,
 
     /// <summary>
-    /// Of a cache: blocks that count as fetched may hold what was written here, since the cache was switched to, or
-    /// since the machine died while writes were under way.
+    /// Of a cache: blocks that count as fetched may hold what was written here, since the proxy was switched to a
+    /// target, or since the machine died while writes were under way.
     /// </summary>
     MayHoldWrites = 32,
 
     /// <summary>
-    /// Of a cache: it was switched to. The image is complete, and is the disk without the map. A proxy that goes on
-    /// with the cache takes the flag back.
+    /// Of a cache: the proxy was switched to a target. The image is complete, and is the disk without the map. A
+    /// proxy that goes on with the cache takes the flag back.
     /// </summary>
     Switched = 64,
 }
@@ -108,8 +108,8 @@ internal sealed record MapHeader
     public required SourceIdentity Source { get; init; }
 
     /// <summary>
-    /// Grows each time when the layer is opened to be written by clients, or is emptied: what stands on the layer sees
-    /// another disk then.
+    /// Grows each time the layer is opened to be written by clients, is written by a commit of a layer above, or is
+    /// emptied: what stands on the layer sees another disk then.
     /// </summary>
     public long Generation { get; init; }
 

@@ -4,8 +4,9 @@ namespace Xnbd.Storage.Overlay;
 
 /// <summary>
 /// Exclusive use of ranges of blocks, first come, first served: a range is entered when no range that overlaps it and
-/// came earlier is still inside or waiting. Few ranges are in use at a time (those of writes to absent blocks), so they
-/// are kept in a list. No thread waits: whoever cannot enter gets a task.
+/// came earlier is still inside or waiting. Few ranges are in use at a time (those of writes to absent blocks, of
+/// zeroes, and of fetched blocks that are stored), so they are kept in a list. No thread waits: whoever
+/// cannot enter gets a task.
 /// <para>
 /// <c>_lock</c> guards the list; nothing is called while it is held. Whoever holds a range may take other locks, but
 /// must not wait for another range of the same disk.

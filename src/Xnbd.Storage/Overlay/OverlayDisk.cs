@@ -336,7 +336,7 @@ internal abstract partial class OverlayDisk : Disk
             throw Lose(failure);
         }
 
-        _map.WritePages(pages); // on the disk thread that has synced the data
+        _map.WritePages(pages); // on the disk thread that has synced the data; on this thread if the sync was faster
         try
         {
             _map.SyncPages(pages);

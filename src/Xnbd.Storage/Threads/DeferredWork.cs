@@ -6,7 +6,7 @@ public enum WorkPhase
     /// <summary>Sending requests and replies: somebody waits for them.</summary>
     Send,
 
-    /// <summary>Storing what has arrived: nobody waits for it.</summary>
+    /// <summary>Storing what has arrived: no reader waits for it.</summary>
     Store,
 }
 
