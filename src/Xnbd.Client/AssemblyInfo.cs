@@ -1,3 +1,4 @@
 using System.Runtime.CompilerServices;
 
+[assembly: InternalsVisibleTo("Xnbd.Client.Tests")]
 [assembly: InternalsVisibleTo("Xnbd.Fuzz")]

@@ -2,6 +2,7 @@ using System.Buffers.Binary;
 using System.Collections.Concurrent;
 using Xnbd.Protocol;
 using Xnbd.Storage;
+using Xnbd.Storage.Threads;
 using Xnbd.TestKit;
 using Peer = Xnbd.TestKit.FakeServer.Peer;
 
@@ -289,7 +290,8 @@ public sealed class RemoteDiskTests : IDisposable
     [Fact]
     public async Task Recent_reads_of_a_silent_connection_go_to_another_one()
     {
-        int silent = -1;
+        int silent = -1, unanswered = 0;
+        using var submitted = new ManualResetEventSlim();
         using FakeServer server = new FakeServer(SocketPath, _image)
         {
             Flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.CanMultiConn,
@@ -297,7 +299,14 @@ public sealed class RemoteDiskTests : IDisposable
             {
                 if (request.Offset == 8192)
                     Interlocked.CompareExchange(ref silent, number, -1);
-                return number == silent;
+                if (number == silent)
+                {
+                    Interlocked.Increment(ref unanswered);
+                    return true;
+                }
+
+                submitted.Wait(TimeSpan.FromSeconds(20)); // or all reads would go to this connection, one by one
+                return false;
             },
         }.Start();
         var clock = new TestClock();
@@ -307,6 +316,8 @@ public sealed class RemoteDiskTests : IDisposable
         Wait.Until(() => Volatile.Read(ref silent) >= 0, "it was received");
         clock.Turn(TimeSpan.FromSeconds(25));
         Task<byte[]>[] young = [.. Enumerable.Range(0, 50).Select(_ => Read(disk, 0, 512))];
+        submitted.Set();
+        Wait.Until(() => Volatile.Read(ref unanswered) > 1, "young reads wait there");
         clock.Turn(TimeSpan.FromSeconds(10));
         foreach (Task<byte[]> read in young)
             Assert.Equal(_image[..512], await read);
@@ -370,6 +381,58 @@ public sealed class RemoteDiskTests : IDisposable
         using RemoteDisk disk = Connect();
         Assert.Equal(_image[8192..12288], await Read(disk, 8192, 4096));
         Assert.Contains("this is a fault of that server", LogText, StringComparison.Ordinal);
+    }
+
+    /// <summary>A read is handed to a connection, and the connection breaks before the read is sent.</summary>
+    [Fact]
+    public async Task A_read_whose_connection_breaks_before_it_is_sent_goes_to_the_next_one()
+    {
+        Peer? first = null;
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Handshake = (peer, _) =>
+            {
+                Interlocked.CompareExchange(ref first, peer, null);
+                return false;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect();
+        DeferredWork.Begin();
+        Task<byte[]> read = Read(disk, 8192, 4096);
+        first!.Close();
+        DeferredWork.End();
+        Assert.Equal(_image[8192..12288], await read);
+        Assert.Equal(2, server.Count);
+    }
+
+    /// <summary>The same, and it is certain that the break is known before anything is sent.</summary>
+    [Fact]
+    public async Task A_connection_that_breaks_before_it_sends_hands_its_reads_back()
+    {
+        Peer? peer = null;
+        using FakeServer server = new FakeServer(SocketPath, _image)
+        {
+            Handshake = (connected, _) =>
+            {
+                peer = connected;
+                return false;
+            },
+        }.Start();
+        var left = new TaskCompletionSource<List<RemoteRequest>>(TaskCreationOptions.RunContinuationsAsynchronously);
+        using RemoteConnection connection = RemoteConnection.Connect(
+            RemoteAddress.Parse("unix:" + SocketPath, "-", ""),
+            TimeSpan.FromSeconds(20),
+            () => { },
+            (_, _, requests) => left.SetResult(requests),
+            TimeProvider.System);
+        var request = RemoteRequest.Rent(0, new byte[512], TimeProvider.System.GetTimestamp());
+        Assert.True(connection.TryAdd(request, out bool mustSend));
+        Assert.True(mustSend);
+        peer!.Close();
+        Wait.Until(() => connection.IsBroken, "it is broken");
+        Assert.False(left.Task.IsCompleted); // whoever has promised to send may be using the socket
+        connection.SendSoon();
+        Assert.Equal([request], await left.Task.WaitAsync(TimeSpan.FromSeconds(20)));
     }
 
     [Fact]
@@ -536,25 +599,37 @@ public sealed class RemoteDiskTests : IDisposable
             await Read(disk, 0, 512); // a lone read goes to the first one
             Wait.Until(() => Volatile.Read(ref full) is not null, "the server has read it");
             Task<Task> submitting;
-            while (true)
+            for (int sent = 0; ; sent++)
             {
+                var begun = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
                 submitting = Task.Factory.StartNew(
-                    () => disk.ReadAsync(0, new byte[512]).AsTask(),
+                    () =>
+                    {
+                        begun.SetResult();
+                        return disk.ReadAsync(0, new byte[512]).AsTask();
+                    },
                     TestContext.Current.CancellationToken,
                     TaskCreationOptions.LongRunning,
                     TaskScheduler.Default);
+                await begun.Task;
                 Task tooLong = Task.Delay(1000, TestContext.Current.CancellationToken);
                 if (await Task.WhenAny(submitting, tooLong) == tooLong)
-                    break;
+                {
+                    for (int i = 0; i < 10; i++)
+                        Assert.Equal(_image[4096..4608], await Read(disk, 4096, 512));
+                    Assert.Equal(2, disk.ConnectionCount);
+                    if (!submitting.IsCompleted) // else it was only slow
+                    {
+                        Assert.InRange(sent, 50, int.MaxValue);
+                        break;
+                    }
+                }
+
                 cookie += 1UL << 32; // the same place, used once more
                 full!.SendData(NbdChunkFlags.Done, cookie, 0, 512);
                 await await submitting;
             }
 
-            for (int i = 0; i < 10; i++)
-                Assert.Equal(_image[4096..4608], await Read(disk, 4096, 512));
-            Assert.Equal(2, disk.ConnectionCount);
-            Assert.False(submitting.IsCompleted);
             disk.Dispose();
             DiskException failure = await Assert.ThrowsAsync<DiskException>(
                 () => submitting.Unwrap().WaitAsync(TimeSpan.FromSeconds(20)));

@@ -193,6 +193,70 @@ public sealed class ControlChannelTests : IDisposable
     }
 
     [Fact]
+    public void Silent_clients_push_out_each_other_and_no_client_that_works()
+    {
+        int accepted = 0;
+        using ControlServer server = ControlServer.Start(SocketPath, Call, (name, work) =>
+        {
+            if (name == "control client")
+                Interlocked.Increment(ref accepted);
+            return LinuxThread.TryStart(name, work) is not null;
+        });
+        using var working = new ControlClient(SocketPath);
+        var silent = new List<RawClient>();
+        for (int i = 1; i <= 40; i++)
+        {
+            silent.Add(new RawClient(SocketPath));
+            WaitFor(() => Volatile.Read(ref accepted) == 1 + i);
+            if (i % 5 == 0)
+                working.Call("echo");
+        }
+
+        Assert.All(silent[..^(ControlServer.MaxClients - 1)], client => Assert.True(client.IsEnded()));
+        silent[^1].SendLine(Request(1, "echo"));
+        Assert.Equal(1, (int?)silent[^1].ReceiveAnswer()["id"]);
+        silent.ForEach(client => client.Dispose());
+    }
+
+    /// <summary>
+    /// A client is accepted while the threads of those that were pushed out have not ended: it waits for one of them.
+    /// </summary>
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void A_client_that_waits_for_a_thread_is_answered_or_told_that_the_server_ends(bool ends)
+    {
+        using var hold = new ManualResetEventSlim();
+        using ControlServer server = ControlServer.Start(SocketPath, Call, (name, work) =>
+            LinuxThread.TryStart(name, () =>
+            {
+                if (name == "control client")
+                    hold.Wait(s_time);
+                work();
+            }) is not null);
+        var clients = new List<RawClient>();
+        for (int i = 0; i <= ControlServer.MaxThreads; i++)
+            clients.Add(new RawClient(SocketPath));
+        Assert.True(clients[ControlServer.MaxClients].IsEnded()); // the last one has pushed it out, and waits
+        if (ends)
+        {
+            Task ending = Task.Run(server.Dispose);
+            JsonObject answer = clients[^1].ReceiveAnswer();
+            Assert.Equal("the server is ending", (string?)answer["error"]!["message"]);
+            Assert.True(ending.Wait(s_time));
+            hold.Set();
+        }
+        else
+        {
+            hold.Set();
+            clients[^1].SendLine(Request(1, "echo"));
+            Assert.Equal(1, (int?)clients[^1].ReceiveAnswer()["id"]);
+        }
+
+        clients.ForEach(client => client.Dispose());
+    }
+
+    [Fact]
     public void Many_clients_at_once_are_all_answered()
     {
         using ControlServer server = Start();
@@ -222,12 +286,15 @@ public sealed class ControlChannelTests : IDisposable
         {
             using var client = new RawClient(SocketPath);
             client.TrySendLine(Request(i, "wait"));
+            if (i < ControlServer.MaxThreads)
+                WaitFor(() => Volatile.Read(ref _waiting) == i + 1);
+            else
+                Assert.Equal("too many calls are under way", (string?)client.ReceiveAnswer()["error"]!["message"]);
         }
 
-        WaitFor(() => Volatile.Read(ref _waiting) > 0);
+        Assert.Equal(ControlServer.MaxThreads + 1, Volatile.Read(ref peak)); // with that which accepts
         _gate.Set();
-        WaitFor(() => Volatile.Read(ref threads) == 1); // that which accepts
-        Assert.InRange(peak, 2, ControlServer.MaxThreads + 8); // a thread that ends is counted a moment longer here
+        WaitFor(() => Volatile.Read(ref threads) == 1);
         Works();
     }
 

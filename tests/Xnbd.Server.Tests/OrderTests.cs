@@ -15,6 +15,8 @@ public sealed class OrderTests : IDisposable
 
     private readonly byte[] _bytes = new byte[Size];
     private readonly FaultDisk _disk;
+    private readonly Stack<TaskCompletionSource> _held = new(); // slow operations, the newest on top
+    private readonly Timer _answering; // in the opposite of the order of the requests, as far as several are held
 
     public OrderTests()
     {
@@ -24,12 +26,33 @@ public sealed class OrderTests : IDisposable
         _disk = new FaultDisk(memory)
         {
             SlowAt = offset => offset / 4096 % 3 != 0,
-            Before = (_, offset, _)
-                => offset / 4096 % 3 != 0 ? Task.Delay((int)(offset / 4096 % 7)) : Task.CompletedTask,
+            Before = (_, offset, _) => offset / 4096 % 3 != 0 ? Hold() : Task.CompletedTask,
         };
+        _answering = new Timer(_ => AnswerNewest(), null, 1, 1);
     }
 
-    public void Dispose() => _disk.Dispose();
+    public void Dispose()
+    {
+        _answering.Dispose();
+        _disk.Dispose();
+    }
+
+    private Task Hold()
+    {
+        var held = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+        lock (_held)
+            _held.Push(held);
+        return held.Task;
+    }
+
+    private void AnswerNewest()
+    {
+        lock (_held)
+        {
+            if (_held.TryPop(out TaskCompletionSource? newest))
+                newest.SetResult();
+        }
+    }
 
     public enum Style
     {

@@ -298,11 +298,18 @@ public sealed class TransmissionTests : IDisposable
     {
         var gate = new TaskCompletionSource();
         _disk.Slow = true;
-        _disk.Before = (_, _, _) => gate.Task;
+        using var isReceived = new ManualResetEventSlim();
+        _disk.Before = (_, _, _) =>
+        {
+            isReceived.Set();
+            return gate.Task;
+        };
         using NbdTestClient client = _server.Open();
-        client.SendRequest(NbdCommand.Write, 0, 3, 0, [1, 2, 3]);
-        client.Disconnect();
-        Thread.Sleep(50);
+        byte[] requests = new byte[(2 * NbdSize.Request) + 3];
+        new NbdRequest(NbdCommandFlags.None, NbdCommand.Write, 1, 0, 3).Write(requests);
+        new NbdRequest(NbdCommandFlags.None, NbdCommand.Disconnect, 2, 0, 0).Write(requests.AsSpan(^NbdSize.Request..));
+        client.Send(requests); // in one go, so that both are received together
+        Assert.True(isReceived.Wait(TimeSpan.FromSeconds(20)));
         gate.SetResult();
         Assert.Equal(NbdError.None, client.ReceiveReply().Error);
         Assert.True(client.IsClosed());
@@ -514,13 +521,18 @@ public sealed class TransmissionTests : IDisposable
     {
         var gate = new TaskCompletionSource();
         _disk.Slow = true;
-        _disk.Before = (_, _, _) => gate.Task;
+        using var isReceived = new ManualResetEventSlim();
+        _disk.Before = (_, _, _) =>
+        {
+            isReceived.Set();
+            return gate.Task;
+        };
         using NbdTestClient busy = _server.Open();
         using NbdTestClient idle = _server.Open();
         using NbdTestClient negotiating = _server.Connect();
         negotiating.Start();
         ulong cookie = busy.SendRequest(NbdCommand.Write, 0, 3, 0, [1, 2, 3]);
-        Thread.Sleep(50);
+        Assert.True(isReceived.Wait(TimeSpan.FromSeconds(20)));
         Task stop = Task.Run(_server.Server.Stop);
         Assert.True(idle.IsClosed());
         Assert.True(negotiating.IsClosed());

@@ -97,7 +97,16 @@ public sealed class CacheFillTests
         var held = new BlockRange(10, 1);
         Assert.True(_changing.TryEnter(held));
         Task filling = Run();
-        await Task.Delay(50, TestContext.Current.CancellationToken);
+        var other = new BlockRange(2000, 1); // among the zeroes; who waits for a range has it as good as taken
+        Wait.Until(
+            () =>
+            {
+                if (!_changing.TryEnter(other))
+                    return true;
+                _changing.Leave(other);
+                return false;
+            },
+            "the zeroes are waited for");
         Assert.False(filling.IsCompleted);
         _map.Set(held, BlockState.Written);
         _changing.Leave(held);

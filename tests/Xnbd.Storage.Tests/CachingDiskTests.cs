@@ -485,7 +485,10 @@ public sealed class CachingDiskTests : IDisposable
             _memory.TryWrite(block * Block, Expected(block * Block, Block));
         }
 
+        int asksBefore = Asked.Count;
         Task invalidating = disk.Invalidate();
+        Wait.Until(() => Asked.Count > asksBefore, "the origin is asked whether it is there");
+        Assert.Equal((0L, (long)Block), Asked[^1]);
         await Task.Delay(50, TestContext.Current.CancellationToken);
         Assert.False(invalidating.IsCompleted); // for something old is being stored
         writing.Set();

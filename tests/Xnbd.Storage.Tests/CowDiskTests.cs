@@ -74,19 +74,27 @@ public sealed class CowDiskTests : IDisposable
     [Fact]
     public async Task Concurrent_writers_to_parts_of_one_absent_block_lose_nothing()
     {
+        const int count = 8;
         using LayerFile layer = MakeLayer();
+        int started = 0;
         var slowBase = new FaultDisk(OpenBase())
         {
             Slow = true,
-            Before = (_, _, _) => Task.Delay(Random.Shared.Next(3)),
+            Before = async (_, _, _) =>
+            {
+                while (Volatile.Read(ref started) < count)
+                    await Task.Yield(); // so that all find the block absent
+            },
         };
         using var disk = new CowDisk(slowBase, layer.Data, layer.Map, false);
         byte[] model = [.. _baseBytes];
         for (int block = 0; block < 60; block++)
         {
             int start = block * 4096;
-            Task[] writers = [.. Enumerable.Range(0, 8).Select(part => Task.Run(async () =>
+            Volatile.Write(ref started, 0);
+            Task[] writers = [.. Enumerable.Range(0, count).Select(part => Task.Run(async () =>
             {
+                Interlocked.Increment(ref started);
                 byte[] data = [.. Enumerable.Repeat((byte)(part + 1), 500)];
                 data.CopyTo(model, start + (part * 512) + 3);
                 if (!disk.TryWrite(start + (part * 512) + 3, data))

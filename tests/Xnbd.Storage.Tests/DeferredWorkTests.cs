@@ -77,23 +77,4 @@ public sealed class DeferredWorkTests
         DeferredWork.End();
         Assert.Equal(["first", "send", "store", "waits"], _done);
     }
-
-    /// <summary>
-    /// A thread that does a disk thread's work may wait, and others may wait for what it has deferred.
-    /// </summary>
-    [Fact]
-    public void Without_disk_threads_what_was_deferred_comes_before_the_work_that_may_wait()
-    {
-        var threads = new DiskThreads("none", 16, (_, _) => null);
-        DeferredWork.Begin();
-        DeferredWork.TryDefer(WorkPhase.Send, Work("send"));
-        threads.Enqueue(new Job(Work("write")));
-        DeferredWork.End();
-        Assert.Equal(["send", "write"], _done);
-    }
-
-    private sealed class Job(Action work) : IDiskWork
-    {
-        public void Run() => work();
-    }
 }

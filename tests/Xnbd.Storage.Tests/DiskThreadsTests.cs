@@ -31,6 +31,9 @@ public sealed class DiskThreadsTests
         Assert.Equal(0, done.CurrentCount); // before: one was done, and three waited for ever
     }
 
+    /// <summary>
+    /// A thread that does a disk thread's work may wait, and others may wait for what it has deferred.
+    /// </summary>
     [Fact]
     public void Without_threads_deferred_work_is_done_before_each_piece_that_may_wait()
     {
@@ -39,13 +42,15 @@ public sealed class DiskThreadsTests
         var second = new Job(() => done.Add("second"));
         var first = new Job(() =>
         {
+            done.Add("first");
             Assert.True(DeferredWork.TryDefer(WorkPhase.Send, () => done.Add("reply of the first")));
             threads.Enqueue(second);
         });
         DeferredWork.Begin();
+        DeferredWork.TryDefer(WorkPhase.Send, () => done.Add("an earlier reply"));
         threads.Enqueue(first);
         DeferredWork.End();
-        Assert.Equal(["reply of the first", "second"], done);
+        Assert.Equal(["an earlier reply", "first", "reply of the first", "second"], done);
     }
 
     [Fact]

@@ -145,12 +145,14 @@ public sealed class FetchQueueTests : IDisposable
         _queue!.Dispose();
 
         Open(bytes: Fetch.MaxBytes);
+        _ = Read(2000L * Block, 100 * Block);
         DeferredWork.Begin();
-        _ = Read(1000L * Block, 200 * Block);
-        _ = Read(1200L * Block, 56 * Block);
-        _ = Read(1256L * Block, Block); // there is no more room
+        _ = Read(1000L * Block, 100 * Block);
+        _ = Read(1100L * Block, 56 * Block);
+        _ = Read(1156L * Block, Block); // there is no more room
         DeferredWork.End();
-        Assert.Equal(new BlockRange(1000, 256), _origin.Asked[^1]);
+        Assert.Equal(new BlockRange(1000, 156), _origin.Asked[^1]);
+        Assert.Equal((2, (long)Fetch.MaxBytes), _queue!.InFlight);
     }
 
     [Fact]
@@ -233,6 +235,24 @@ public sealed class FetchQueueTests : IDisposable
 
         queue.Reattach();
         Task<byte[]> again = Read(0, Block);
+        _origin.Answer(1);
+        Assert.Equal(Expected(0, Block), await again);
+    }
+
+    [Fact]
+    public async Task A_fetch_that_fails_while_the_queue_is_detached_leaves_nothing_behind()
+    {
+        FetchQueue queue = Open();
+        Task<byte[]> read = Read(0, Block);
+        queue.Detach();
+        _origin.Fail(0, DiskError.Unreachable);
+        Assert.Equal(DiskError.Replaced, (await Assert.ThrowsAsync<DiskException>(() => read)).Error);
+        Assert.Equal((0, 0L), queue.InFlight);
+        Assert.Empty(_arrived);
+
+        queue.Reattach();
+        Task<byte[]> again = Read(0, Block);
+        Assert.Equal(2, _origin.Asked.Count);
         _origin.Answer(1);
         Assert.Equal(Expected(0, Block), await again);
     }

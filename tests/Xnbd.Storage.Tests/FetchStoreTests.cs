@@ -277,10 +277,11 @@ public sealed class FetchStoreTests : IDisposable
     public void The_end_gives_up_what_is_left_and_what_comes_later()
     {
         _store.Add(Arrived(0, 1));
-        Task stopping = Task.Run(_store.Stop, TestContext.Current.CancellationToken);
-        Assert.False(stopping.Wait(100, TestContext.Current.CancellationToken)); // a thread is about to store
+        var stopping = new Thread(_store.Stop);
+        stopping.Start();
+        Wait.UntilBlocked(stopping, "it waits"); // a thread is about to store
         RunLater();
-        Assert.True(stopping.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
+        Assert.True(stopping.Join(20_000));
         Receive(Arrived(5, 1));
         Assert.Equal(2, _ended.Count);
         Assert.All(_ended, e => Assert.NotNull(e.Failure));

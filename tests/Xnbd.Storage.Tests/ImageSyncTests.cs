@@ -1,4 +1,5 @@
 using Xnbd.Storage.Images;
+using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;
 
@@ -8,9 +9,9 @@ public sealed class ImageSyncTests
     private static readonly TimeSpan s_limit = TimeSpan.FromSeconds(30);
 
     [Fact]
-    public async Task Many_who_ask_for_a_sync_share_one_that_starts_after_they_asked()
+    public void Many_who_ask_for_a_sync_share_one_that_starts_after_they_asked()
     {
-        int syncs = 0, asked = 0, covered = 0;
+        int syncs = 0;
         using var firstRuns = new ManualResetEventSlim();
         using var mayEnd = new ManualResetEventSlim();
         var sync = new ImageSync(() =>
@@ -20,28 +21,22 @@ public sealed class ImageSyncTests
                 firstRuns.Set();
                 mayEnd.Wait(s_limit);
             }
-            else
-            {
-                covered = Volatile.Read(ref asked);
-            }
 
             return null;
         });
-        Task first = Start(sync.Run);
+        Thread[] threads = [.. Enumerable.Range(0, 21).Select(_ => new Thread(sync.Run))];
+        threads[0].Start();
         Assert.True(firstRuns.Wait(s_limit));
-        Task[] others = [.. Enumerable.Range(0, 20).Select(_ => Start(() =>
+        foreach (Thread other in threads[1..]) // one after the other, so that none waits for the lock alone
         {
-            Interlocked.Increment(ref asked);
-            sync.Run();
-        }))];
-        while (Volatile.Read(ref asked) < others.Length)
-            Thread.Yield();
-        Thread.Sleep(100); // so that they wait, most likely all of them
-        Assert.DoesNotContain(others, task => task.IsCompleted); // the sync that runs began before they asked
+            other.Start();
+            Wait.UntilBlocked(other, "it waits: the sync that runs began before it asked");
+        }
+
+        Assert.Equal(1, Volatile.Read(ref syncs));
         mayEnd.Set();
-        await Task.WhenAll([first, .. others]).WaitAsync(s_limit);
-        Assert.InRange(syncs, 2, 10);
-        Assert.Equal(others.Length, covered);
+        Assert.All(threads, thread => Assert.True(thread.Join(s_limit)));
+        Assert.Equal(2, syncs);
     }
 
     [Fact]
@@ -56,7 +51,4 @@ public sealed class ImageSyncTests
         Assert.Throws<DiskException>(sync.ThrowIfFailed);
         Assert.Equal(2, syncs);
     }
-
-    private static Task Start(Action work) => Task.Factory.StartNew(
-        work, CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default);
 }

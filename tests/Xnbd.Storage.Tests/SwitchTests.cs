@@ -334,11 +334,11 @@ public sealed class SwitchTests : IDisposable
         };
         Task switching = Switch(cache, force: false);
         Assert.True(isHeld.Wait(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken));
-        Task ending = Task.Run(cache.Dispose, TestContext.Current.CancellationToken);
-        await Task.Delay(100, TestContext.Current.CancellationToken);
-        Assert.False(ending.IsCompleted);
+        var ending = new Thread(cache.Dispose);
+        ending.Start();
+        Wait.UntilBlocked(ending, "it waits for the switch");
         hold.Set();
-        await Soon(ending);
+        Assert.True(ending.Join(20_000));
         Assert.Contains(
             "ending",
             (await Assert.ThrowsAsync<DiskException>(() => Soon(switching))).Message,

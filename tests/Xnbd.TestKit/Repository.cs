@@ -30,4 +30,8 @@ public static class Wait
             Thread.Sleep(2);
         }
     }
+
+    /// <summary>Waits until a thread waits for another one: for a lock, a pulse or an event.</summary>
+    public static void UntilBlocked(Thread thread, string what)
+        => Until(() => (thread.ThreadState & ThreadState.WaitSleepJoin) != 0, what);
 }

@@ -1,3 +1,4 @@
+using System.Reflection;
 using System.Text.RegularExpressions;
 using System.Xml.Linq;
 using Xnbd.TestKit;
@@ -77,7 +78,9 @@ public partial class DependencyTests
     [InlineData("Cache", "Images", "Maps", "Overlay", "Threads")]
     public void A_room_of_the_storage_uses_these_alone(string room, params string[] mayUse)
     {
-        string folder = Path.Combine(Repository.Root, "src", "Xnbd.Storage", room);
+        string folder = Path.Combine(Storage, room);
+        // A room that is named within code, also without the first part of its name.
+        var namedInCode = new Regex($@"(?:\bXnbd\.Storage\.|(?<![\w.]))({string.Join('|', Rooms())})\.(?=[A-Z])");
         foreach (string file in Directory.EnumerateFiles(folder, "*.cs"))
         {
             string text = File.ReadAllText(file);
@@ -86,13 +89,27 @@ public partial class DependencyTests
                 text.Contains($"namespace {own};", StringComparison.Ordinal) || !text.Contains(
                     "namespace ", StringComparison.Ordinal),
                 $"{file} is not in the namespace {own}");
-            foreach (Match used in RoomPattern().Matches(text))
+            foreach (Match used in RoomPattern().Matches(text).Concat(namedInCode.Matches(text)))
             {
                 string name = used.Groups[1].Value;
                 Assert.True(name == room || mayUse.Contains(name), $"{file} uses the room {name}");
             }
         }
     }
+
+    [Fact]
+    public void Each_room_of_the_storage_is_tested()
+    {
+        MethodInfo test = GetType().GetMethod(nameof(A_room_of_the_storage_uses_these_alone))!;
+        Assert.Equal(
+            Rooms().Append("").Order(),
+            test.GetCustomAttributes<InlineDataAttribute>().Select(line => (string)line.Data[0]!).Order());
+    }
+
+    private static string Storage => Path.Combine(Repository.Root, "src", "Xnbd.Storage");
+
+    private static IEnumerable<string> Rooms()
+        => Directory.GetDirectories(Storage).Select(folder => Path.GetFileName(folder)).Except(["bin", "obj"]);
 
     /// <summary>
     /// What a person can do stands in <c>Advice</c> of the programs: the storage says the kind of a failure and its
