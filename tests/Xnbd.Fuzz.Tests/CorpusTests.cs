@@ -20,9 +20,10 @@ public class CorpusTests
         foreach (string file in files)
         {
             byte[] input = await File.ReadAllBytesAsync(file);
-            Task run = Task.Run(() => target.Run(input));
-            Assert.True(await Task.WhenAny(run, Task.Delay(TimeSpan.FromSeconds(30))) == run, $"{file} does not end");
-            Assert.True(run.IsCompletedSuccessfully, $"{file}: {run.Exception?.InnerException}");
+            // The targets of our client give up after 30 s: an input that hangs must be seen before that.
+            Exception? failure = await Record.ExceptionAsync(
+                () => Task.Run(() => target.Run(input)).WaitAsync(TimeSpan.FromSeconds(20)));
+            Assert.True(failure is null, $"{file}: {failure}");
         }
     }
 
