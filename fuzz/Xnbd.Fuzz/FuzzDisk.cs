@@ -31,6 +31,12 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
 
     public ReadOnlySpan<byte> Content => _bytes;
 
+    /// <summary>How many changes were asked to be durable, and have not failed.</summary>
+    public int DurableChanges { get; private set; }
+
+    /// <summary>How often it was flushed.</summary>
+    public int Flushes { get; private set; }
+
     public override long Length => Bytes;
 
     public override DiskFeatures Features => isReadOnly ? DiskFeatures.ReadOnly : DiskFeatures.None;
@@ -53,7 +59,11 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
     public static bool IsSlow(long offset, long length) => offset < BadStart && offset + length > SlowStart;
 
     /// <summary>Takes it back to the content at the start.</summary>
-    public void Reset() => FillInitial(_bytes);
+    public void Reset()
+    {
+        FillInitial(_bytes);
+        (DurableChanges, Flushes) = (0, 0);
+    }
 
     public override bool TryRead(long offset, Span<byte> buffer)
     {
@@ -78,19 +88,25 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer) => Do(
         offset, buffer.Length, () => _bytes.AsSpan((int)offset, buffer.Length).CopyTo(buffer.Span));
 
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable) => Do(
-        offset, data.Length, () => data.Span.CopyTo(_bytes.AsSpan((int)offset)));
+    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable) => Change(
+        offset, data.Length, durable, () => data.Span.CopyTo(_bytes.AsSpan((int)offset)));
 
     public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
     {
         if ((mode & ZeroMode.FastOnly) != 0 && IsSlow(offset, length))
             return ValueTask.FromException(new DiskException(DiskError.NotSupported, "there are no fast zeroes here"));
-        return Do(offset, length, () => _bytes.AsSpan((int)offset, (int)length).Clear());
+        return Change(offset, length, durable, () => _bytes.AsSpan((int)offset, (int)length).Clear());
     }
 
-    public override ValueTask TrimAsync(long offset, long length, bool durable) => Do(offset, length, () => { });
+    /// <summary>Makes zeroes of the range: so the range of a trim can be seen.</summary>
+    public override ValueTask TrimAsync(long offset, long length, bool durable) => Change(
+        offset, length, durable, () => _bytes.AsSpan((int)offset, (int)length).Clear());
 
-    public override ValueTask FlushAsync() => ValueTask.CompletedTask;
+    public override ValueTask FlushAsync()
+    {
+        Flushes++;
+        return ValueTask.CompletedTask;
+    }
 
     public override ValueTask PrefetchAsync(long offset, long length) => Do(offset, length, () => { });
 
@@ -108,6 +124,12 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
     protected override void Dispose(bool disposing)
     {
     }
+
+    private ValueTask Change(long offset, long length, bool durable, Action work) => Do(offset, length, () =>
+    {
+        work();
+        DurableChanges += durable ? 1 : 0;
+    });
 
     private static ValueTask Do(long offset, long length, Action work)
     {

@@ -45,7 +45,7 @@ internal static class MapBytes
     {
         var reader = new ByteReader(input);
         byte options = reader.TryTake(1, out ReadOnlySpan<byte> first) ? first[0] : (byte)0;
-        byte[] bytes = MakeSound((options & IsCache) != 0, (options & OtherBoot) != 0 ? s_otherBoot : BootId);
+        byte[] bytes = MakeSound(IsOfCache(input), (options & OtherBoot) != 0 ? s_otherBoot : BootId);
         int length = bytes.Length;
         if ((options & Cut) != 0 && reader.TryTake(2, out ReadOnlySpan<byte> cut))
             length = Math.Min(length, BinaryPrimitives.ReadUInt16BigEndian(cut) * 2);
@@ -70,6 +70,13 @@ internal static class MapBytes
 
         return bytes[..length];
     }
+
+    /// <summary>Checks that a map which was refused is damaged: one byte of input holds no change and no cut.</summary>
+    public static void CheckMayBeRefused(byte[] input)
+        => Check.That(input.Length > 1, "a map without faults is opened");
+
+    /// <summary>Says whether an input is about the map of a cache; otherwise it is about a layer.</summary>
+    public static bool IsOfCache(byte[] input) => input.Length > 0 && (input[0] & IsCache) != 0;
 
     /// <summary>A map in which each state occurs, and of which both copies of the header and of the page were
     /// written.</summary>

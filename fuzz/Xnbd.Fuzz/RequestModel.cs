@@ -50,10 +50,18 @@ internal sealed class RequestModel
     /// <summary>The disk's content after the last request.</summary>
     public ReadOnlySpan<byte> Disk => _disk;
 
+    /// <summary>How many changes have the FUA flag, and do not fail.</summary>
+    public int DurableChanges { get; private set; }
+
+    /// <summary>How often the client asks for a flush.</summary>
+    public int Flushes { get; private set; }
+
     private ExpectedReply Serve(NbdRequest request, ReadOnlySpan<byte> payload)
     {
         if (IsRefused(request))
             return new ExpectedReply(request, Fails: true, []);
+        if (request.Command == NbdCommand.Flush)
+            Flushes++;
         if (request.Command == NbdCommand.Flush || request.Length == 0)
             return new ExpectedReply(request, Fails: false, []);
 
@@ -68,13 +76,16 @@ internal sealed class RequestModel
             case NbdCommand.Write:
                 payload.CopyTo(range);
                 break;
-            case NbdCommand.WriteZeroes:
+            case NbdCommand.WriteZeroes or NbdCommand.Trim:
                 range.Clear();
                 break;
             default:
-                break; // a trim leaves a FuzzDisk as it is
+                break;
         }
 
+        bool isChange = request.Command is NbdCommand.Write or NbdCommand.WriteZeroes or NbdCommand.Trim;
+        if (isChange && (request.Flags & NbdCommandFlags.Fua) != 0)
+            DurableChanges++;
         bool hasContent = request.Command is NbdCommand.Read or NbdCommand.BlockStatus;
         return new ExpectedReply(request, Fails: false, hasContent ? range.ToArray() : []);
     }

@@ -23,11 +23,19 @@ internal sealed class ServedConnection
     public ServedConnection(bool isReadOnly, HandshakeStyle style)
     {
         Disk = new FuzzDisk(isReadOnly);
-        var log = new TestLog((_, name, line) => _crash = name == "SessionCrashed" ? line : _crash);
+        var log = new TestLog((_, name, line) => _crash = name == nameof(Log.SessionCrashed) ? line : _crash);
         _server = new NbdServer(new ExportTable(new Export(ExportName, "a disk of many kinds", Disk)), style, log);
     }
 
     public FuzzDisk Disk { get; }
+
+    /// <summary>After a connection: the disk was asked for what the model says.</summary>
+    public void CheckDisk(RequestModel model)
+    {
+        Check.That(Disk.Content.SequenceEqual(model.Disk), "the disk holds what was written");
+        Check.That(Disk.DurableChanges == model.DurableChanges, "a change with FUA is durable, and no other one");
+        Check.That(Disk.Flushes == model.Flushes, "the disk is flushed when the client asks for it, and only then");
+    }
 
     /// <summary>Serves a client that sends these bytes.</summary>
     /// <returns>What the server has sent.</returns>

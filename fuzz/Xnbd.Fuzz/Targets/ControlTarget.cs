@@ -34,9 +34,11 @@ public sealed class ControlTarget : FuzzTarget
     {
         _ = _server.Value;
         string[] answers = Ask(input);
-        int lines = input.Count(b => b == '\n');
-        bool mayBeTooLong = input.Length >= MaxLine;
-        Check.That(answers.Length <= lines + (mayBeTooLong ? 1 : 0), "each line has at most one answer");
+        int due = CountDue(input);
+        if (input.Length < MaxLine)
+            Check.That(answers.Length == due, "each line has one answer, except for notifications");
+        else
+            Check.That(answers.Length <= due + 1, "each line has at most one answer, and the channel ends with one");
         foreach (string answer in answers)
             CheckAnswer(answer);
 
@@ -77,6 +79,20 @@ public sealed class ControlTarget : FuzzTarget
         "crash" => throw new InvalidOperationException("no method should throw this"),
         _ => throw new ControlException(ControlException.NoSuchMethod, $"there is no method '{method}'"),
     };
+
+    /// <summary>How many lines of a client's stream must be answered: those that are whole and no
+    /// notifications.</summary>
+    private static int CountDue(ReadOnlySpan<byte> stream)
+    {
+        int due = 0;
+        for (int end; (end = stream.IndexOf((byte)'\n')) >= 0; stream = stream[(end + 1)..])
+        {
+            bool isRequest = ControlMessage.TryParse(stream[..end], out ControlRequest request, out _);
+            due += isRequest && request.IsNotification ? 0 : 1;
+        }
+
+        return due;
+    }
 
     /// <summary>Sends a client's stream, and its end; answers the lines that come back.</summary>
     private string[] Ask(byte[] stream)

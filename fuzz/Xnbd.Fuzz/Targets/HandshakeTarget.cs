@@ -34,7 +34,7 @@ public sealed class HandshakeTarget : FuzzTarget
             return;
         var model = new RequestModel(client, agreement, isReadOnly);
         new ReplyCheck(agreement, model.Replies).Run(server);
-        Check.That(connection.Disk.Content.SequenceEqual(model.Disk), "the disk holds what was written");
+        connection.CheckDisk(model);
     }
 
     /// <inheritdoc/>

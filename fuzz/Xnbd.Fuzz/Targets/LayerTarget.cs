@@ -23,14 +23,14 @@ public sealed class LayerTarget : FuzzTarget
         File.WriteAllBytes(_path, bytes);
         try
         {
-            OpenLayer(_path, readOnly: true);
-            OpenLayer(_path, readOnly: false);
+            OpenLayer(input, _path, readOnly: true);
+            OpenLayer(input, _path, readOnly: false);
             LookAt(_path);
             _ = CacheFiles.WasSwitched(_path);
             Check.That(
                 File.ReadAllBytes(_path).AsSpan().SequenceEqual(bytes),
                 "a file that is only opened stays as it was");
-            OpenCache(_path, bytes);
+            OpenCache(input, _path, bytes);
         }
         finally
         {
@@ -50,7 +50,7 @@ public sealed class LayerTarget : FuzzTarget
         yield return ("data-start", MapBytes.Input(MapBytes.RepairHeader, (96, [0]), (MapHeader.Size + 96, [1])));
     }
 
-    private static void OpenLayer(string path, bool readOnly)
+    private static void OpenLayer(byte[] input, string path, bool readOnly)
     {
         try
         {
@@ -63,6 +63,8 @@ public sealed class LayerTarget : FuzzTarget
         catch (DiskException failure)
         {
             Check.That(failure.Message.Contains(path, StringComparison.Ordinal), "a message names the file");
+            if (!MapBytes.IsOfCache(input))
+                MapBytes.CheckMayBeRefused(input);
         }
     }
 
@@ -75,11 +77,13 @@ public sealed class LayerTarget : FuzzTarget
             _ = LayerFile.IsDisposable(file!);
     }
 
-    private static void OpenCache(string path, byte[] before)
+    private static void OpenCache(byte[] input, string path, byte[] before)
     {
         string imagePath = path + ".img";
         try
         {
+            using (FileStream file = File.Create(imagePath))
+                file.SetLength(MapBytes.DiskLength); // a map with blocks is refused without its image
             (ImageFile image, BlockMap map, SafeFileHandle mapFile) = CacheFiles.Open(
                 imagePath, path, MapBytes.Origin, MapBytes.DiskLength, CacheOpening.GoOn);
             using (image)
@@ -97,6 +101,8 @@ public sealed class LayerTarget : FuzzTarget
             bool isNamed = failure.Message.Contains(path, StringComparison.Ordinal);
             Check.That(isNamed, "a message names the file");
             Check.That(File.ReadAllBytes(path).AsSpan().SequenceEqual(before), "a map that is refused stays as it was");
+            if (MapBytes.IsOfCache(input))
+                MapBytes.CheckMayBeRefused(input);
         }
         finally
         {

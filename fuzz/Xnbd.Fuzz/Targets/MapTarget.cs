@@ -21,12 +21,17 @@ public sealed class MapTarget : FuzzTarget
             if (MapFile.ReadHeader(store) is not { } header
                 || header.Source.Length is < 0 or > 1 << 20
                 || MapLayout.FileLength(header.Source.Length) > bytes.Length)
+            {
+                MapBytes.CheckMayBeRefused(input);
                 return;
+            }
+
             RunHeader(header);
             map = BlockMap.Open(store, MapBytes.BootId);
         }
         catch (DiskException)
         {
+            MapBytes.CheckMayBeRefused(input);
             Check.That(bytes.AsSpan().SequenceEqual(before), "a map that is refused stays as it was");
             return;
         }

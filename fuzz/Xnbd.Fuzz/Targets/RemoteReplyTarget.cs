@@ -79,6 +79,8 @@ public sealed class RemoteReplyTarget : FuzzTarget
                     "a read has what the server has sent for it, all of it");
         }
 
+        foreach (int number in model.FindSound())
+            Check.That(tasks[number].IsCompletedSuccessfully, "a read with a sound reply succeeds");
         if (isStructured && tasks[^1].IsCompletedSuccessfully)
             Check.That(extents.Length is > 0 and <= QuestionLength, "an answer is of the range that was asked for");
     }
@@ -177,6 +179,69 @@ public sealed class RemoteReplyTarget : FuzzTarget
             }
 
             return null;
+        }
+
+        /// <summary>
+        /// The reads whose replies are sound, up to the first message that is an error, breaks the protocol, or is no
+        /// reply to a read.
+        /// </summary>
+        public List<int> FindSound()
+        {
+            List<int> answered = [];
+            bool[][] covered = [.. s_reads.Select(read => new bool[read.Length])];
+            var reader = new ByteReader(replies);
+            while (TryTakeSound(reader, answered, covered))
+            {
+            }
+
+            return answered;
+        }
+
+        private bool TryTakeSound(ByteReader reader, List<int> answered, bool[][] covered)
+        {
+            if (!reader.TryPeek(sizeof(uint), out ReadOnlySpan<byte> magic)
+                || NbdReplyHeader.LengthOf(magic) is not (var length and > 0)
+                || !reader.TryTake(length, out ReadOnlySpan<byte> bytes))
+                return false;
+            NbdReplyHeader header = NbdReplyHeader.Read(bytes);
+            int number = Enumerable.Range(0, s_reads.Length).FirstOrDefault(i => Cookie(i) == header.Cookie, -1);
+            if (number < 0 || answered.Contains(number) || header.IsStructured != isStructured)
+                return false;
+            bool isLast = !isStructured || (header.Flags & NbdChunkFlags.Done) != 0;
+            bool isSound = isStructured
+                ? (header.Flags & ~NbdChunkFlags.Done) == 0
+                    && reader.TryTake(header.Length, out ReadOnlySpan<byte> payload)
+                    && TryCover(header.Type, payload, isLast, s_reads[number].Offset, covered[number])
+                : header.Error == NbdError.None && reader.TryTake(s_reads[number].Length, out _);
+            if (!isSound || (isStructured && isLast && covered[number].Contains(false)))
+                return false;
+            if (isLast)
+                answered.Add(number);
+            return true;
+        }
+
+        /// <summary>Notes which bytes of a read a chunk has.</summary>
+        /// <returns>False when the chunk breaks the protocol, or is an error.</returns>
+        private static bool TryCover(
+            NbdChunkType type, ReadOnlySpan<byte> payload, bool isLast, long start, Span<bool> covered)
+        {
+            if (type == NbdChunkType.None)
+                return isLast && payload.IsEmpty;
+            bool isData = type == NbdChunkType.OffsetData && payload.Length > NbdSize.OffsetDataPrefix;
+            bool isHole = type == NbdChunkType.OffsetHole && payload.Length == NbdSize.OffsetHolePayload;
+            if (!isData && !isHole)
+                return false;
+            long at = BinaryPrimitives.ReadInt64BigEndian(payload) - start;
+            long length = isData
+                ? payload.Length - NbdSize.OffsetDataPrefix
+                : BinaryPrimitives.ReadUInt32BigEndian(payload[sizeof(ulong)..]);
+            if (length == 0 || at < 0 || at > covered.Length - length)
+                return false;
+            Span<bool> part = covered.Slice((int)at, (int)length);
+            if (part.Contains(true))
+                return false;
+            part.Fill(true);
+            return true;
         }
 
         private static int Take(

@@ -46,7 +46,7 @@ public sealed class RequestTarget : FuzzTarget
         Check.That(agreement is not null, "a handshake without faults leads to the transmission phase");
         var model = new RequestModel(client, agreement!, isReadOnly);
         new ReplyCheck(agreement!, model.Replies).Run(server);
-        Check.That(connection.Disk.Content.SequenceEqual(model.Disk), "the disk holds what was written");
+        connection.CheckDisk(model);
     }
 
     /// <inheritdoc/>
@@ -81,6 +81,16 @@ public sealed class RequestTarget : FuzzTarget
                 .Raw(Request(NbdCommand.Cache, 0, 4096))
                 .Raw(Request(NbdCommand.Read, 0, 2000))
                 .Raw(Request(NbdCommand.Disconnect))
+                .ToArray());
+            yield return ($"{name}-durable", new Bytes().U8((byte)(variant | Tail))
+                .Raw(Request(NbdCommand.Write, 7, 5, NbdCommandFlags.Fua)).Text("seven")
+                .Raw(Request(NbdCommand.WriteZeroes, 100, 1000, NbdCommandFlags.Fua))
+                .Raw(Request(NbdCommand.Trim, 8192, 4096, NbdCommandFlags.Fua))
+                .Raw(Request(NbdCommand.Write, FuzzDisk.BadStart, 4, NbdCommandFlags.Fua)).Text("lost")
+                .Raw(Request(NbdCommand.Write, 0, 0, NbdCommandFlags.Fua))
+                .Raw(Request(NbdCommand.Read, 0, 512, NbdCommandFlags.Fua))
+                .Raw(Request(NbdCommand.Flush, flags: NbdCommandFlags.Fua))
+                .Raw(Request(NbdCommand.Write, 0, 90_000, NbdCommandFlags.Fua))
                 .ToArray());
             yield return ($"{name}-large-write", new Bytes().U8((byte)(variant | Tail))
                 .Raw(Request(NbdCommand.Write, 0, 90_000))
