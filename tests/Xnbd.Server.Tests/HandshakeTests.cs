@@ -73,7 +73,7 @@ public sealed class HandshakeTests : IDisposable
     [InlineData(NbdOption.StartTls)]
     [InlineData(NbdOption.StructuredReply)]
     [InlineData(NbdOption.ExtendedHeaders)]
-    public void Options_without_data_are_refused_with_data(NbdOption option)
+    public void An_option_that_takes_no_data_is_refused_with_data(NbdOption option)
     {
         using NbdTestClient client = Started();
         Assert.Equal(NbdOptionReplyType.ErrInvalid, client.Ask(option, [1])[^1].Type);
@@ -83,7 +83,7 @@ public sealed class HandshakeTests : IDisposable
     [Theory]
     [InlineData(NbdOption.StartTls)]
     [InlineData(NbdOption.ExtendedHeaders)]
-    public void What_is_not_supported_is_said_to_be(NbdOption option)
+    public void An_option_that_is_not_supported_is_answered_so(NbdOption option)
     {
         using NbdTestClient client = Started();
         Assert.Equal(NbdOptionReplyType.ErrUnsupported, client.Ask(option)[^1].Type);
@@ -166,7 +166,7 @@ public sealed class HandshakeTests : IDisposable
     }
 
     [Fact]
-    public void Only_what_was_asked_for_is_told()
+    public void Only_the_information_asked_for_is_sent()
     {
         using NbdTestClient client = Started();
         Assert.Equal(2, client.Ask(NbdOption.Info, NbdTestClient.InfoQuery("")).Count);
@@ -216,7 +216,7 @@ public sealed class HandshakeTests : IDisposable
     [InlineData(NbdOption.ListMetaContext, 1)] // no query lists all
     [InlineData(NbdOption.ListMetaContext, 1, "base:")]
     [InlineData(NbdOption.ListMetaContext, 0, "base:nope", "x-unknown:")]
-    public void Metadata_queries_find_what_they_should(NbdOption option, int found, params string[] queries)
+    public void Metadata_queries_find_the_contexts_they_name(NbdOption option, int found, params string[] queries)
     {
         using NbdTestClient client = Started();
         client.Ask(NbdOption.StructuredReply);
@@ -244,7 +244,7 @@ public sealed class HandshakeTests : IDisposable
     }
 
     [Fact]
-    public void A_selection_holds_for_the_export_it_named()
+    public void A_selection_of_contexts_is_valid_for_its_export_only()
     {
         using NbdTestClient client = Started();
         client.Ask(NbdOption.StructuredReply);
@@ -339,12 +339,11 @@ public sealed class HandshakeTests : IDisposable
     }
 
     [Fact]
-    public void Only_so_many_names_are_read()
+    public void A_context_is_listed_once_however_often_it_is_asked_for()
     {
         using NbdTestClient client = Started();
         client.Ask(NbdOption.StructuredReply);
         byte[] data = NbdTestClient.MetaQuery("", [.. Enumerable.Repeat("base:allocation", 2000)]);
-        // one answer, however often it was asked for
         Assert.Equal(2, client.Ask(NbdOption.ListMetaContext, data).Count);
     }
 }

@@ -1,5 +1,4 @@
 using System.Buffers.Binary;
-using System.Collections.Concurrent;
 using System.Net.Sockets;
 using Xnbd.Protocol;
 using Xnbd.Storage;
@@ -109,7 +108,7 @@ public sealed class TransmissionTests : IDisposable
     [InlineData(NbdCommand.Trim)]
     [InlineData(NbdCommand.WriteZeroes)]
     [InlineData(NbdCommand.Cache)]
-    public void Requests_of_nothing_are_answered(NbdCommand command)
+    public void A_request_of_length_zero_is_answered(NbdCommand command)
     {
         foreach (bool structured in (bool[])[true, false])
         {
@@ -216,7 +215,7 @@ public sealed class TransmissionTests : IDisposable
     }
 
     [Fact]
-    public void A_large_read_is_cut_at_holes_unless_it_must_not_be()
+    public void A_large_read_is_cut_at_holes_unless_the_client_forbids_it()
     {
         _disk.Slow = true;
         using NbdTestClient client = _server.Open();
@@ -408,9 +407,9 @@ public sealed class TransmissionTests : IDisposable
     }
 
     [Fact]
-    public void A_client_that_stalls_with_others_bytes_is_disconnected_and_they_go_on()
+    public void A_client_that_stalls_while_others_wait_for_its_bytes_is_disconnected()
     {
-        // Four clients claim all bytes in flight and send all but the last byte of their payload.
+        // Four clients claim all bytes that may be in flight; each sends 1 MiB of its 32.
         var hoarders = new List<NbdTestClient>();
         var clock = new TestClock();
         using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)), time: clock);
@@ -438,9 +437,9 @@ public sealed class TransmissionTests : IDisposable
     }
 
     [Fact]
-    public void A_client_that_trickles_is_no_better()
+    public void A_client_that_sends_a_byte_now_and_then_is_disconnected_as_well()
     {
-        // As above, but each sends a byte now and then: one, of the rest of a write; one, of a write that is refused.
+        // As above, but each sends a byte now and then: two of the rest of a write, two of a write that is refused.
         var clock = new TestClock();
         using var server = new ServerFixture(new FaultDisk(new MemoryDisk(33 << 20)), time: clock);
         using var stop = new CancellationTokenSource();
@@ -581,7 +580,6 @@ public sealed class TransmissionTests : IDisposable
         int count = 0;
         _disk.Slow = true;
         _disk.Before = (_, _, _) => Interlocked.Increment(ref count) % 3 == 0 ? Task.Delay(1) : Task.CompletedTask;
-        var errors = new ConcurrentBag<Exception>();
         Task[] clients = [.. Enumerable.Range(0, 16).Select(i => Task.Run(() =>
         {
             using NbdTestClient client = _server.Open(i % 2 == 0);
@@ -597,6 +595,5 @@ public sealed class TransmissionTests : IDisposable
             }
         }))];
         await Task.WhenAll(clients).WaitAsync(TimeSpan.FromSeconds(60));
-        Assert.Empty(errors);
     }
 }

@@ -62,11 +62,28 @@ public sealed class SwitchTests : IDisposable
         await Task.Yield();
     }
 
-    private static Task Soon(Task task)
-        => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+    private static Task Soon(Task task) => Soon(task.ContinueWith(
+        t => { t.GetAwaiter().GetResult(); return true; },
+        CancellationToken.None,
+        TaskContinuationOptions.ExecuteSynchronously,
+        TaskScheduler.Default));
 
-    private static Task<T> Soon<T>(Task<T> task)
-        => task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+    /// <exception cref="TimeoutException">It says whether threads were to be had: a hang, or a busy machine?</exception>
+    private static async Task<T> Soon<T>(Task<T> task)
+    {
+        try
+        {
+            return await task.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        }
+        catch (TimeoutException) when (!task.IsCompleted)
+        {
+            long before = ThreadPool.CompletedWorkItemCount;
+            await Task.Delay(1000, TestContext.Current.CancellationToken);
+            throw new TimeoutException(
+                $"after 20 s: {ThreadPool.ThreadCount} threads, {ThreadPool.PendingWorkItemCount} items wait, " +
+                $"{ThreadPool.CompletedWorkItemCount - before} done in the last second; ended now: {task.IsCompleted}");
+        }
+    }
 
     private static byte[] Filled(int length, byte value) => [.. Enumerable.Repeat(value, length)];
 
@@ -272,6 +289,7 @@ public sealed class SwitchTests : IDisposable
                                 await Soon(
                                     cache.Disk.ZeroAsync(
                                         offset, length, (ZeroMode)random.Next(2), random.Next(30) == 0).AsTask());
+                                await Task.Yield(); // as after a read and a write: cache-all needs a thread, too
                                 model.AsSpan(offset, length).Clear();
                                 break;
                             default:
@@ -287,10 +305,13 @@ public sealed class SwitchTests : IDisposable
             Task zeroing = Task.Run(async () =>
             {
                 for (int last = 0; last < 10; last += hasSwitched.IsCancellationRequested ? 1 : 0)
+                {
                     // Whole blocks, again and again.
                     await Soon(
                         cache.Disk.ZeroAsync(
                             Length - (4 * Block), 4 * Block, ZeroMode.MayPunch, durable: false).AsTask());
+                    await Task.Yield();
+                }
             });
             await Soon(cache.CacheAll(64, CancellationToken.None));
             await Soon(Switch(cache, force: false));
