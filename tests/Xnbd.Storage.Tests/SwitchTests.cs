@@ -68,7 +68,7 @@ public sealed class SwitchTests : IDisposable
         TaskContinuationOptions.ExecuteSynchronously,
         TaskScheduler.Default));
 
-    /// <exception cref="TimeoutException">It says whether threads were to be had: a hang, or a busy machine?</exception>
+    /// <exception cref="TimeoutException">Says whether threads were to be had.</exception>
     private static async Task<T> Soon<T>(Task<T> task)
     {
         try
@@ -80,7 +80,7 @@ public sealed class SwitchTests : IDisposable
             long before = ThreadPool.CompletedWorkItemCount;
             await Task.Delay(1000, TestContext.Current.CancellationToken);
             throw new TimeoutException(
-                $"after 20 s: {ThreadPool.ThreadCount} threads, {ThreadPool.PendingWorkItemCount} items wait, " +
+                $"20 s: {ThreadPool.ThreadCount} threads, {ThreadPool.PendingWorkItemCount} items wait, " +
                 $"{ThreadPool.CompletedWorkItemCount - before} done in the last second; ended now: {task.IsCompleted}");
         }
     }
