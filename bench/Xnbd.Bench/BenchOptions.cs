@@ -1,86 +1,137 @@
+using System.CommandLine;
+using System.CommandLine.Help;
 using System.Globalization;
+using Xnbd.TestKit;
 
 namespace Xnbd.Bench;
+
+/// <summary>The command line is wrong; the message says why.</summary>
+internal sealed class UsageException(string message) : Exception(message);
 
 /// <summary>What the benchmark is told to do.</summary>
 internal sealed record BenchOptions
 {
-    public const string Usage = """
-        usage: Xnbd.Bench [OPTION ...]
-          --quick           the main workloads, 2 rounds of 1 s
-          --json            the figures for programs
-          --only TEXT       workloads whose name contains TEXT
-          --rounds NUMBER   rounds of each workload, 1 to 1000 [default: 3]
-          --seconds NUMBER  length of a run in seconds, 0.1 to 3600 [default: 3]
-          --disk FOLDER     where the images for cold reads go [default: out]
-          --help            show this
-        """;
+    public required bool IsQuick { get; init; }
 
-    public bool IsQuick { get; private init; }
+    public required bool IsJson { get; init; }
 
-    public bool IsJson { get; private init; }
+    /// <summary>The workloads are printed, and not run.</summary>
+    public required bool IsList { get; init; }
 
-    /// <summary>A part of a workload's name; null for all workloads.</summary>
-    public string? Only { get; private init; }
+    public required IReadOnlyList<Transport> Transports { get; init; }
 
-    public int Rounds { get; private init; }
+    /// <summary>Sizes of requests, as in <see cref="Workload.Size"/>; empty for all workloads.</summary>
+    public required IReadOnlyList<string> Sizes { get; init; }
 
-    public double Seconds { get; private init; }
+    public required IReadOnlyList<Mode> Modes { get; init; }
 
-    /// <summary>A folder on a disk; null for the default one.</summary>
-    public string? Disk { get; private init; }
+    /// <summary>Peers are chosen whose names begin with one of these; empty for all peers.</summary>
+    public required IReadOnlyList<string> Peers { get; init; }
+
+    /// <summary>A part of a workload's name; empty for all workloads.</summary>
+    public required string Only { get; init; }
+
+    public required int Rounds { get; init; }
+
+    /// <summary>Length of one run in seconds.</summary>
+    public required double Seconds { get; init; }
+
+    /// <summary>A folder on a disk, for the images of cold reads.</summary>
+    public required string Disk { get; init; }
+
+    /// <summary>Whether a peer takes part.</summary>
+    public bool Includes(Peer peer)
+        => peer.IsOwn || peer.IsReference || Peers.Count == 0
+            || Peers.Any(name => peer.Name.StartsWith(name, StringComparison.Ordinal));
+
+    /// <summary>Whether a workload is run.</summary>
+    public bool Includes(Workload workload)
+        => (!IsQuick || workload.IsQuick) && Modes.Contains(workload.Mode)
+            && (Sizes.Count == 0 || Sizes.Contains(workload.Size))
+            && workload.Name.Contains(Only, StringComparison.Ordinal);
 
     /// <summary>Reads the command line.</summary>
-    /// <param name="args">The words.</param>
-    /// <param name="fault">What is wrong with them; null if nothing is, or if help was asked for.</param>
-    /// <returns>Null when there is a fault, or when help was asked for.</returns>
-    public static BenchOptions? Parse(string[] args, out string? fault)
+    /// <returns>Null when help was asked for, and printed.</returns>
+    /// <exception cref="UsageException">The command line is wrong.</exception>
+    public static BenchOptions? Parse(string[] args)
     {
-        bool isQuick = args.Contains("--quick");
-        var options = new BenchOptions { IsQuick = isQuick, Rounds = isQuick ? 2 : 3, Seconds = isQuick ? 1 : 3 };
-        fault = null;
-        for (int i = 0; i < args.Length; i++)
+        string sizes = string.Join(",", Workloads.Sizes);
+        string modes = Names<Mode>();
+        var quick = new Option<bool>("--quick")
         {
-            string option = args[i];
-            if (option == "--help")
-                return null;
-            if (option is "--quick" or "--json")
+            Description = "A cross-section in less than 3 minutes: 2 rounds of 0.5 s, and the peers that are ahead",
+        };
+        var json = new Option<bool>("--json") { Description = "Print the figures as JSON, for programs" };
+        var list = new Option<bool>("--list") { Description = "Print the chosen workloads; run nothing" };
+        Option<string?> transport = Text(
+            "--transport", "LIST", $"How clients reach the servers: {Names<Transport>()} [default: unix,tcp]");
+        Option<string?> size = Text("--sizes", "LIST", $"Only requests of these sizes: {sizes}");
+        Option<string?> mode = Text("--mode", "LIST", $"Only these modes: {modes}");
+        Option<string?> peers = Text(
+            "--peers", "LIST", "Only peers whose names begin so, such as nbdkit,qemu-nbd; xnbd always takes part");
+        Option<string?> only = Text("--only", "TEXT", "Only workloads whose names contain this");
+        Option<string?> rounds = Text("--rounds", "NUMBER", "Rounds of each workload, 1 to 1000 [default: 3]");
+        Option<string?> seconds = Text("--seconds", "NUMBER", "Length of a run, 0.1 to 3600 [default: 1]");
+        Option<string?> disk = Text("--disk", "FOLDER", "Where the images for cold reads go [default: out]");
+        var command = new Command("script/bench", "Measures xNBD and its peers side by side, on this machine.")
+        {
+            quick, json, list, transport, size, mode, peers, only, rounds, seconds, disk, new HelpOption(),
+        };
+        ParseResult result = command.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
+        if (result.Action is HelpAction)
+        {
+            result.Invoke();
+            return null;
+        }
+
+        if (result.Errors.Count > 0)
+            throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
+        bool isQuick = result.GetValue(quick);
+        return new BenchOptions
+        {
+            IsQuick = isQuick,
+            IsJson = result.GetValue(json),
+            IsList = result.GetValue(list),
+            Transports = [.. Words(transport, "unix,tcp", Names<Transport>()).Select(Value<Transport>)],
+            Sizes = Words(size, "", sizes),
+            Modes = [.. Words(mode, modes, modes).Select(Value<Mode>)],
+            Peers = Words(peers, isQuick ? "nbdkit,nbd-server" : "", null),
+            Only = result.GetValue(only) ?? "",
+            Rounds = (int)Number(rounds, isQuick ? 2 : 3, 1, 1000, NumberStyles.None),
+            Seconds = Number(seconds, isQuick ? 0.5 : 1, 0.1, 3600, NumberStyles.AllowDecimalPoint),
+            Disk = result.GetValue(disk) ?? Path.Combine(Repository.Root, "out"),
+        };
+
+        // known: the words that are allowed; null for the beginnings of peers' names
+        string[] Words(Option<string?> option, string @default, string? known)
+        {
+            string[] words = (result.GetValue(option) ?? @default).Split(',', StringSplitOptions.RemoveEmptyEntries);
+            foreach (string word in words)
             {
-                options = option == "--json" ? options with { IsJson = true } : options;
-                continue;
+                bool isKnown = known?.Split(',').Contains(word)
+                    ?? Peer.All.Any(peer => peer.Name.StartsWith(word, StringComparison.Ordinal));
+                if (!isKnown)
+                    throw new UsageException($"{option.Name} {word}: unknown; known are {known ?? Peer.Names}");
             }
 
-            if (option is not ("--only" or "--rounds" or "--seconds" or "--disk"))
-                fault = $"unknown option '{option}'";
-            else if (++i == args.Length)
-                fault = $"{option} needs a value";
-            else
-                options = options.With(option, args[i], out fault);
-            if (fault is not null)
-                return null;
+            return words;
         }
 
-        return options;
-    }
-
-    private BenchOptions With(string option, string value, out string? fault)
-    {
-        CultureInfo culture = CultureInfo.InvariantCulture;
-        fault = null;
-        switch (option)
+        double Number(Option<string?> option, double @default, double min, double max, NumberStyles style)
         {
-            case "--only":
-                return this with { Only = value };
-            case "--disk":
-                return this with { Disk = value };
-            case "--rounds" when int.TryParse(value, NumberStyles.None, culture, out int rounds)
-                && rounds is >= 1 and <= 1000:
-                return this with { Rounds = rounds };
-            case "--seconds" when double.TryParse(value, culture, out double seconds) && seconds is >= 0.1 and <= 3600:
-                return this with { Seconds = seconds };
-            default:
-                fault = $"{option} {value}: not a number in its range";
-                return this;
+            if (result.GetValue(option) is not { } word)
+                return @default;
+            return double.TryParse(word, style, CultureInfo.InvariantCulture, out double number)
+                && number >= min && number <= max
+                    ? number
+                    : throw new UsageException($"{option.Name} {word}: not a number from {min} to {max}");
         }
     }
+
+    private static Option<string?> Text(string name, string value, string description)
+        => new(name) { Description = description, HelpName = value };
+
+    private static string Names<T>() where T : struct, Enum => string.Join(",", Enum.GetNames<T>()).ToLowerInvariant();
+
+    private static T Value<T>(string word) where T : struct, Enum => Enum.Parse<T>(word, ignoreCase: true);
 }

@@ -1,4 +1,4 @@
-using System.Diagnostics;
+using System.Globalization;
 using Xnbd.TestKit;
 
 namespace Xnbd.Bench;
@@ -9,100 +9,80 @@ public enum Mode
     /// <summary>Serving an image.</summary>
     Target,
 
-    /// <summary>Serving an image that does not change; changes are kept elsewhere.</summary>
-    CopyOnWrite,
+    /// <summary>Serving an image to many clients.</summary>
+    Crowd,
+
+    /// <summary>Copy-on-write: serving an image that does not change; changes are kept elsewhere.</summary>
+    Cow,
 
     /// <summary>Serving and caching the disk of another server. That is xNBD's target mode for all of them.</summary>
     Proxy,
 }
 
-/// <summary>A server under test: how it is started on an image and a Unix socket.</summary>
-/// <param name="Name">Its name in the table.</param>
-/// <param name="Program">The program that must be installed.</param>
-/// <param name="Arguments">Makes its arguments from image, socket, and a folder for its files.</param>
-/// <param name="Mode">The mode in which it is compared.</param>
-public sealed record Peer(
-    string Name, string Program, Func<string, string, string, string[]> Arguments, Mode Mode = Mode.Target)
+/// <summary>What a server is started with.</summary>
+/// <param name="Image">The image's path.</param>
+/// <param name="Endpoint">Where it listens.</param>
+/// <param name="Folder">A folder for its own files.</param>
+/// <param name="Origin">Where a proxy reads.</param>
+public sealed record Setting(string Image, Endpoint Endpoint, string Folder, Endpoint? Origin)
 {
+    /// <summary>A file of the server.</summary>
+    public string File(string name) => Path.Combine(Folder, name);
+
+    public string Port => Endpoint.Port.ToString(CultureInfo.InvariantCulture);
+}
+
+/// <summary>A server under test: how it is started.</summary>
+/// <param name="Name">Its name in the tables.</param>
+/// <param name="Modes">The modes in which it is compared.</param>
+/// <param name="Program">The program that must be installed.</param>
+/// <param name="Arguments">Makes its arguments.</param>
+public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Setting, string[]> Arguments)
+{
+    private static readonly string s_xnbd = ServerProcess.Executable;
+    private static readonly Mode[] s_serving = [Mode.Target, Mode.Crowd];
+
     /// <summary>xNBD, and every server that Debian packages.</summary>
     public static readonly IReadOnlyList<Peer> All =
     [
-        new("xnbd", ServerProcess.Executable, (image, socket, folder) =>
-            [
-                "--cow-target", "--cow-layer", Path.Combine(folder, "layer"), "--logpath", "/dev/null",
-                "--unix", socket, image,
-            ],
-            Mode.CopyOnWrite),
-        new("xnbd --target", ServerProcess.Executable, (image, socket, _) =>
-            ["--target", "--logpath", "/dev/null", "--unix", socket, image], Mode.CopyOnWrite),
+        new("xnbd", s_serving, s_xnbd, s => Xnbd(s, "--target", s.Image)),
+        new("nbdkit", s_serving, "nbdkit", s => Nbdkit(s, "file", s.Image)),
+        new("qemu-nbd threads", s_serving, "qemu-nbd", s => QemuNbd(s, "raw", "threads", s.Image)),
+        new("qemu-nbd io_uring", s_serving, "qemu-nbd", s => QemuNbd(s, "raw", "io_uring", s.Image)),
+        new("qemu-storage-daemon", [Mode.Crowd], "qemu-storage-daemon", StorageDaemon),
+        new("nbd-server", s_serving, "nbd-server", NbdServer),
+
+        new("xnbd", [Mode.Cow], s_xnbd, s => Xnbd(s, "--cow-target", "--cow-layer", s.File("layer"), s.Image)),
+        new("xnbd --target", [Mode.Cow, Mode.Proxy], s_xnbd, s => Xnbd(s, "--target", s.Image)),
+        new("nbdkit cow", [Mode.Cow], "nbdkit", s => Nbdkit(s, "--filter=cow", "file", s.Image)),
+        new("qemu-nbd qcow2", [Mode.Cow], "qemu-nbd", s => QemuNbd(s, "qcow2", "threads", Overlay(s, s.Image))),
         new(
-            "nbdkit cow",
-            "nbdkit",
-            (image, socket, _) => ["-f", "-U", socket, "--filter=cow", "file", image],
-            Mode.CopyOnWrite),
+            "qemu-nbd qcow2 io_uring", [Mode.Cow], "qemu-nbd",
+            s => QemuNbd(s, "qcow2", "io_uring", Overlay(s, s.Image))),
+
         new(
-            "qemu-nbd qcow2",
-            "qemu-nbd",
-            (image, socket, folder) => Overlay(image, socket, folder, "threads"),
-            Mode.CopyOnWrite),
+            "xnbd", [Mode.Proxy], s_xnbd,
+            s => Xnbd(s, "--proxy", OriginUri(s), s.File("cache"), s.File("map"), s.File(ControlSocket))),
         new(
-            "qemu-nbd qcow2 io_uring",
-            "qemu-nbd",
-            (image, socket, folder) => Overlay(image, socket, folder, "io_uring"),
-            Mode.CopyOnWrite),
-        new("xnbd", ServerProcess.Executable, (image, socket, folder) =>
-            [
-                "--proxy", "--logpath", "/dev/null", "--unix", socket, "unix:" + Origin(folder), "-",
-                Path.Combine(folder, "cache"),
-                Path.Combine(folder, "map"), ControlSocket(folder),
-            ], Mode.Proxy),
-        new("xnbd --target", ServerProcess.Executable, (image, socket, _) =>
-            ["--target", "--logpath", "/dev/null", "--unix", socket, image], Mode.Proxy),
-        new("nbdkit cow-on-read", "nbdkit", (_, socket, folder) =>
-            ["-f", "-U", socket, "--filter=cow", "nbd", "uri=" + OriginUri(folder), "cow-on-read=true"], Mode.Proxy),
-        new("nbdkit cache", "nbdkit", (_, socket, folder) =>
-            ["-f", "-U", socket, "--filter=cache", "nbd", "uri=" + OriginUri(folder), "cache-on-read=true"],
-            Mode.Proxy),
-        new("qemu-nbd copy-on-read", "qemu-nbd", (_, socket, folder) => CopyOnRead(socket, folder), Mode.Proxy),
+            "nbdkit cow-on-read", [Mode.Proxy], "nbdkit",
+            s => Nbdkit(s, "--filter=cow", "nbd", "uri=" + OriginUri(s), "cow-on-read=true")),
         new(
-            "xnbd",
-            ServerProcess.Executable,
-            (image, socket, _) => ["--target", "--logpath", "/dev/null", "--unix", socket, image]),
-        new("nbdkit", "nbdkit", (image, socket, _) => ["-f", "-U", socket, "file", image]),
-        new("qemu-nbd threads", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "threads")),
-        new("qemu-nbd io_uring", "qemu-nbd", (image, socket, _) => Qemu(image, socket, "io_uring")),
-        new("nbd-server", "nbd-server", NbdServer),
+            "nbdkit cache", [Mode.Proxy], "nbdkit",
+            s => Nbdkit(s, "--filter=cache", "nbd", "uri=" + OriginUri(s), "cache-on-read=true")),
+        new("qemu-nbd copy-on-read", [Mode.Proxy], "qemu-nbd", CopyOnRead),
     ];
 
-    /// <summary>The socket of the server from which proxies read.</summary>
-    public static string Origin(string folder) => Path.Combine(folder, "origin");
+    /// <summary>The server from which proxies read.</summary>
+    public static readonly Peer Origin = new("origin", [], s_xnbd, s => Xnbd(s, "--target", "--readonly", s.Image));
 
-    /// <summary>The control socket of xNBD's proxy.</summary>
-    public static string ControlSocket(string folder) => Path.Combine(folder, "control");
+    /// <summary>The names of all peers.</summary>
+    public static string Names => string.Join(", ", All.Select(peer => peer.Name).Distinct());
 
-    private static string OriginUri(string folder) => $"nbd+unix:///?socket={Origin(folder)}";
+    /// <summary>The name of the control socket of xNBD's proxy.</summary>
+    public const string ControlSocket = "control";
 
-    private static string[] CopyOnRead(string socket, string folder)
-    {
-        string overlay = Path.Combine(folder, "overlay.qcow2");
-        Tool.Succeed(
-            "qemu-img",
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            OriginUri(folder),
-            "-F",
-            "raw",
-            overlay).GetAwaiter().GetResult();
-        return
-        [
-            "-k", socket, "--shared=0", "-t", "--image-opts",
-            "driver=copy-on-read,file.driver=qcow2,file.discard=unmap,"
-                + $"file.file.driver=file,file.file.filename={overlay}",
-        ];
-    }
+    /// <summary>The name of the file with the process id of a server that goes into the background.</summary>
+    public const string PidFile = "pid";
 
     /// <summary>xNBD itself, in the mode that is compared.</summary>
     public bool IsOwn => Name == "xnbd";
@@ -112,166 +92,86 @@ public sealed record Peer(
 
     public bool IsPresent => Program.StartsWith('/') || Tool.Find(Program) is not null;
 
-    private static string[] Qemu(string image, string socket, string aio)
-        => ["-k", socket, "-f", "raw", .. Common(aio), image];
-
-    private static string[] Common(string aio)
-        => ["--cache=writeback", $"--aio={aio}", "--discard=unmap", "--shared=0", "-t"];
-
-    private static string[] Overlay(string image, string socket, string folder, string aio)
-    {
-        string overlay = Path.Combine(folder, "overlay.qcow2");
-        Tool.Succeed(
-            "qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay).GetAwaiter().GetResult();
-        return ["-k", socket, "-f", "qcow2", .. Common(aio), overlay];
-    }
-
-    private static string[] NbdServer(string image, string socket, string folder)
-    {
-        string configuration = Path.Combine(folder, "nbd-server.conf");
-        int port = ServerProcess.FreePort(); // it always listens on a port, too
-        File.WriteAllText(
-            configuration,
-            $"""
-            [generic]
-            unixsock = {socket}
-            listenaddr = 127.0.0.1
-            port = {port}
-            [bench]
-            exportname = {image}
-            filesize = {new FileInfo(image).Length}
-
-            """);
-        return ["-C", configuration, "-p", PidFile(folder)]; // in the foreground it would serve a single client
-    }
+    /// <summary>It goes into the background by itself, and leaves its process id in a file.</summary>
+    public bool IsDaemon => Name == "nbd-server";
 
     /// <summary>The name of the export to ask for.</summary>
     public string ExportName => IsDaemon ? "bench" : "";
 
-    /// <summary>It goes into the background by itself, and leaves its process id in a file.</summary>
-    public bool IsDaemon => Name == "nbd-server";
+    private static string OriginUri(Setting s) => s.Origin!.Uri("");
 
-    public static string PidFile(string folder) => Path.Combine(folder, "pid");
-}
+    private static string[] Xnbd(Setting s, params string[] rest)
+        =>
+        [
+            "--logpath", "/dev/null",
+            .. s.Endpoint.IsUnix
+                ? (string[])["--unix", s.Endpoint.Path]
+                : ["--laddr", s.Endpoint.Address, "--lport", s.Port],
+            .. rest,
+        ];
 
-/// <summary>A running server.</summary>
-public sealed class RunningPeer : IDisposable
-{
-    private static readonly double s_ticksPerSecond = 100; // USER_HZ
+    private static string[] Nbdkit(Setting s, params string[] rest)
+        =>
+        [
+            "-f",
+            .. s.Endpoint.IsUnix ? (string[])["-U", s.Endpoint.Path] : ["-i", s.Endpoint.Address, "-p", s.Port],
+            .. rest,
+        ];
 
-    private readonly Process _process;
+    private static string[] QemuNbd(Setting s, string format, string aio, string file)
+        =>
+        [
+            .. QemuNbdCommon(s), "-f", format, "--cache=writeback", $"--aio={aio}", "--discard=unmap", file,
+        ];
 
-    private RunningPeer(Process process, Peer peer, string socket, string folder)
+    private static string[] QemuNbdCommon(Setting s)
+        =>
+        [
+            .. s.Endpoint.IsUnix ? (string[])["-k", s.Endpoint.Path] : ["-b", s.Endpoint.Address, "-p", s.Port],
+            "--shared=0", "-t",
+        ];
+
+    private static string[] CopyOnRead(Setting s)
+        =>
+        [
+            .. QemuNbdCommon(s), "--image-opts",
+            "driver=copy-on-read,file.driver=qcow2,file.discard=unmap,"
+                + $"file.file.driver=file,file.file.filename={Overlay(s, OriginUri(s))}",
+        ];
+
+    private static string Overlay(Setting s, string @base)
     {
-        _process = peer.IsDaemon
-            ? Process.GetProcessById(
-                int.Parse(File.ReadAllText(Peer.PidFile(folder)), System.Globalization.CultureInfo.InvariantCulture))
-            : process;
-        Socket = socket;
-        Uri = $"nbd+unix:///{peer.ExportName}?socket={socket}";
-        ExportName = peer.ExportName;
-        IsReference = peer.IsReference;
+        string overlay = s.File("overlay.qcow2");
+        Tool.Succeed("qemu-img", "create", "-q", "-f", "qcow2", "-b", @base, "-F", "raw", overlay)
+            .GetAwaiter().GetResult();
+        return overlay;
     }
 
-    /// <summary>It is xNBD's target mode, with which another mode is compared.</summary>
-    public bool IsReference { get; }
+    private static string[] StorageDaemon(Setting s)
+        =>
+        [
+            "--blockdev", $"driver=file,node-name=bench,filename={s.Image}",
+            "--nbd-server", (s.Endpoint.IsUnix
+                ? $"addr.type=unix,addr.path={s.Endpoint.Path}"
+                : $"addr.type=inet,addr.host={s.Endpoint.Address},addr.port={s.Port}") + ",max-connections=0",
+            "--export", "type=nbd,id=bench,node-name=bench,writable=on",
+        ];
 
-    public string Uri { get; }
-
-    public string Socket { get; }
-
-    public string ExportName { get; }
-
-    /// <summary>Time from its start to its first connection, in milliseconds.</summary>
-    public double StartMilliseconds { get; private init; }
-
-    public static RunningPeer Start(Peer peer, string image, string folder)
+    private static string[] NbdServer(Setting s)
     {
-        string socket = Path.Combine(folder, "socket");
-        File.Delete(socket);
-        long start = Stopwatch.GetTimestamp();
-        Process process = Process.Start(
-            new ProcessStartInfo(Tool.Find(peer.Program) ?? peer.Program, peer.Arguments(image, socket, folder))
-            {
-                RedirectStandardError = true,
-                RedirectStandardOutput = true,
-                Environment = { ["TMPDIR"] = folder }, // where nbdkit's filters keep their files
-            })!;
-        process.ErrorDataReceived += (_, _) => { };
-        process.OutputDataReceived += (_, _) => { };
-        process.BeginErrorReadLine();
-        process.BeginOutputReadLine();
-        try
-        {
-            while (!ServerProcess.Listens(socket))
-            {
-                if ((process.HasExited && !peer.IsDaemon) || Stopwatch.GetElapsedTime(start).TotalSeconds > 10)
-                    throw new InvalidOperationException($"{peer.Name} did not start");
-                Thread.SpinWait(1000);
-            }
-        }
-        catch
-        {
-            process.Kill(entireProcessTree: true);
-            throw;
-        }
+        string configuration = s.File("nbd-server.conf");
+        File.WriteAllText(
+            configuration,
+            $"""
+            [generic]
+            {(s.Endpoint.IsUnix ? "unixsock = " + s.Endpoint.Path : "")}
+            listenaddr = {s.Endpoint.Address}
+            port = {s.Port}
+            [bench]
+            exportname = {s.Image}
+            filesize = {new FileInfo(s.Image).Length}
 
-        return new RunningPeer(
-            process, peer, socket, folder)
-        { StartMilliseconds = Stopwatch.GetElapsedTime(start).TotalMilliseconds };
-    }
-
-    /// <summary>Processor time used so far, user and system, children included, in seconds.</summary>
-    public double CpuSeconds => Tree().Sum(id =>
-    {
-        string[] stat = ReadOrEmpty($"/proc/{id}/stat").Split(')') is [_, var rest]
-            ? rest.Split(' ', StringSplitOptions.RemoveEmptyEntries)
-            : [];
-        return stat.Length < 15
-            ? 0
-            : stat[11..15].Sum(
-                t => double.Parse(t, System.Globalization.CultureInfo.InvariantCulture)) / s_ticksPerSecond;
-    });
-
-    /// <summary>
-    /// A figure of /proc/PID/status, summed over the server and its children, in KiB: VmHWM is the peak of the resident
-    /// size, VmRSS the present one.
-    /// </summary>
-    public long Kibibytes(string name) => Tree().Sum(id => ReadOrEmpty($"/proc/{id}/status").Split('\n')
-        .Where(l => l.StartsWith(name + ":", StringComparison.Ordinal))
-        .Sum(
-            l => long.Parse(
-                l.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries)[1],
-                System.Globalization.CultureInfo.InvariantCulture)));
-
-    public void Dispose()
-    {
-        _process.Kill(entireProcessTree: true);
-        _process.WaitForExit();
-        _process.Dispose();
-    }
-
-    private IEnumerable<int> Tree()
-    {
-        var waiting = new Queue<int>([_process.Id]);
-        while (waiting.TryDequeue(out int id))
-        {
-            yield return id;
-            foreach (string child in ReadOrEmpty($"/proc/{id}/task/{id}/children").Split(
-                ' ', StringSplitOptions.RemoveEmptyEntries))
-                waiting.Enqueue(int.Parse(child, System.Globalization.CultureInfo.InvariantCulture));
-        }
-    }
-
-    private static string ReadOrEmpty(string path)
-    {
-        try
-        {
-            return File.ReadAllText(path);
-        }
-        catch (IOException)
-        {
-            return ""; // it has ended
-        }
+            """);
+        return ["-C", configuration, "-p", s.File(PidFile)]; // in the foreground it would serve a single client
     }
 }

@@ -1,4 +1,5 @@
 using System.Buffers.Binary;
+using System.Net;
 using System.Net.Sockets;
 using System.Text;
 using Xnbd.Protocol;
@@ -41,11 +42,25 @@ public sealed class NbdTestClient : IDisposable
     /// <summary>The next request's cookie.</summary>
     public ulong NextCookie { get; set; } = 1;
 
-    public static NbdTestClient Connect(string unixPath)
+    public static NbdTestClient Connect(string unixPath) => Connect(new UnixDomainSocketEndPoint(unixPath));
+
+    public static NbdTestClient Connect(EndPoint remote)
     {
-        var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        socket.Connect(new UnixDomainSocketEndPoint(unixPath));
-        return new NbdTestClient(socket);
+        bool isUnix = remote is UnixDomainSocketEndPoint;
+        var socket = new Socket(
+            remote.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+        try
+        {
+            if (!isUnix)
+                socket.NoDelay = true;
+            socket.Connect(remote);
+            return new NbdTestClient(socket);
+        }
+        catch
+        {
+            socket.Dispose();
+            throw;
+        }
     }
 
     public static NbdTestClient Connect(int port)
@@ -58,11 +73,24 @@ public sealed class NbdTestClient : IDisposable
     /// <summary>Connects and enters the transmission phase.</summary>
     public static NbdTestClient Open(
         string unixPath, bool structured = true, string name = "", params string[] contexts)
+        => Open(new UnixDomainSocketEndPoint(unixPath), structured, name, contexts);
+
+    /// <summary>The same, to any address.</summary>
+    public static NbdTestClient Open(
+        EndPoint remote, bool structured = true, string name = "", params string[] contexts)
     {
-        NbdTestClient client = Connect(unixPath);
-        client.Start();
-        client.Enter(structured, name, contexts);
-        return client;
+        NbdTestClient client = Connect(remote);
+        try
+        {
+            client.Start();
+            client.Enter(structured, name, contexts);
+            return client;
+        }
+        catch
+        {
+            client.Dispose();
+            throw;
+        }
     }
 
     public void Send(ReadOnlySpan<byte> data)

@@ -20,24 +20,34 @@ public static class Tool
     public static async Task<ToolResult> Run(string program, params string[] args)
     {
         using var deadline = new CancellationTokenSource(TimeSpan.FromMinutes(2));
+        return await Run(program, args, deadline.Token);
+    }
+
+    /// <summary>Runs a program that may take as long as the caller says.</summary>
+    /// <exception cref="OperationCanceledException">It was told to stop; the program was killed.</exception>
+    public static async Task<ToolResult> Run(string program, string[] args, CancellationToken stop)
+    {
         var output = new StringBuilder();
         var errors = new StringBuilder();
         CommandResult result = await Cli.Wrap(Find(program) ?? program).WithArguments(args)
             .WithValidation(CommandResultValidation.None)
             .WithStandardOutputPipe(PipeTarget.ToStringBuilder(output))
             .WithStandardErrorPipe(PipeTarget.ToStringBuilder(errors))
-            .ExecuteAsync(deadline.Token);
+            .ExecuteAsync(stop);
         return new ToolResult(result.ExitCode, output.ToString(), errors.ToString());
     }
 
     /// <summary>Runs a program that must succeed.</summary>
     /// <returns>What it printed to stdout.</returns>
     public static async Task<string> Succeed(string program, params string[] args)
-    {
-        ToolResult result = await Run(program, args);
-        return result.ExitCode == 0
-            ? result.Output
-            : throw new InvalidOperationException(
-                $"{program} {string.Join(' ', args)} ended with {result.ExitCode}:\n{result.Output}{result.Errors}");
-    }
+        => OutputOf(await Run(program, args), program, args);
+
+    /// <summary>The same, for as long as the caller says.</summary>
+    public static async Task<string> Succeed(string program, string[] args, CancellationToken stop)
+        => OutputOf(await Run(program, args, stop), program, args);
+
+    private static string OutputOf(ToolResult result, string program, string[] args) => result.ExitCode == 0
+        ? result.Output
+        : throw new InvalidOperationException(
+            $"{program} {string.Join(' ', args)} ended with {result.ExitCode}:\n{result.Output}{result.Errors}");
 }

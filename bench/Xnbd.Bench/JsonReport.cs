@@ -1,0 +1,62 @@
+using System.Text.Json;
+using System.Text.Json.Serialization;
+
+namespace Xnbd.Bench;
+
+/// <summary>The same figures for programs. A figure that is not known is left out.</summary>
+internal static class JsonReport
+{
+    private static readonly JsonSerializerOptions s_format = new()
+    {
+        WriteIndented = true,
+        PropertyNamingPolicy = JsonNamingPolicy.SnakeCaseLower,
+        DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull,
+    };
+
+    public static void Print(BenchOptions options, Machine machine, Results results)
+        => Console.WriteLine(JsonSerializer.Serialize(
+            new
+            {
+                machine.Processor,
+                machine.Processors,
+                machine.Kernel,
+                MemoryGibPerSecond = Figure(machine.CopyRate),
+                machine.Versions,
+                options.Rounds,
+                options.Seconds,
+                Workloads = results.Cases.Select(@case => new
+                {
+                    @case.Workload.Name,
+                    Transport = @case.TransportName,
+                    Mode = @case.Workload.Mode.ToString().ToLowerInvariant(),
+                    @case.Workload.Size,
+                    @case.Workload.Unit,
+                    ToBestPeer = Ratio(results.ToBestPeer(@case)),
+                    ToTargetMode = Ratio(results.ToTargetMode(@case)),
+                    Servers = results.Servers(@case)
+                        .ToDictionary(server => server.Peer.Name, server => Figures(server.Measurement)),
+                }),
+            },
+            s_format));
+
+    private static object Figures(Measurement m) => new
+    {
+        Rate = Figure(m.Rate),
+        P50Us = Figure(m.P50),
+        P99Us = Figure(m.P99),
+        ServerCpuUsPerRequest = Figure(m.ServerCpu),
+        ClientCpuUsPerRequest = Figure(m.ClientCpu),
+        PeakKib = Figure(m.PeakKibibytes),
+    };
+
+    private static object? Ratio(Ratio? ratio) => ratio is null ? null : new
+    {
+        Peer = ratio.To.Name,
+        Rate = Figure(ratio.Rate),
+        ServerCpuPerByte = Figure(ratio.ServerCpu),
+        ClientCpuPerByte = Figure(ratio.ClientCpu),
+        P99 = Figure(ratio.P99),
+    };
+
+    private static double? Figure(double figure) => double.IsFinite(figure) ? Math.Round(figure, 3) : null;
+}
