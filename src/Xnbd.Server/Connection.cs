@@ -28,6 +28,7 @@ internal sealed class Connection : IDisposable
         if (socket.AddressFamily == AddressFamily.Unix)
             socket.SendBufferSize = ServerLimits.UnixSendBuffer; // TCP's grows by itself
 
+        SendsFiles = socket.ProtocolType != ProtocolType.Tcp || !IsOfThisMachine(socket);
         socket.SendTimeout = ServerLimits.StallCheckMilliseconds;
         socket.ReceiveTimeout = ServerLimits.StallCheckMilliseconds;
     }
@@ -37,6 +38,12 @@ internal sealed class Connection : IDisposable
 
     /// <summary>Who the client is, for log lines.</summary>
     public string Peer { get; }
+
+    /// <summary>
+    /// Long reads may go from the file to the socket, without a copy through this process. Over TCP within this machine
+    /// that is slower: the client copies the pages of the file out of memory, where they are in no processor's cache.
+    /// </summary>
+    public bool SendsFiles { get; }
 
     /// <summary>Why the connection ended; null while it has not.</summary>
     public string? EndReason => Volatile.Read(ref _endReason);
@@ -128,6 +135,23 @@ internal sealed class Connection : IDisposable
     }
 
     public void Dispose() => _socket.Dispose();
+
+    /// <summary>Whether a TCP connection between two addresses stays within this machine.</summary>
+    internal static bool IsOfThisMachine(IPAddress local, IPAddress remote)
+        => IPAddress.IsLoopback(remote) || remote.Equals(local);
+
+    private static bool IsOfThisMachine(Socket socket)
+    {
+        try
+        {
+            return socket.RemoteEndPoint is IPEndPoint remote && socket.LocalEndPoint is IPEndPoint local
+                && IsOfThisMachine(local.Address, remote.Address);
+        }
+        catch (SocketException)
+        {
+            return false; // the client has already left
+        }
+    }
 
     private static string Describe(Socket socket)
     {

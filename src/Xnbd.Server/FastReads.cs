@@ -24,7 +24,8 @@ internal enum FastReadResult
 /// <param name="disk">What is read.</param>
 /// <param name="output">Where replies are gathered.</param>
 /// <param name="structured">Reads are answered with structured replies.</param>
-internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
+/// <param name="sendsFiles">As <see cref="Connection.SendsFiles"/>.</param>
+internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured, bool sendsFiles)
 {
     /// <summary>Answers a read as far as that is possible without waiting for the disk.</summary>
     /// <param name="request">A read of at least one byte; becomes the rest that must wait.</param>
@@ -32,7 +33,7 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
     /// one.</exception>
     public FastReadResult TryAnswer(ref NbdRequest request)
     {
-        if (request.Length > ServerLimits.MaxUncutRead)
+        if (sendsFiles && request.Length > ServerLimits.ReadPiece)
         {
             FastReadResult result = TryLocated(request);
             if (result != FastReadResult.MustWait)
@@ -45,6 +46,13 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
     private bool MayCut(in NbdRequest request) => structured && (request.Flags & NbdCommandFlags.Df) == 0;
 
     /// <summary>
+    /// A long read is made by a disk thread, also if its data are in memory, so that this thread can send meanwhile.
+    /// The bounds keep a client that receives nothing from holding many bytes that others wait for.
+    /// </summary>
+    private bool IsForDiskThread(int length)
+        => length <= ServerLimits.MaxOverlappedRead && output.InFlight < ServerLimits.MaxOverlappedReads;
+
+    /// <summary>
     /// Copies data that are in memory into the output, behind their header. A long read goes piece by piece, if it may
     /// be cut; otherwise all of its data must be in hand before its header goes out.
     /// </summary>
@@ -52,9 +60,9 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured)
     {
         int length = (int)request.Length;
         bool mayCut = MayCut(request) && length > ServerLimits.MaxUncutRead;
-        int maxPiece = mayCut ? ServerLimits.ReadPiece : ServerLimits.MaxCopiedRead;
-        if (length > maxPiece && !mayCut)
+        if (length > ServerLimits.MaxCopiedRead && (!mayCut || IsForDiskThread(length)))
             return FastReadResult.MustWait;
+        int maxPiece = mayCut ? ServerLimits.ReadPiece : length;
         for (int done = 0; done < length;)
         {
             int pieceLength = Math.Min(length - done, maxPiece);

@@ -30,6 +30,9 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     /// <summary>The request at hand must be answered after those in flight.</summary>
     public bool MustQueue { get; private set; }
 
+    /// <summary>Requests whose replies come from other threads.</summary>
+    public int InFlight => sender.Pending.Count;
+
     /// <summary>Nothing is gathered.</summary>
     public bool IsEmpty => _length == 0;
 
@@ -73,7 +76,7 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     public bool TryReserve(int length, out Span<byte> room)
     {
         _buffer ??= buffers.Rent(ServerLimits.OutputBuffer);
-        bool isFull = _length > 0 && _length + length > ServerLimits.GatheredReplies;
+        bool isFull = _length > 0 && _length + length > ServerLimits.OutputBuffer;
         if ((isFull && !Flush()) || (MustQueue && !WaitForTurn()))
         {
             room = default;

@@ -65,15 +65,11 @@ public static class ServerLimits
     public const int InputBuffer = 256 * 1024;
 
     /// <summary>
-    /// Replies are gathered up to this length: a batch of 64 small reads and their data, or four of 64 KiB.
+    /// Replies are gathered in a buffer of this size, and sent with one call: eight reads of 64 KiB, or two of 256 KiB.
+    /// Fewer in a call would let server and client wait for each other more often. A client that receives nothing keeps
+    /// one such buffer, whatever other clients need.
     /// </summary>
-    public const int GatheredReplies = 264 * 1024;
-
-    /// <summary>
-    /// Replies are gathered in a buffer of this size. The reply to the longest copied read takes a little more than
-    /// half of it. A client that receives nothing keeps one such buffer, whatever other clients need.
-    /// </summary>
-    public const int OutputBuffer = 512 * 1024;
+    public const int OutputBuffer = 528 * 1024;
 
     /// <summary>
     /// Replies of finished pending requests are gathered up to this length, to be sent with one call: fifteen reads of
@@ -107,12 +103,25 @@ public static class ServerLimits
 
     /// <summary>
     /// A longer read whose data is in memory is copied piece by piece, in pieces of this length: each piece is still in
-    /// the processor's cache when it is sent.
+    /// the processor's cache when it is sent. A read of a single piece is copied, also if it could be sent from the
+    /// file.
     /// </summary>
     public const int ReadPiece = 64 * 1024;
 
-    /// <summary>The longest read that must not be cut and is still gathered in the output.</summary>
+    /// <summary>
+    /// The longest read that is gathered in the output as a whole. The session's thread reads it while nothing is sent;
+    /// for longer ones it pays off to let a disk thread read.
+    /// </summary>
     public const int MaxCopiedRead = 256 * 1024;
+
+    /// <summary>The longest read in memory that a disk thread makes while the session's thread sends.</summary>
+    public const int MaxOverlappedRead = 2 * 1024 * 1024;
+
+    /// <summary>
+    /// A session with this many requests in flight makes further reads in memory by itself. With these, enough is ready
+    /// to be sent at any time.
+    /// </summary>
+    public const int MaxOverlappedReads = 4;
 
     /// <summary>
     /// Data and hole chunks of a large read that is sent from the file: bounds the work for a fragmented range.

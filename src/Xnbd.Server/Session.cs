@@ -39,7 +39,7 @@ internal sealed class Session
         _sender = new ReplySender(connection, services, builder, agreement.InOrder);
         _output = new ReplyOutput(_sender, builder, services.Buffers, agreement.StructuredReplies);
         _input = new SessionInput(connection, services, _output, _sender);
-        _fastReads = new FastReads(_disk, _output, agreement.StructuredReplies);
+        _fastReads = new FastReads(_disk, _output, agreement.StructuredReplies, connection.SendsFiles);
     }
 
     /// <summary>Requests received so far.</summary>

@@ -407,6 +407,40 @@ public sealed class TransmissionTests : IDisposable
     }
 
     [Fact]
+    public void A_client_that_receives_nothing_holds_few_bytes_by_long_reads_in_memory()
+    {
+        var clock = new TestClock(); // it stands still: nobody is ever too slow
+        var memory = new MemoryDisk(33 << 20);
+        byte[] data = new byte[32 << 20];
+        data.AsSpan().Fill(5);
+        memory.TryWrite(0, data);
+        using var server = new ServerFixture(memory, time: clock);
+        using NbdTestClient lazy = server.Open();
+        for (int i = 0; i < 128; i++)
+            lazy.SendRequest(NbdCommand.Read, 0, 1 << 20, NbdCommandFlags.None);
+        using NbdTestClient first = server.Open(), second = server.Open(), third = server.Open();
+        NbdTestClient[] others = [first, second, third];
+        foreach (NbdTestClient other in others)
+        {
+            other.SendRequest(NbdCommand.Write, 0, 32u << 20); // all three at once: 96 MiB of 128
+            other.Send(data.AsSpan(1));
+        }
+
+        foreach (NbdTestClient other in others)
+        {
+            other.Send(data.AsSpan(0, 1));
+            Assert.Equal(NbdError.None, other.ReceiveReply().Error);
+        }
+
+        for (int i = 0; i < 128;)
+        {
+            Reply reply = lazy.ReceiveReply();
+            Assert.Equal(NbdError.None, reply.Error);
+            i += reply.IsLast ? 1 : 0;
+        }
+    }
+
+    [Fact]
     public void A_client_that_stalls_while_others_wait_for_its_bytes_is_disconnected()
     {
         // Four clients claim all bytes that may be in flight; each sends 1 MiB of its 32.
