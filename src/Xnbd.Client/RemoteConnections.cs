@@ -38,10 +38,10 @@ internal sealed partial class RemoteConnections
     private readonly List<RemoteConnection> _connections = [];
     private readonly Queue<RemoteRequest> _waiting = new();
     private RemoteAddress _address;
-    private long? _length; // of the export; null before the first connection
-    private int _wanted;
-    private volatile uint _blockBytes; // reads are multiples of it,
-    private volatile int _maxReadBytes; // and no longer than this
+    private long? _length; // of the export; null before the first connection, if it is not known
+    private int _wanted = 1;
+    private volatile uint _blockBytes = 1; // reads are multiples of it,
+    private volatile int _maxReadBytes = RemoteDisk.MaxRead; // and no longer than this
     private long? _lastBreak; // a time stamp
     private volatile string? _down; // why the last connection could not be made
     private bool _isClosed;
@@ -85,16 +85,23 @@ internal sealed partial class RemoteConnections
         }
     }
 
-    /// <summary>Makes the first connection, and starts the threads.</summary>
-    /// <returns>The length of the export in bytes.</returns>
-    /// <exception cref="RemoteException">The server cannot be used.</exception>
-    public long Start()
+    /// <summary>Length of the export in bytes; known after <see cref="Start"/>.</summary>
+    public long Length => _length!.Value;
+
+    /// <summary>Starts the threads; before that, makes the first connection if the length is not known.</summary>
+    /// <param name="length">Length of the export in bytes; null to learn it from the server.</param>
+    /// <exception cref="RemoteException">The server cannot be used, or there is no thread to spare.</exception>
+    public void Start(long? length)
     {
-        RemoteConnection first = Open(_address);
-        lock (_lock)
+        _length = length;
+        if (length is null)
         {
-            _length = (long)first.Export.Length;
-            Adopt(first);
+            RemoteConnection first = Open(_address);
+            lock (_lock)
+            {
+                _length = (long)first.Export.Length;
+                Adopt(first);
+            }
         }
 
         if (LinuxThread.TryStart("remote keeper", KeepConnected) is null
@@ -103,8 +110,6 @@ internal sealed partial class RemoteConnections
             Close();
             throw new RemoteException($"{_address}: cannot connect: the system has no thread to spare");
         }
-
-        return _length.Value;
     }
 
     /// <summary>Uses another server from now on. Requests that are under way go there, too.</summary>

@@ -32,11 +32,10 @@ public sealed class RemoteDisk : Disk
     {
         _time = time;
         _connections = new RemoteConnections(address, connections, patience, log, time) { ReadAnew = ReadAnew };
-        Length = _connections.Start();
     }
 
     /// <inheritdoc/>
-    public override long Length { get; }
+    public override long Length => _connections.Length;
 
     /// <inheritdoc/>
     public override DiskFeatures Features => DiskFeatures.ReadOnly;
@@ -58,7 +57,34 @@ public sealed class RemoteDisk : Disk
     /// <exception cref="RemoteException">The server cannot be used.</exception>
     public static RemoteDisk Connect(
         RemoteAddress address, int connections, ILogger log, TimeSpan? patience = null, TimeProvider? time = null)
-        => new(address, connections, log, patience ?? PatienceTime, time ?? TimeProvider.System);
+    {
+        var disk = new RemoteDisk(address, connections, log, patience ?? PatienceTime, time ?? TimeProvider.System);
+        disk._connections.Start(length: null);
+        return disk;
+    }
+
+    /// <summary>
+    /// Makes a disk whose server is away. It is connected to as soon as it is there, if it has this length.
+    /// </summary>
+    /// <param name="address">The server and its export.</param>
+    /// <param name="length">Length of the disk in bytes, which is known from somewhere else.</param>
+    /// <param name="connections">As for <see cref="Connect"/>.</param>
+    /// <param name="log">As for <see cref="Connect"/>.</param>
+    /// <param name="patience">As for <see cref="Connect"/>.</param>
+    /// <param name="time">As for <see cref="Connect"/>.</param>
+    /// <exception cref="RemoteException">The system has no thread to spare.</exception>
+    public static RemoteDisk ConnectLater(
+        RemoteAddress address,
+        long length,
+        int connections,
+        ILogger log,
+        TimeSpan? patience = null,
+        TimeProvider? time = null)
+    {
+        var disk = new RemoteDisk(address, connections, log, patience ?? PatienceTime, time ?? TimeProvider.System);
+        disk._connections.Start(length);
+        return disk;
+    }
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>

@@ -139,7 +139,9 @@ internal static class ControlProgram
         if (remote is not null)
         {
             JsonNode answer = client.Call("reconnect", remote)!;
-            return Say(answer, isJson, $"the remote is {answer["remote"]!.GetValue<string>()} now");
+            return Say(answer, isJson, answer["remote"] is { } address
+                ? $"the remote is {address.GetValue<string>()} now"
+                : "this is a target now: there is no remote, and none is needed");
         }
 
         if (given[0] == invalidate)
@@ -317,8 +319,10 @@ internal static class ControlProgram
         static string Bytes(long count) => ByteCount.DescribeExactly(count);
         long blocks = Number("blocks"), cached = Number("cached-blocks"), written = Number("written-blocks");
         Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
-        string remote = answer["remote"]?.GetValue<string>() ?? "none";
-        Console.WriteLine($"remote:       {remote}, {Number("remote-connections")} connections");
+        string remote = answer["remote"] is { } address
+            ? $"{address.GetValue<string>()}, {Number("remote-connections")} connections"
+            : "none: the proxy was switched";
+        Console.WriteLine($"remote:       {remote}");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
         Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
         string percent = Percent(cached, blocks);

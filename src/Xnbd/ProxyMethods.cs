@@ -11,11 +11,11 @@ namespace Xnbd.Programs;
 /// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its
 /// own.
 /// </summary>
-internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk remote, ILogger log)
+internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk? remote, ILogger log)
 {
     private readonly ProxyMode _proxy = proxy;
     private readonly OriginCache _cache = cache;
-    private readonly RemoteDisk _remote = remote;
+    private readonly RemoteDisk? _remote = remote; // null if this was a target from the start
     private readonly ILogger _log = log;
     private readonly Lock _lock = new(); // held to change the two fields below; _job is also read without it
     private volatile CacheAllJob? _job; // the last one
@@ -65,8 +65,8 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
         return new JsonObject
         {
             ["mode"] = isTarget ? "target" : "proxy",
-            ["remote"] = isTarget ? null : _remote.Address.ToString(),
-            ["remote-connections"] = isTarget ? 0 : _remote.ConnectionCount,
+            ["remote"] = isTarget ? null : _remote!.Address.ToString(),
+            ["remote-connections"] = isTarget ? 0 : _remote!.ConnectionCount,
             ["cache-image"] = _proxy.CacheImagePath,
             ["size"] = _proxy.Disk.Length,
             ["block-size"] = BlockRange.BlockSize,
@@ -124,8 +124,6 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
 
     private JsonObject Reconnect(JsonObject parameters)
     {
-        if (_cache.Image is not null)
-            throw new ControlException(ControlException.Failed, "this is a target now: there is no remote");
         RemoteAddress address;
         try
         {
@@ -133,7 +131,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             string host = parameters["host"]?.GetValue<string>() ?? "";
             string port = parameters["port"]?.GetValue<string>() ?? "";
             if (parameters["uri"]?.GetValue<string>() is not { } uri)
-                address = RemoteAddress.Parse(host, port, name ?? _remote.Address.ExportName);
+                address = RemoteAddress.Parse(host, port, name ?? _remote?.Address.ExportName ?? "");
             else if (host.Length == 0 && port.Length == 0)
                 address = RemoteUri.Parse(uri, name);
             else
@@ -146,8 +144,10 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             throw new ControlException(ControlException.InvalidParameters, failure.Message);
         }
 
+        if (_cache.Image is not null)
+            return Query(); // its mode says that there is no remote any more
         lock (_reconnecting)
-            _remote.SwitchTo(address, known => _cache.Rebind(known.ToString()));
+            _remote!.SwitchTo(address, known => _cache.Rebind(known.ToString()));
 
         return Query();
     }

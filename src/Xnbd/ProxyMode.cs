@@ -15,14 +15,14 @@ namespace Xnbd.Programs;
 internal sealed class ProxyMode : IDisposable
 {
     private readonly ProxyOptions _options;
-    private readonly RemoteDisk _remote;
+    private readonly RemoteDisk? _remote; // null if the cache was switched before the start
     private readonly OriginCache _cache;
     private readonly ILogger _log;
     private readonly ProxyMethods _methods;
     private ControlServer? _control;
     private long _storeFailures;
 
-    /// <summary>Connects to the remote and opens the cache.</summary>
+    /// <summary>Connects to the remote, if it is needed, and opens the cache.</summary>
     /// <exception cref="FailureException">The remote cannot be used.</exception>
     /// <exception cref="DiskException">The cache cannot be used.</exception>
     /// <exception cref="OperationCanceledException">The server was told to stop while it waited for the
@@ -31,16 +31,30 @@ internal sealed class ProxyMode : IDisposable
     {
         _options = options;
         _log = log;
-        _remote = Connect(stop);
-        _cache = OriginCache.Open(
-            _remote,
-            options.Remote.ToString(),
-            options.CacheImage,
-            options.Map,
-            options.Opening,
-            readOnly,
-            options.FetchLimits,
-            CannotStore);
+        bool isCleared = (options.Opening & CacheOpening.Clear) != 0;
+        SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
+        if (saved is { WasSwitched: true })
+        {
+            _cache = saved.OpenSwitched(options.Remote.ToString(), options.CacheImage, options.Opening, readOnly);
+            log.LogInformation(
+                "this proxy was switched before: it is a target of '{Image}', and asks no remote", options.CacheImage);
+            foreach (string abandoned in readOnly ? [] : _cache.Image!.RemoveAbandonedSnapshots())
+                log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
+        }
+        else
+        {
+            _remote = Connect(saved, stop);
+            _cache = OriginCache.Open(
+                _remote,
+                options.Remote.ToString(),
+                options.CacheImage,
+                options.Map,
+                options.Opening,
+                readOnly,
+                options.FetchLimits,
+                CannotStore);
+        }
+
         _methods = new ProxyMethods(this, _cache, _remote, log);
     }
 
@@ -99,7 +113,7 @@ internal sealed class ProxyMode : IDisposable
         _cache.Dispose(); // this also waits for a switch that a signal or a client has started
     }
 
-    private RemoteDisk Connect(CancellationToken stop)
+    private RemoteDisk Connect(SavedCache? saved, CancellationToken stop)
     {
         long start = Stopwatch.GetTimestamp();
         for (bool isFirst = true; ; isFirst = false)
@@ -108,25 +122,36 @@ internal sealed class ProxyMode : IDisposable
             {
                 return RemoteDisk.Connect(_options.Remote, _options.Connections, _log);
             }
-            catch (RemoteException failure) when (Stopwatch.GetElapsedTime(start).TotalSeconds < _options.WaitSeconds)
-            {
-                if (isFirst)
-                    _log.LogWarning("waiting for the remote: {Cause}{Hint}", failure.Message, SwitchedHint());
-                if (stop.WaitHandle.WaitOne(500))
-                    throw new OperationCanceledException(stop);
-            }
             catch (RemoteException failure)
             {
-                throw new FailureException(failure.Message + SwitchedHint());
+                if (saved is not null && saved.IsComplete())
+                {
+                    _log.LogWarning(
+                        "the remote cannot be used, and is not needed, since all is cached: {Cause}", failure.Message);
+                    return ConnectLater(saved.Length);
+                }
+
+                if (Stopwatch.GetElapsedTime(start).TotalSeconds >= _options.WaitSeconds)
+                    throw new FailureException(failure.Message);
+                if (isFirst)
+                    _log.LogWarning("waiting for the remote: {Cause}", failure.Message);
+                if (stop.WaitHandle.WaitOne(500))
+                    throw new OperationCanceledException(stop);
             }
         }
     }
 
-    /// <summary>A proxy that was switched needs no remote, but must be started as a target.</summary>
-    private string SwitchedHint() => OriginCache.WasSwitched(_options.Map)
-        ? $"; this proxy was switched: '{_options.CacheImage}' is complete, and the remote is not needed any more: "
-            + $"start xnbd-server --target {_options.CacheImage}"
-        : "";
+    private RemoteDisk ConnectLater(long length)
+    {
+        try
+        {
+            return RemoteDisk.ConnectLater(_options.Remote, length, _options.Connections, _log);
+        }
+        catch (RemoteException failure)
+        {
+            throw new FailureException(failure.Message);
+        }
+    }
 
     private void CannotStore(DiskException failure)
     {

@@ -143,7 +143,7 @@ internal sealed class ServerProgram
         _isServing = true;
         try
         {
-            Start(server, disk, runtimeThreads);
+            Start(server, disk, proxy, runtimeThreads);
         }
         catch (FailureException)
         {
@@ -156,7 +156,7 @@ internal sealed class ServerProgram
     }
 
     /// <summary>Opens the server to clients, or to the one that was handed over.</summary>
-    private void Start(NbdServer server, Disk disk, RuntimeThreads runtimeThreads)
+    private void Start(NbdServer server, Disk disk, ProxyMode? proxy, RuntimeThreads runtimeThreads)
     {
         Socket? connection = _sockets.OpenConnection();
         if (connection is null)
@@ -164,8 +164,8 @@ internal sealed class ServerProgram
         _log.LogInformation(
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
-            _options.Proxy is { } proxy
-                ? $", a cache of {proxy.Remote}"
+            proxy is not null
+                ? proxy.Image is null ? $", a cache of {_options.Proxy!.Remote}" : ", to which a proxy was switched"
                 : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
             disk.Length,
             _options.ReadOnly ? "read-only"

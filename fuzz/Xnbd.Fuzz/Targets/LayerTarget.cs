@@ -26,7 +26,7 @@ public sealed class LayerTarget : FuzzTarget
             OpenLayer(input, _path, readOnly: true);
             OpenLayer(input, _path, readOnly: false);
             LookAt(_path);
-            _ = CacheFiles.WasSwitched(_path);
+            _ = SavedCache.Find(_path)?.IsComplete();
             Check.That(
                 File.ReadAllBytes(_path).AsSpan().SequenceEqual(bytes),
                 "a file that is only opened stays as it was");

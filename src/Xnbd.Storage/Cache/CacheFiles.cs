@@ -120,32 +120,9 @@ internal static class CacheFiles
         }
     }
 
-    /// <summary>
-    /// Whether a cache was switched, so that its image is the disk without origin and map. Nothing is locked or
-    /// changed.
-    /// </summary>
-    /// <param name="mapPath">Path of its map.</param>
-    /// <returns>False also when that is not known.</returns>
-    public static bool WasSwitched(string mapPath)
-    {
-        if (LinuxFile.Status(mapPath, out FileStatus status) != Errno.None
-            || status.Kind != FileKind.Regular
-            || status.Length < 2 * MapHeader.Size
-            || LinuxFile.Open(mapPath, OpenMode.ReadOnly, out SafeFileHandle? file) != Errno.None)
-            return false;
-        using (file)
-        {
-            try
-            {
-                return MapFile.ReadHeader(new FileMapStore(mapPath, file!)) is { } header
-                    && (header.Flags & MapFlags.Switched) != 0;
-            }
-            catch (DiskException)
-            {
-                return false;
-            }
-        }
-    }
+    /// <summary>A map belongs to another origin than the one that is given.</summary>
+    public static DiskException OtherOrigin(string mapPath, string recorded, string given)
+        => new(DiskError.Mismatch, $"the map '{mapPath}' is of {recorded}, not of {given}", Remedy.RebindMap);
 
     private static DiskException OneFile(string path)
         => new(DiskError.Permission, $"'{path}' cannot be both the cache image and its map");
@@ -187,12 +164,7 @@ internal static class CacheFiles
         }
 
         if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
-        {
-            throw new DiskException(
-                DiskError.Mismatch,
-                $"the map '{path}' is of {header.Source.Path}, not of {source.Path}",
-                Remedy.RebindMap);
-        }
+            throw OtherOrigin(path, header.Source.Path, source.Path);
 
         if (size < MapLayout.FileLength(source.Length))
             throw new DiskException(DiskError.Damaged, $"the map '{path}' is damaged: it is too short");

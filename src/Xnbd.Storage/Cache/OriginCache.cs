@@ -8,9 +8,10 @@ namespace Xnbd.Storage.Cache;
 /// A cache of a far disk, from its files on: it is opened, filled, and in the end replaced by its image alone
 /// (<see cref="Switch"/>), while clients use it.
 /// <para>
-/// States: cache; target, after a switch; closed. <c>_switching</c> is held while the disk is switched, while the
-/// origin's address or contents change, and while all is closed. Clients' operations take no lock here. It is the first
-/// lock in the order: blocks, and the locks of the cache's parts, are taken inside it.
+/// States: cache; target, after a switch, or from the start if an earlier process has switched it; closed.
+/// <c>_switching</c> is held while the disk is switched, while the origin's address or contents change, and while all
+/// is closed. Clients' operations take no lock here. It is the first lock in the order: blocks, and the locks of the
+/// cache's parts, are taken inside it.
 /// </para>
 /// <para>What survives: the map's header notes the switch durably, before the disk is replaced.</para>
 /// </summary>
@@ -29,13 +30,19 @@ public sealed class OriginCache : IDisposable
     private bool _isClosed;
 
     /// <summary>Composes a cache of open parts, which it owns from now on.</summary>
-    internal OriginCache(CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin)
+    /// <param name="cache">The cache.</param>
+    /// <param name="image">Its image.</param>
+    /// <param name="mapFile">The file of its map.</param>
+    /// <param name="origin">The origin.</param>
+    /// <param name="isSwitched">The image is the disk from the start: the cache is asked for its figures alone.</param>
+    internal OriginCache(
+        CachingDisk cache, ImageFile image, SafeFileHandle mapFile, Disk origin, bool isSwitched = false)
     {
         _cache = cache;
         _image = image;
         _mapFile = mapFile;
         _origin = origin;
-        _disk = new SwitchableDisk(cache);
+        _disk = new SwitchableDisk(isSwitched ? image : cache);
     }
 
     /// <summary>The disk that is served.</summary>
@@ -113,10 +120,6 @@ public sealed class OriginCache : IDisposable
             _cache.Invalidate().GetAwaiter().GetResult();
         }
     }
-
-    /// <summary>Whether a cache was switched, so that its image is the disk without origin and map.</summary>
-    /// <param name="mapPath">Path of its map.</param>
-    public static bool WasSwitched(string mapPath) => CacheFiles.WasSwitched(mapPath);
 
     /// <summary>Whether an origin's address can be recorded.</summary>
     /// <param name="originName">The address.</param>

@@ -58,6 +58,24 @@ public sealed partial class ImageFile
         }
     }
 
+    /// <summary>Opens the image of a cache that was switched, as the target mode opens its image.</summary>
+    /// <param name="path">A regular file or a block device.</param>
+    /// <param name="length">Length of the disk in bytes; what the file has beyond is not served.</param>
+    /// <param name="readOnly">Open it for reading only.</param>
+    /// <exception cref="DiskException">It cannot be opened, is in use, or too short.</exception>
+    internal static ImageFile OpenSwitched(string path, long length, bool readOnly)
+    {
+        ImageFile whole = Open(path, readOnly, ImageUse.OnlyWriter);
+        if (whole.Length == length)
+            return whole;
+        if (whole.Length > length)
+            return new ImageFile(path, whole._file, whole._kind, start: 0, length, readOnly);
+        whole.Dispose();
+        throw new DiskException(
+            DiskError.NoSpace,
+            $"the cache image '{path}' has {whole.Length} bytes; the disk that was switched to it has {length}");
+    }
+
     /// <summary>
     /// Makes a disk of a part of a regular file, such as the data of a layer. The disk owns the file from now on.
     /// </summary>

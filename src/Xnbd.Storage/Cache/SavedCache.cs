@@ -1,0 +1,107 @@
+using Microsoft.Win32.SafeHandles;
+using Xnbd.Linux;
+using Xnbd.Storage.Images;
+using Xnbd.Storage.Maps;
+
+namespace Xnbd.Storage.Cache;
+
+/// <summary>
+/// What the map of a cache says before the cache is opened: whether the origin is needed at all. Nothing is locked or
+/// changed, so that whoever opens the cache afterwards looks again.
+/// </summary>
+public sealed class SavedCache
+{
+    private readonly string _mapPath;
+    private readonly MapHeader _header;
+
+    private SavedCache(string mapPath, MapHeader header) => (_mapPath, _header) = (mapPath, header);
+
+    /// <summary>The origin's address, as it was last recorded.</summary>
+    public string OriginName => _header.Source.Path;
+
+    /// <summary>Length of the disk in bytes.</summary>
+    public long Length => _header.Source.Length;
+
+    /// <summary>The cache was switched: its image is the disk, without origin and map.</summary>
+    public bool WasSwitched => (_header.Flags & MapFlags.Switched) != 0;
+
+    /// <summary>Looks at the map of a cache.</summary>
+    /// <param name="mapPath">Path of the map.</param>
+    /// <returns>Null if there is no such map, or if it cannot be read.</returns>
+    public static SavedCache? Find(string mapPath)
+    {
+        try
+        {
+            using SafeFileHandle? file = OpenMap(mapPath);
+            return file is not null
+                && MapFile.ReadHeader(new FileMapStore(mapPath, file)) is { } header
+                && (header.Flags & MapFlags.Cache) != 0
+                && header.Source.Length >= 0
+                && LinuxFile.Status(file, out FileStatus status) == Errno.None
+                && status.Length >= MapLayout.FileLength(header.Source.Length)
+                ? new SavedCache(mapPath, header)
+                : null;
+        }
+        catch (DiskException)
+        {
+            return null;
+        }
+    }
+
+    /// <summary>Whether no block is missing. This reads the whole map.</summary>
+    /// <returns>False also when the map cannot be read.</returns>
+    public bool IsComplete()
+    {
+        try
+        {
+            using SafeFileHandle? file = OpenMap(_mapPath);
+            return file is not null && Load(file).Count(BlockState.Absent) == 0;
+        }
+        catch (DiskException)
+        {
+            return false;
+        }
+    }
+
+    /// <summary>Opens a cache that was switched: its image is the disk, and nothing is asked of the origin.</summary>
+    /// <param name="originName">The address that the user gives.</param>
+    /// <param name="imagePath">Path of the cache image.</param>
+    /// <param name="opening">Whether another address than the recorded one is accepted.</param>
+    /// <param name="readOnly">Clients may not write.</param>
+    /// <exception cref="DiskException">The files do not match, or are in use; they are untouched.</exception>
+    public OriginCache OpenSwitched(string originName, string imagePath, CacheOpening opening, bool readOnly)
+    {
+        ImageFile? image = null;
+        SafeFileHandle? file = null;
+        try
+        {
+            if (originName != OriginName && (opening & CacheOpening.Rebind) == 0)
+                throw CacheFiles.OtherOrigin(_mapPath, OriginName, originName);
+            image = ImageFile.OpenSwitched(imagePath, Length, readOnly);
+            file = OpenMap(_mapPath);
+            BlockMap? map = file is null ? null : Load(file);
+            if (map is null || map.Header.Id != _header.Id || (map.Header.Flags & MapFlags.Switched) == 0)
+                throw new DiskException(DiskError.InUse, $"the map '{_mapPath}' has changed meanwhile");
+            // Nothing is missing, so that no origin is ever read: the image stands in for it.
+            var cache = new CachingDisk(image, image, map, readOnly, new CacheLimits(1, Fetch.MaxBytes), _ => { });
+            return new OriginCache(cache, image, file!, image, isSwitched: true);
+        }
+        catch
+        {
+            image?.Dispose();
+            file?.Dispose();
+            throw;
+        }
+    }
+
+    private static BlockMap Load(SafeFileHandle file)
+        => BlockMap.Open(new FileMapStore("the map", file), LinuxProcess.BootId);
+
+    private static SafeFileHandle? OpenMap(string path)
+        => LinuxFile.Status(path, out FileStatus status) == Errno.None
+            && status.Kind == FileKind.Regular
+            && status.Length >= 2 * MapHeader.Size
+            && LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) == Errno.None
+            ? file
+            : null;
+}
