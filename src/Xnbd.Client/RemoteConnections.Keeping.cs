@@ -65,7 +65,8 @@ internal sealed partial class RemoteConnections
                 _connections.ForEach(other => other.BreakIfQuiet(RemoteAddress.UnacknowledgedTime));
 
             // Young requests are tried elsewhere, but not on one silent connection after another.
-            TimeSpan patience = connection.IsSilent ? _patience / 2 : _patience;
+            TimeSpan patience = connection.IsSilent ? _patience - (_silence / 2)
+                : _patience == TimeSpan.Zero && _connections.Count > 0 ? _silence : _patience;
             foreach (RemoteRequest request in left)
             {
                 if (isClosed || request.Extents is not null || _time.GetElapsedTime(request.StartedAt) > patience)
@@ -101,12 +102,12 @@ internal sealed partial class RemoteConnections
             lock (_lock)
             {
                 if (!_isClosed)
-                    Monitor.Wait(_lock, TimeSpan.FromMilliseconds(Math.Min(1000, _patience.TotalMilliseconds / 4)));
+                    Monitor.Wait(_lock, TimeSpan.FromMilliseconds(Math.Min(1000, _silence.TotalMilliseconds / 4)));
                 isClosed = _isClosed;
-                _connections.ForEach(connection => connection.BreakIfSilent(_patience));
+                _connections.ForEach(connection => connection.BreakIfSilent(_silence));
                 while (_waiting.TryPeek(out RemoteRequest? oldest) && (isClosed || IsLate(oldest)))
                     late.Add(_waiting.Dequeue());
-                reason = isClosed ? ClosedMessage : _down ?? $"{_address}: the server cannot be reached";
+                reason = isClosed ? ClosedMessage : DownMessage;
             }
 
             late.ForEach(request => request.Fail(DiskError.Unreachable, reason));

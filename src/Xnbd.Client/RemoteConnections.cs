@@ -34,6 +34,7 @@ internal sealed partial class RemoteConnections
     private readonly ILogger _log;
     private readonly TimeProvider _time;
     private readonly TimeSpan _patience;
+    private readonly TimeSpan _silence;
     private readonly int _maxConnections;
     private readonly List<RemoteConnection> _connections = [];
     private readonly Queue<RemoteRequest> _waiting = new();
@@ -47,14 +48,13 @@ internal sealed partial class RemoteConnections
     private bool _isClosed;
 
     /// <summary>Makes a set without connections.</summary>
-    /// <param name="address">The server and its export.</param>
-    /// <param name="maxConnections">How many connections are made, if the server allows several.</param>
-    /// <param name="patience">How long a request waits for a server that is away or silent.</param>
-    /// <param name="log">Told when connections break and come back.</param>
-    /// <param name="time">The clock for patience and silence.</param>
-    public RemoteConnections(
-        RemoteAddress address, int maxConnections, TimeSpan patience, ILogger log, TimeProvider time)
-        => (_address, _maxConnections, _patience, _log, _time) = (address, maxConnections, patience, log, time);
+    /// <param name="options">Where to connect, and how long to wait.</param>
+    public RemoteConnections(RemoteOptions options)
+    {
+        (_address, _maxConnections) = (options.Address, options.MaxConnections);
+        (_patience, _silence) = (options.Patience, options.Silence);
+        (_log, _time) = (options.Log, options.Time);
+    }
 
     /// <summary>Reads anew what was asked for in a way that the present server does not take.</summary>
     public required Func<RemoteRequest, Task> ReadAnew { get; init; }
@@ -170,16 +170,17 @@ internal sealed partial class RemoteConnections
     public void Submit(RemoteRequest request)
     {
         RemoteConnection? sender = null;
-        bool isClosed;
+        string? failure;
         lock (_lock)
         {
-            isClosed = _isClosed;
-            if (!isClosed && (_waiting.Count > 0 || !TryAdd(request, out sender)))
+            failure = _isClosed ? ClosedMessage
+                : _patience == TimeSpan.Zero && _connections.Count == 0 ? DownMessage : null;
+            if (failure is null && (_waiting.Count > 0 || !TryAdd(request, out sender)))
                 _waiting.Enqueue(request);
         }
 
-        if (isClosed)
-            request.Fail(DiskError.Unreachable, ClosedMessage);
+        if (failure is not null)
+            request.Fail(DiskError.Unreachable, failure);
         sender?.SendSoon();
     }
 
@@ -267,6 +268,9 @@ internal sealed partial class RemoteConnections
             && (request.Length % _blockBytes == 0 || request.Offset + request.Length == _length);
 
     private const string ClosedMessage = "the remote disk is closed";
+
+    /// <summary>Why there is no connection. The lock is held.</summary>
+    private string DownMessage => _down ?? $"{_address}: the server cannot be reached";
 
     [LoggerMessage(Level = LogLevel.Warning, Message = "a connection to the remote has broken: {Reason}")]
     private static partial void LogBroken(ILogger log, string reason);

@@ -1,4 +1,3 @@
-using Microsoft.Extensions.Logging;
 using Xnbd.Storage;
 
 namespace Xnbd.Client;
@@ -22,16 +21,13 @@ public sealed class RemoteDisk : Disk
     /// <summary>How much is asked about at once at most, in bytes: a server may have to look at all of it.</summary>
     private const int MaxAsked = 1 << 30;
 
-    /// <summary>How long a read waits for a connection to come back, or for a silent server, before it fails.</summary>
-    public static readonly TimeSpan PatienceTime = TimeSpan.FromSeconds(30);
-
     private readonly RemoteConnections _connections;
     private readonly TimeProvider _time;
 
-    private RemoteDisk(RemoteAddress address, int connections, ILogger log, TimeSpan patience, TimeProvider time)
+    private RemoteDisk(RemoteOptions options)
     {
-        _time = time;
-        _connections = new RemoteConnections(address, connections, patience, log, time) { ReadAnew = ReadAnew };
+        _time = options.Time;
+        _connections = new RemoteConnections(options) { ReadAnew = ReadAnew };
     }
 
     /// <inheritdoc/>
@@ -47,41 +43,21 @@ public sealed class RemoteDisk : Disk
     public int ConnectionCount => _connections.Count;
 
     /// <summary>Connects.</summary>
-    /// <param name="address">The server and its export.</param>
-    /// <param name="connections">How many connections are made at most, if the server allows several.</param>
-    /// <param name="log">Told when connections break and come back.</param>
-    /// <param name="patience">
-    /// How long a read waits for a server that is away or silent; <see cref="PatienceTime"/> unless given.
-    /// </param>
-    /// <param name="time">The clock for patience; the system's unless given.</param>
+    /// <param name="options">Where to, and how.</param>
     /// <exception cref="RemoteException">The server cannot be used.</exception>
-    public static RemoteDisk Connect(
-        RemoteAddress address, int connections, ILogger log, TimeSpan? patience = null, TimeProvider? time = null)
-    {
-        var disk = new RemoteDisk(address, connections, log, patience ?? PatienceTime, time ?? TimeProvider.System);
-        disk._connections.Start(length: null);
-        return disk;
-    }
+    public static RemoteDisk Connect(RemoteOptions options) => Start(options, length: null);
 
     /// <summary>
     /// Makes a disk whose server is away. It is connected to as soon as it is there, if it has this length.
     /// </summary>
-    /// <param name="address">The server and its export.</param>
+    /// <param name="options">Where to, and how.</param>
     /// <param name="length">Length of the disk in bytes, which is known from somewhere else.</param>
-    /// <param name="connections">As for <see cref="Connect"/>.</param>
-    /// <param name="log">As for <see cref="Connect"/>.</param>
-    /// <param name="patience">As for <see cref="Connect"/>.</param>
-    /// <param name="time">As for <see cref="Connect"/>.</param>
     /// <exception cref="RemoteException">The system has no thread to spare.</exception>
-    public static RemoteDisk ConnectLater(
-        RemoteAddress address,
-        long length,
-        int connections,
-        ILogger log,
-        TimeSpan? patience = null,
-        TimeProvider? time = null)
+    public static RemoteDisk ConnectLater(RemoteOptions options, long length) => Start(options, length);
+
+    private static RemoteDisk Start(RemoteOptions options, long? length)
     {
-        var disk = new RemoteDisk(address, connections, log, patience ?? PatienceTime, time ?? TimeProvider.System);
+        var disk = new RemoteDisk(options);
         disk._connections.Start(length);
         return disk;
     }

@@ -115,22 +115,24 @@ internal sealed class ProxyMode : IDisposable
 
     private RemoteDisk Connect(SavedCache? saved, CancellationToken stop)
     {
+        var remote = new RemoteOptions
+        {
+            Address = _options.Remote,
+            MaxConnections = _options.Connections,
+            Patience = _options.RemoteTimeout,
+            Log = _log,
+        };
         long start = Stopwatch.GetTimestamp();
         for (bool isFirst = true; ; isFirst = false)
         {
             try
             {
-                return RemoteDisk.Connect(_options.Remote, _options.Connections, _log);
+                return RemoteDisk.Connect(remote);
             }
             catch (RemoteException failure)
             {
-                if (saved is not null && saved.IsComplete())
-                {
-                    _log.LogWarning(
-                        "the remote cannot be used, and is not needed, since all is cached: {Cause}", failure.Message);
-                    return ConnectLater(saved.Length);
-                }
-
+                if (saved is not null && CanStartWithout(saved, failure))
+                    return ConnectLater(remote, saved.Length);
                 if (Stopwatch.GetElapsedTime(start).TotalSeconds >= _options.WaitSeconds)
                     throw new FailureException(failure.Message);
                 if (isFirst)
@@ -141,11 +143,28 @@ internal sealed class ProxyMode : IDisposable
         }
     }
 
-    private RemoteDisk ConnectLater(long length)
+    /// <summary>Whether clients can be served although the remote is away; it is logged why.</summary>
+    private bool CanStartWithout(SavedCache saved, RemoteException failure)
+    {
+        if (saved.IsComplete())
+        {
+            _log.LogWarning(
+                "the remote cannot be used, and is not needed, since all is cached: {Cause}", failure.Message);
+            return true;
+        }
+
+        if (_options.RemoteTimeout > TimeSpan.Zero)
+            return false;
+        _log.LogWarning(
+            "the remote cannot be used; reads of missing blocks fail until it is there: {Cause}", failure.Message);
+        return true;
+    }
+
+    private static RemoteDisk ConnectLater(RemoteOptions remote, long length)
     {
         try
         {
-            return RemoteDisk.ConnectLater(_options.Remote, length, _options.Connections, _log);
+            return RemoteDisk.ConnectLater(remote, length);
         }
         catch (RemoteException failure)
         {

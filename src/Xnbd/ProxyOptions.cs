@@ -17,6 +17,10 @@ internal sealed record ProxyOptions
     public required string ControlSocket { get; init; }
     public int Connections { get; init; }
     public int WaitSeconds { get; init; }
+
+    /// <summary>How long a read of a missing block waits for a lost remote; see <see cref="RemoteOptions"/>.</summary>
+    public TimeSpan RemoteTimeout { get; init; } = RemoteOptions.Forever;
+
     public CacheOpening Opening { get; init; }
     public int MaxRequests { get; init; }
     public int MaxBytes { get; init; }

@@ -38,6 +38,12 @@ internal sealed class ServerCommandLine
         Description = "With --proxy: how long to wait for a remote that cannot be reached",
         HelpName = "SECONDS",
     };
+    private readonly Option<string?> _remoteTimeout = new("--remote-timeout")
+    {
+        Description = "With --proxy: how long reads of missing blocks wait for a lost remote "
+            + "[default: as long as it takes]",
+        HelpName = "SECONDS",
+    };
     private readonly Option<bool> _clearBitmap = new("--clear-bitmap")
     {
         Description = "With --proxy: forget what is cached",
@@ -164,7 +170,7 @@ internal sealed class ServerCommandLine
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remoteConnections,
-            _waitRemote, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix,
+            _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix,
             _exportName, _readOnly, _shareImage, _format, _oldstyle, _daemonize, _inetd, _connected,
             _logPath, _syslog, _pidFile, _image,
         };
@@ -229,6 +235,9 @@ internal sealed class ServerCommandLine
         {
             Connections = Number(_remoteConnections, 1, 64) ?? ProxyOptions.DefaultConnections,
             WaitSeconds = Number(_waitRemote, 0, int.MaxValue) ?? 0,
+            RemoteTimeout = Number(_remoteTimeout, 0, int.MaxValue) is { } seconds
+                ? TimeSpan.FromSeconds(seconds)
+                : RemoteOptions.Forever,
             Opening = (result.GetValue(_clearBitmap) ? CacheOpening.Clear : 0)
                 | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
@@ -258,7 +267,8 @@ internal sealed class ServerCommandLine
 
         Option[] ofProxy =
         [
-            _targetName, _remoteConnections, _waitRemote, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer,
+            _targetName, _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap,
+            _maxQueue, _maxBuffer,
         ];
         if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");

@@ -31,12 +31,16 @@ public sealed class RemoteDiskTests : IDisposable
     private string SocketPath => _folder.File("s");
 
     private RemoteDisk Connect(int connections = 1, double patienceSeconds = 30, TimeProvider? time = null)
-        => RemoteDisk.Connect(
-            RemoteAddress.Parse("unix:" + SocketPath, "-", ""),
-            connections,
-            _log,
-            TimeSpan.FromSeconds(patienceSeconds),
-            time);
+        => RemoteDisk.Connect(Options(connections, patienceSeconds, time));
+
+    private RemoteOptions Options(int connections = 1, double patienceSeconds = 30, TimeProvider? time = null) => new()
+    {
+        Address = RemoteAddress.Parse("unix:" + SocketPath, "-", ""),
+        MaxConnections = connections,
+        Log = _log,
+        Patience = patienceSeconds == double.MaxValue ? RemoteOptions.Forever : TimeSpan.FromSeconds(patienceSeconds),
+        Time = time ?? TimeProvider.System,
+    };
 
     private static async Task<byte[]> Read(RemoteDisk disk, long offset, int length)
     {
@@ -487,6 +491,74 @@ public sealed class RemoteDiskTests : IDisposable
         }
 
         Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+    }
+
+    /// <summary>A weekend without the server, and one of silence.</summary>
+    [Fact]
+    public async Task A_patient_read_waits_for_as_long_as_it_takes()
+    {
+        var clock = new TestClock();
+        FakeServer first = new FakeServer(SocketPath, _image) { Answer = (_, _, _) => true }.Start();
+        using RemoteDisk disk = Connect(patienceSeconds: double.MaxValue, time: clock);
+        Task<byte[]> read = disk.ReadAsync(0, new byte[4096]).AsTask().ContinueWith(
+            _ => Array.Empty<byte>(), TaskScheduler.Default);
+        for (int silences = 1; silences < 4; silences++) // each connection is given up, and the read is sent again
+        {
+            int count = silences;
+            Wait.Until(() => first.Count >= count && disk.ConnectionCount == 1, "it is connected");
+            clock.Turn(TimeSpan.FromSeconds(31));
+            Wait.Until(() => first.Count > count, "a silent server is tried anew");
+        }
+
+        first.Dispose();
+        File.Delete(SocketPath);
+        Wait.Until(() => disk.ConnectionCount == 0, "it is gone");
+        clock.Turn(TimeSpan.FromDays(2));
+        await Task.Delay(1500, TestContext.Current.CancellationToken); // the watch looks once a second
+        Assert.False(read.IsCompleted);
+        using FakeServer next = new FakeServer(SocketPath, _image).Start();
+        await read.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+    }
+
+    [Fact]
+    public async Task Without_patience_a_read_fails_at_once_while_there_is_no_connection_and_only_then()
+    {
+        bool isSilent = false;
+        FakeServer first = new FakeServer(SocketPath, _image)
+        {
+            Answer = (_, _, _) => Volatile.Read(ref isSilent),
+        }.Start();
+        using RemoteDisk disk = Connect(patienceSeconds: 0);
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+        Volatile.Write(ref isSilent, true);
+        Task<byte[]> cut = Read(disk, 0, 4096); // a reply takes its time: this is no loss yet
+        await Task.Delay(300, TestContext.Current.CancellationToken);
+        Assert.False(cut.IsCompleted);
+        long start = Environment.TickCount64;
+        first.Dispose();
+        File.Delete(SocketPath);
+        Assert.NotEqual(
+            DiskError.Io, (await Assert.ThrowsAsync<DiskException>(() => cut)).Error); // the connection has broken
+        Assert.Equal(DiskError.Unreachable, (await Assert.ThrowsAsync<DiskException>(() => Read(disk, 0, 512))).Error);
+        Assert.InRange(Environment.TickCount64 - start, 0, 4000);
+        using FakeServer next = new FakeServer(SocketPath, _image).Start();
+        Wait.Until(() => disk.ConnectionCount == 1, "it is back");
+        Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
+    }
+
+    [Fact]
+    public async Task A_disk_whose_server_is_away_is_connected_later_to_a_server_of_its_length()
+    {
+        using RemoteDisk disk = RemoteDisk.ConnectLater(Options(), Size);
+        Assert.Equal((Size, 0), ((int)disk.Length, disk.ConnectionCount));
+        Task<byte[]> read = Read(disk, Size - 4096, 4096);
+        FakeServer other = new FakeServer(SocketPath, _image[..(Size / 2)]).Start();
+        Wait.Until(() => LogText.Contains("it is another disk", StringComparison.Ordinal), "it is refused");
+        other.Dispose();
+        File.Delete(SocketPath);
+        using FakeServer server = new FakeServer(SocketPath, _image).Start();
+        Assert.Equal(_image[^4096..], await read);
     }
 
     [Fact]

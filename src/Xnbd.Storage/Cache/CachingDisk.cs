@@ -53,6 +53,9 @@ internal sealed class CachingDisk : OverlayDisk
     /// <summary>How long the end of the program waits for what was fetched last to be stored.</summary>
     private static readonly TimeSpan s_maxStoring = TimeSpan.FromSeconds(1);
 
+    /// <summary>How long a command waits for the origin, before it is refused.</summary>
+    private static readonly TimeSpan s_maxOriginTime = TimeSpan.FromSeconds(20);
+
     private readonly Disk _origin;
     private readonly FetchQueue _fetches;
     private readonly FetchStore _store;
@@ -154,12 +157,17 @@ internal sealed class CachingDisk : OverlayDisk
         try
         {
             if (Length > 0)
-                await _origin.ReadAsync(0, new byte[Math.Min(Length, BlockRange.BlockSize)]);
+            {
+                Task read = _origin.ReadAsync(0, new byte[Math.Min(Length, BlockRange.BlockSize)]).AsTask();
+                await read.WaitAsync(s_maxOriginTime);
+            }
         }
-        catch (DiskException failure)
+        catch (Exception failure) when (failure is DiskException or TimeoutException)
         {
+            string reason = failure is DiskException ? failure.Message : "the remote does not answer";
             throw new DiskException(
-                failure.Error, $"what was fetched may be the only copy, and is kept: {failure.Message}");
+                (failure as DiskException)?.Error ?? DiskError.TimedOut,
+                $"what was fetched may be the only copy, and is kept: {reason}");
         }
 
         _fetches.Forget();
