@@ -40,6 +40,9 @@ public sealed class ProxyRemoteTests : IDisposable
     private string Refused(string name, params string[] options)
         => Assert.Throws<InvalidOperationException>(() => Start(name, options).Dispose()).Message;
 
+    private static void Logs(ServerProcess proxy, string text)
+        => Wait.Until(() => proxy.Log.Contains(text, StringComparison.Ordinal), $"the log says: {text}");
+
     [Fact]
     public void Without_patience_misses_fail_at_once_and_a_cache_is_served_without_its_remote()
     {
@@ -60,7 +63,7 @@ public sealed class ProxyRemoteTests : IDisposable
         }
 
         using ServerProcess again = Start("r", options);
-        Assert.Contains("reads of missing blocks fail until it is there", again.Log, StringComparison.Ordinal);
+        Logs(again, "reads of missing blocks fail until it is there");
         using NbdTestClient next = again.Open();
         MustBeAway(next);
         using ServerProcess back = Serve("r");

@@ -142,7 +142,8 @@ public sealed class ProxySwitchTests : IDisposable
         byte[] map = File.ReadAllBytes(_folder.File("cache.map"));
         using (ServerProcess again = Proxies.Start(_folder, "unix:" + remote, "-"))
         {
-            Assert.Contains("this proxy was switched before", again.Log, StringComparison.Ordinal);
+            Wait.Until(
+                () => again.Log.Contains("this proxy was switched before", StringComparison.Ordinal), "it is logged");
             Assert.False(File.Exists(abandoned));
             using NbdTestClient client = again.Open();
             Assert.Equal(expected, client.Read(0, Size));
@@ -223,7 +224,8 @@ public sealed class ProxySwitchTests : IDisposable
         }
 
         using ServerProcess away = Proxies.Start(_folder, "unix:" + remote, "-");
-        Assert.Contains("is not needed, since all is cached", away.Log, StringComparison.Ordinal);
+        Wait.Until(
+            () => away.Log.Contains("is not needed, since all is cached", StringComparison.Ordinal), "it is logged");
         using NbdTestClient local = away.Open();
         Assert.Equal(_bytes, local.Read(0, Size));
         Assert.Equal(NbdError.None, local.Write(100, [1, 2, 3]));
