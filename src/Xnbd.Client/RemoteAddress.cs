@@ -143,4 +143,8 @@ public sealed record RemoteAddress(string? Host, int Port, string? UnixPath, str
 }
 
 /// <summary>A remote server cannot be used; the message says which, why, and whose fault it is.</summary>
-public sealed class RemoteException(string message) : Exception(message);
+public sealed class RemoteException(string message) : Exception(message)
+{
+    /// <summary>The server answers, and what it has is not the disk that is wanted.</summary>
+    public bool IsOtherDisk { get; init; }
+}

@@ -13,25 +13,28 @@ internal sealed partial class RemoteConnections
     /// <summary>Where connections break within this time, they are made in no hurry.</summary>
     private static readonly TimeSpan s_stableTime = TimeSpan.FromSeconds(5);
 
-    private RemoteConnection Open(RemoteAddress address)
+    /// <summary>Tries all servers once, from the one on whose turn it is.</summary>
+    /// <exception cref="RemoteException">None can be used; the message says why of each.</exception>
+    private (RemoteConnection Connection, RemoteAddress Address) OpenAny()
     {
-        RemoteConnection connection = RemoteConnection.Connect(address, s_connectTime, SubmitWaiting, HandOver, _time);
-        NbdExportInfo export = connection.Export;
-        string? reason = null;
-        if (export.MinimumBlock > BlockRange.BlockSize)
+        var failures = new List<RemoteException>();
+        for (int i = 0; i < _servers.Count; i++)
         {
-            reason = $"the server wants blocks of {export.MinimumBlock} bytes; more than {BlockRange.BlockSize} is not"
-                + " supported";
-        }
-        else if (_length is { } length && (long)export.Length != length)
-        {
-            reason = $"the export has {export.Length} bytes, not {length}: it is another disk";
+            RemoteAddress address = _servers[(_turn + i) % _servers.Count];
+            try
+            {
+                return (OpenFirst(address, isRequired: address != _lastServer), address);
+            }
+            catch (RemoteException failure)
+            {
+                failures.Add(failure);
+            }
         }
 
-        if (reason is null)
-            return connection;
-        connection.Dispose();
-        throw new RemoteException($"{address}: {reason}");
+        throw new RemoteException(string.Join("; ", failures.Select(failure => failure.Message)))
+        {
+            IsOtherDisk = failures.TrueForAll(failure => failure.IsOtherDisk),
+        };
     }
 
     /// <summary>Uses a connection, and keeps to the limits of its server. The lock is held.</summary>
@@ -42,6 +45,7 @@ internal sealed partial class RemoteConnections
         _blockBytes = export.MinimumBlock;
         uint max = Math.Min(RemoteDisk.MaxRead, export.MaximumPayload) / export.MinimumBlock * export.MinimumBlock;
         _maxReadBytes = (int)Math.Max(export.MinimumBlock, max);
+        _trail = NbdProxyTrail.Find(export.Description);
         if (!connection.IsBroken) // else it has told so before, and nothing was asked of it
             _connections.Add(connection);
     }
@@ -69,7 +73,8 @@ internal sealed partial class RemoteConnections
                 : _patience == TimeSpan.Zero && _connections.Count > 0 ? _silence : _patience;
             foreach (RemoteRequest request in left)
             {
-                if (isClosed || request.Extents is not null || _time.GetElapsedTime(request.StartedAt) > patience)
+                bool isBound = request.Extents is not null || request.IsProbe;
+                if (isClosed || isBound || _time.GetElapsedTime(request.StartedAt) > patience)
                 {
                     late.Add(request);
                     continue;
@@ -123,19 +128,25 @@ internal sealed partial class RemoteConnections
     private void KeepConnected()
     {
         var pause = TimeSpan.Zero;
+        int failures = 0; // since the last success
+        var reasons = new Dictionary<RemoteAddress, string>(); // why each server cannot be used, as it was logged
         while (true)
         {
             RemoteAddress address;
-            bool isWanted;
+            RemoteAddress? last;
+            bool isWanted, isFirst;
             lock (_lock)
             {
+                bool isNext = failures % _servers.Count > 0; // the next server is tried at once
                 if (_connections.Count >= _wanted && !_isClosed)
                     Monitor.Wait(_lock, TimeSpan.FromSeconds(1));
-                else if (pause > TimeSpan.Zero && !_isClosed)
+                else if (pause > TimeSpan.Zero && !isNext && !_isClosed)
                     Monitor.Wait(_lock, pause);
                 if (_isClosed)
                     return;
-                address = _address;
+                isFirst = _connections.Count == 0;
+                address = isFirst ? _servers[_turn] : _address;
+                last = _lastServer;
                 isWanted = _connections.Count < _wanted;
             }
 
@@ -143,30 +154,49 @@ internal sealed partial class RemoteConnections
                 continue;
             try
             {
-                RemoteConnection connection = Open(address);
-                bool isStale, isSoon;
+                RemoteConnection? connection
+                    = isFirst ? OpenFirst(address, isRequired: address != last) : Open(address);
+                bool isSoon, isOther = false;
                 lock (_lock)
                 {
-                    isStale = _isClosed || _address != address || connection.IsBroken;
+                    // Meanwhile the remote may have been changed.
+                    bool isStale = _isClosed || connection.IsBroken || last != _lastServer
+                        || (_connections.Count > 0 && address != _address);
                     if (!isStale)
+                    {
+                        isOther = address != _address;
+                        Believe(address);
                         Adopt(connection); // the server may have been started anew, with other limits
-                    isSoon = _lastBreak is { } last && _time.GetElapsedTime(last) <= s_stableTime;
+                        connection = null;
+                    }
+
+                    isSoon = _lastBreak is { } broken && _time.GetElapsedTime(broken) <= s_stableTime;
                 }
 
-                if (isStale)
-                    connection.Dispose();
-                if (_down is not null)
+                connection?.Dispose();
+                if (isOther)
+                    LogSwitched(_log, address);
+                else if (_down is not null)
                     LogBack(_log, address);
                 pause = isSoon ? Longer(pause) : TimeSpan.Zero;
+                failures = 0;
                 _down = null;
+                reasons.Clear();
                 SubmitWaiting();
             }
             catch (RemoteException failure)
             {
-                if (_down != failure.Message)
+                if (!reasons.TryGetValue(address, out string? known) || known != failure.Message)
                     LogUnreachable(_log, failure.Message);
-                _down = failure.Message;
-                pause = Longer(pause);
+                _down = reasons[address] = failure.Message;
+                lock (_lock)
+                {
+                    if (isFirst)
+                        _turn = (_servers.IndexOf(address) + 1) % _servers.Count;
+                    failures = isFirst ? failures + 1 : 0;
+                    if (failures % _servers.Count == 0)
+                        pause = Longer(pause);
+                }
             }
         }
 

@@ -6,7 +6,8 @@ namespace Xnbd.Client;
 
 /// <summary>
 /// The connections to a remote, and the requests that wait for one. It chooses a connection for each request, makes
-/// connections anew that have broken, and hands their requests to others.
+/// connections anew that have broken, and hands their requests to others. All connections are to one server; when the
+/// last one has broken, the next server is tried in turn.
 /// <para>
 /// States: open; closed, once and for all. A request is at one place: with a connection, in the queue of those that
 /// wait, or completed. If requests wait, then every connection is full, or there is none. A request that has waited
@@ -21,7 +22,8 @@ namespace Xnbd.Client;
 /// Locks: <c>_lock</c>, then a connection's own lock. While they are held, requests are only added to connections;
 /// they are sent, and completed, afterwards.
 /// </para>
-/// The type's other file: <c>RemoteConnections.Keeping.cs</c> (the two threads, and what they do).
+/// The type's other files: <c>RemoteConnections.Keeping.cs</c> (the two threads, and what they do),
+/// <c>RemoteConnections.Believing.cs</c> (what is asked of a server before it is used).
 /// </summary>
 internal sealed partial class RemoteConnections
 {
@@ -36,13 +38,19 @@ internal sealed partial class RemoteConnections
     private readonly TimeSpan _patience;
     private readonly TimeSpan _silence;
     private readonly int _maxConnections;
+    private readonly ulong _proxyId;
+    private readonly Func<DiskSamples> _takeSamples;
+    private readonly List<RemoteAddress> _servers; // those that are tried in turn
+    private int _turn; // the one whose turn it is, when there is no connection
+    private RemoteAddress? _lastServer; // the one that was believed last
     private readonly List<RemoteConnection> _connections = [];
     private readonly Queue<RemoteRequest> _waiting = new();
-    private RemoteAddress _address;
+    private RemoteAddress _address; // of the connections, or of the last ones
     private long? _length; // of the export; null before the first connection, if it is not known
     private int _wanted = 1;
     private volatile uint _blockBytes = 1; // reads are multiples of it,
     private volatile int _maxReadBytes = RemoteDisk.MaxRead; // and no longer than this
+    private volatile IReadOnlyList<ulong> _trail = []; // the proxies behind the server
     private long? _lastBreak; // a time stamp
     private volatile string? _down; // why the last connection could not be made
     private bool _isClosed;
@@ -51,7 +59,11 @@ internal sealed partial class RemoteConnections
     /// <param name="options">Where to connect, and how long to wait.</param>
     public RemoteConnections(RemoteOptions options)
     {
-        (_address, _maxConnections) = (options.Address, options.MaxConnections);
+        _servers = [.. options.Servers];
+        if (options.LastServer is { } last && _servers.IndexOf(last) is var index and >= 0)
+            _turn = index;
+        (_address, _lastServer) = (_servers[_turn], options.LastServer);
+        (_takeSamples, _proxyId, _maxConnections) = (options.TakeSamples, options.ProxyId, options.MaxConnections);
         (_patience, _silence) = (options.Patience, options.Silence);
         (_log, _time) = (options.Log, options.Time);
     }
@@ -75,6 +87,9 @@ internal sealed partial class RemoteConnections
         }
     }
 
+    /// <summary>The ids of the proxies behind the server, as it has told them; see <c>NbdProxyTrail</c>.</summary>
+    public IReadOnlyList<ulong> Trail => _trail;
+
     /// <summary>Connections that are open.</summary>
     public int Count
     {
@@ -96,10 +111,11 @@ internal sealed partial class RemoteConnections
         _length = length;
         if (length is null)
         {
-            RemoteConnection first = Open(_address);
+            (RemoteConnection first, RemoteAddress address) = OpenAny();
             lock (_lock)
             {
                 _length = (long)first.Export.Length;
+                Believe(address);
                 Adopt(first);
             }
         }
@@ -118,11 +134,11 @@ internal sealed partial class RemoteConnections
     /// Records the address, when the server can be used. If it throws, nothing has changed.
     /// </param>
     /// <exception cref="RemoteException">
-    /// It cannot be used, or its export has another length; nothing has changed.
+    /// It cannot be used, or has another disk; nothing has changed.
     /// </exception>
     public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record)
     {
-        RemoteConnection fresh = Open(address);
+        RemoteConnection fresh = OpenFirst(address, isRequired: true);
         List<RemoteConnection> old;
         try
         {
@@ -133,7 +149,9 @@ internal sealed partial class RemoteConnections
             {
                 if (_isClosed)
                     throw new RemoteException("the remote is not needed any more");
-                _address = address;
+                if (!_servers.Contains(address))
+                    _servers[_servers.IndexOf(_address)] = address;
+                Believe(address);
                 old = [.. _connections];
                 _connections.Clear();
                 Adopt(fresh);
@@ -149,6 +167,14 @@ internal sealed partial class RemoteConnections
         LogSwitched(_log, address);
         old.ForEach(connection => connection.Dispose());
         SubmitWaiting();
+    }
+
+    /// <summary>The server has what is known of the disk, and is the remote from now on. The lock is held.</summary>
+    private void Believe(RemoteAddress address)
+    {
+        _address = address;
+        _lastServer = address;
+        _turn = _servers.IndexOf(address);
     }
 
     /// <summary>Ends all connections; what waits fails.</summary>
@@ -280,6 +306,12 @@ internal sealed partial class RemoteConnections
 
     [LoggerMessage(Level = LogLevel.Information, Message = "connected to the remote again: {Address}")]
     private static partial void LogBack(ILogger log, RemoteAddress address);
+
+    [LoggerMessage(
+        Level = LogLevel.Warning,
+        Message = "{Address}: the disk has changed since blocks were fetched; the first that was noticed is at byte "
+            + "{Offset}")]
+    private static partial void LogChanged(ILogger log, RemoteAddress address, long offset);
 
     [LoggerMessage(Level = LogLevel.Information, Message = "the remote is now {Address}")]
     private static partial void LogSwitched(ILogger log, RemoteAddress address);

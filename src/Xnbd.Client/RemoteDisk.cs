@@ -23,10 +23,12 @@ public sealed class RemoteDisk : Disk
 
     private readonly RemoteConnections _connections;
     private readonly TimeProvider _time;
+    private readonly ulong _proxyId;
 
     private RemoteDisk(RemoteOptions options)
     {
         _time = options.Time;
+        _proxyId = options.ProxyId;
         _connections = new RemoteConnections(options) { ReadAnew = ReadAnew };
     }
 
@@ -38,6 +40,9 @@ public sealed class RemoteDisk : Disk
 
     /// <summary>Where the server is.</summary>
     public RemoteAddress Address => _connections.Address;
+
+    /// <summary>The ids of the proxies that reads pass through, this one's first.</summary>
+    public IReadOnlyList<ulong> Trail => [_proxyId, .. _connections.Trail];
 
     /// <summary>Connections that are open.</summary>
     public int ConnectionCount => _connections.Count;
@@ -68,7 +73,7 @@ public sealed class RemoteDisk : Disk
     /// Records the address, when the server can be used. If it throws, nothing has changed.
     /// </param>
     /// <exception cref="RemoteException">
-    /// It cannot be used, or its export has another length; nothing has changed.
+    /// It cannot be used, or has another disk; nothing has changed.
     /// </exception>
     public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record = null)
         => _connections.SwitchTo(address, record);

@@ -1,4 +1,5 @@
 using Microsoft.Extensions.Logging;
+using Xnbd.Storage;
 
 namespace Xnbd.Client;
 
@@ -13,8 +14,23 @@ public sealed record RemoteOptions
     /// <summary>Patience without an end.</summary>
     public static readonly TimeSpan Forever = TimeSpan.MaxValue;
 
-    /// <summary>The server and its export.</summary>
-    public required RemoteAddress Address { get; init; }
+    /// <summary>Servers that have the disk, which are tried in turn; at least one.</summary>
+    public required IReadOnlyList<RemoteAddress> Servers { get; init; }
+
+    /// <summary>
+    /// The server from which all that is known of the disk was read. It is tried first, and is believed even if its
+    /// disk has changed since.
+    /// </summary>
+    public RemoteAddress? LastServer { get; init; }
+
+    /// <summary>
+    /// Takes blocks of the disk that are known: a server other than the last one must have them. It waits for no
+    /// server.
+    /// </summary>
+    public Func<DiskSamples> TakeSamples { get; init; } = () => DiskSamples.None;
+
+    /// <summary>The id of this proxy, by which a circle of proxies is recognized; see <c>NbdProxyTrail</c>.</summary>
+    public ulong ProxyId { get; init; }
 
     /// <summary>How many connections are made at most, if the server allows several; at least 1.</summary>
     public int MaxConnections { get; init; } = 1;

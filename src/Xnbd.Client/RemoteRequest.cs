@@ -31,6 +31,9 @@ internal sealed class RemoteRequest : PooledOperation
     /// <summary>Where the answer of a question is gathered; null for a read.</summary>
     public ExtentList? Extents { get; private set; }
 
+    /// <summary>The read asks this server what it has: it is not sent to another one.</summary>
+    public bool IsProbe { get; private set; }
+
     /// <summary>What the server says went wrong, when an error has arrived; more chunks may follow.</summary>
     public string? Failure { get; set; }
 
@@ -56,6 +59,17 @@ internal sealed class RemoteRequest : PooledOperation
         request.Length = buffer.Length;
         request.StartedAt = now;
         request.Restart();
+        return request;
+    }
+
+    /// <summary>Makes a read by which a server is recognized.</summary>
+    /// <param name="offset">Offset in bytes.</param>
+    /// <param name="buffer">Where the data go.</param>
+    /// <param name="now">The time stamp of the present.</param>
+    public static RemoteRequest RentProbe(long offset, Memory<byte> buffer, long now)
+    {
+        RemoteRequest request = Rent(offset, buffer, now);
+        request.IsProbe = true;
         return request;
     }
 
@@ -117,6 +131,7 @@ internal sealed class RemoteRequest : PooledOperation
     {
         Buffer = default;
         Extents = null;
+        IsProbe = false;
         s_pool.Return(this);
     }
 }

@@ -59,15 +59,18 @@ public static class NbdClientHandshake
         return message;
     }
 
-    /// <summary>The data of <c>NBD_OPT_GO</c> and <c>NBD_OPT_INFO</c>, asking for the block sizes as well.</summary>
+    /// <summary>
+    /// The data of <c>NBD_OPT_GO</c> and <c>NBD_OPT_INFO</c>, asking for the block sizes and the description as well.
+    /// </summary>
     public static byte[] InfoRequest(string exportName)
     {
         byte[] name = NbdString.GetBytes(exportName);
-        byte[] data = new byte[4 + name.Length + 4];
+        byte[] data = new byte[4 + name.Length + 6];
         BinaryPrimitives.WriteUInt32BigEndian(data, (uint)name.Length);
         name.CopyTo(data, 4);
-        BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(4 + name.Length), 1);
+        BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(4 + name.Length), 2);
         BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(6 + name.Length), (ushort)NbdInfo.BlockSize);
+        BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(8 + name.Length), (ushort)NbdInfo.Description);
         return data;
     }
 
@@ -102,8 +105,13 @@ public static class NbdClientHandshake
 /// <param name="Flags">What it can do.</param>
 /// <param name="MinimumBlock">Requests are to be multiples of this, in bytes.</param>
 /// <param name="MaximumPayload">The largest payload of a read or write in bytes.</param>
+/// <param name="Description">What the server says of the export, for people.</param>
 public sealed record NbdExportInfo(
-    ulong Length, NbdTransmissionFlags Flags, uint MinimumBlock = 1, uint MaximumPayload = 32 << 20)
+    ulong Length,
+    NbdTransmissionFlags Flags,
+    uint MinimumBlock = 1,
+    uint MaximumPayload = 32 << 20,
+    string Description = "")
 {
     /// <summary>
     /// Takes in the data of an <c>NBD_REP_INFO</c> reply; information that is unknown is passed over.
@@ -133,6 +141,10 @@ public sealed record NbdExportInfo(
                 uint maximum = BinaryPrimitives.ReadUInt32BigEndian(data[10..]);
                 info = known with { MinimumBlock = minimum, MaximumPayload = maximum };
                 return minimum > 0 && maximum >= minimum;
+            case NbdInfo.Description:
+                if (NbdString.TryRead(data[2..], out string? description))
+                    info = known with { Description = description };
+                return true; // nobody relies on it
             default:
                 return true;
         }

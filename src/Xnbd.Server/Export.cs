@@ -12,6 +12,16 @@ namespace Xnbd.Server;
 /// connection it is true if all servers write one file, but not if each has a layer or a cache of its own. </param>
 public sealed record Export(string Name, string Description, Disk Disk, bool CanMultiConn = true)
 {
+    /// <summary>
+    /// The ids of the proxies that reads pass through, asked for at each handshake; empty if there are none. They are
+    /// told to clients that ask for the description; see <see cref="NbdProxyTrail"/>.
+    /// </summary>
+    public Func<IReadOnlyList<ulong>> Trail { get; init; } = () => [];
+
+    /// <summary>The description with the trail.</summary>
+    internal string DescriptionAndTrail
+        => Trail() is { Count: > 0 } ids ? NbdProxyTrail.Append(Description, ids) : Description;
+
     /// <summary>Writing is refused.</summary>
     public bool IsReadOnly => (Disk.Features & DiskFeatures.ReadOnly) != 0;
 

@@ -224,7 +224,9 @@ internal sealed class Handshake
         if (request.WantsDescription)
         {
             sent = sent && Reply(
-                option, NbdOptionReplyType.Info, NbdHandshake.InfoText(NbdInfo.Description, export.Description));
+                option,
+                NbdOptionReplyType.Info,
+                NbdHandshake.InfoText(NbdInfo.Description, export.DescriptionAndTrail));
         }
 
         if (request.WantsBlockSize)

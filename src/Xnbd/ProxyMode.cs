@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Security.Cryptography;
 using Microsoft.Extensions.Logging;
 using Xnbd.Client;
 using Xnbd.Control;
@@ -17,6 +18,7 @@ internal sealed class ProxyMode : IDisposable
     private readonly ProxyOptions _options;
     private readonly RemoteDisk? _remote; // null if the cache was switched before the start
     private readonly OriginCache _cache;
+    private volatile OriginCache? _opened; // the cache, once it is open
     private readonly ILogger _log;
     private readonly ProxyMethods _methods;
     private ControlServer? _control;
@@ -35,7 +37,7 @@ internal sealed class ProxyMode : IDisposable
         SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
         if (saved is { WasSwitched: true })
         {
-            _cache = saved.OpenSwitched(options.Remote.ToString(), options.CacheImage, options.Opening, readOnly);
+            _cache = saved.OpenSwitched(options.RemoteNames, options.CacheImage, options.Opening, readOnly);
             log.LogInformation(
                 "this proxy was switched before: it is a target of '{Image}', and asks no remote", options.CacheImage);
             foreach (string abandoned in readOnly ? [] : _cache.Image!.RemoveAbandonedSnapshots())
@@ -46,13 +48,14 @@ internal sealed class ProxyMode : IDisposable
             _remote = Connect(saved, stop);
             _cache = OriginCache.Open(
                 _remote,
-                options.Remote.ToString(),
+                options.RemoteNames,
                 options.CacheImage,
                 options.Map,
                 options.Opening,
                 readOnly,
                 options.FetchLimits,
                 CannotStore);
+            _opened = _cache;
         }
 
         _methods = new ProxyMethods(this, _cache, _remote, log);
@@ -63,6 +66,12 @@ internal sealed class ProxyMode : IDisposable
 
     /// <summary>The cache image after the switch; null before.</summary>
     public ImageFile? Image => _cache.Image;
+
+    /// <summary>The remote's address at present, for people; none if this was a target from the start.</summary>
+    public string RemoteName => _remote?.Address.ToString() ?? "none";
+
+    /// <summary>The ids of the proxies that reads pass through; none after the switch.</summary>
+    public IReadOnlyList<ulong> Trail => Image is null ? _remote!.Trail : [];
 
     /// <summary>The cache image's path.</summary>
     public string CacheImagePath => _options.CacheImage;
@@ -115,9 +124,13 @@ internal sealed class ProxyMode : IDisposable
 
     private RemoteDisk Connect(SavedCache? saved, CancellationToken stop)
     {
+        DiskSamples samples = saved?.TakeSamples(_options.CacheImage) ?? DiskSamples.None;
         var remote = new RemoteOptions
         {
-            Address = _options.Remote,
+            Servers = _options.Remotes,
+            LastServer = _options.Remotes.FirstOrDefault(server => server.ToString() == saved?.OriginName),
+            TakeSamples = () => _opened?.TakeSamples() ?? samples,
+            ProxyId = BitConverter.ToUInt64(RandomNumberGenerator.GetBytes(sizeof(ulong))),
             MaxConnections = _options.Connections,
             Patience = _options.RemoteTimeout,
             Log = _log,
@@ -131,7 +144,7 @@ internal sealed class ProxyMode : IDisposable
             }
             catch (RemoteException failure)
             {
-                if (saved is not null && CanStartWithout(saved, failure))
+                if (saved is not null && !failure.IsOtherDisk && CanStartWithout(saved, failure))
                     return ConnectLater(remote, saved.Length);
                 if (Stopwatch.GetElapsedTime(start).TotalSeconds >= _options.WaitSeconds)
                     throw new FailureException(failure.Message);

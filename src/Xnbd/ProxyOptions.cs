@@ -11,7 +11,12 @@ internal sealed record ProxyOptions
     public const int DefaultRequests = 1024; // eight clients with as many requests as a client may have
     public const int DefaultBytes = 64 << 20;
 
-    public required RemoteAddress Remote { get; init; }
+    /// <summary>Servers of the disk, in the order in which they are tried; the first one is the argument.</summary>
+    public required IReadOnlyList<RemoteAddress> Remotes { get; init; }
+
+    /// <summary>Their URIs.</summary>
+    public IReadOnlyList<string> RemoteNames => [.. Remotes.Select(remote => remote.ToString())];
+
     public required string CacheImage { get; init; }
     public required string Map { get; init; }
     public required string ControlSocket { get; init; }
@@ -35,7 +40,10 @@ internal sealed record ProxyOptions
     public CacheLimits FetchLimits => new(MaxRequests, MaxBytes / 2);
 
     /// <summary>Reads the arguments: a remote's host and port, or its URI; two files; a socket.</summary>
-    public static ProxyOptions Parse(string[] words, string? exportName)
+    /// <param name="words">The arguments.</param>
+    /// <param name="exportName">The export of that remote; null if the option was not given.</param>
+    /// <param name="further">URIs of further servers.</param>
+    public static ProxyOptions Parse(string[] words, string? exportName, string[] further)
     {
         bool isUri = words.Length > 0 && RemoteUri.IsUri(words[0]);
         if (words.Length != (isUri ? 4 : 5))
@@ -51,11 +59,12 @@ internal sealed record ProxyOptions
             throw new UsageException("an argument is empty");
         try
         {
+            RemoteAddress remote = isUri
+                ? RemoteUri.Parse(words[0], exportName)
+                : RemoteAddress.Parse(words[0], words[1], exportName ?? "");
             return new ProxyOptions
             {
-                Remote = isUri
-                    ? RemoteUri.Parse(words[0], exportName)
-                    : RemoteAddress.Parse(words[0], words[1], exportName ?? ""),
+                Remotes = [.. further.Select(uri => ParseFurther(uri)).Prepend(remote).Distinct()],
                 CacheImage = Path.GetFullPath(words[^3]),
                 Map = Path.GetFullPath(words[^2]),
                 ControlSocket = Path.GetFullPath(words[^1]),
@@ -66,4 +75,9 @@ internal sealed record ProxyOptions
             throw new UsageException(failure.Message);
         }
     }
+
+    private static RemoteAddress ParseFurther(string uri)
+        => RemoteUri.IsUri(uri)
+            ? RemoteUri.Parse(uri, null)
+            : throw new FormatException($"--remote {uri}: a URI is wanted, such as nbd://HOST:PORT/EXPORT");
 }

@@ -27,6 +27,13 @@ internal sealed class ServerCommandLine
         HelpName = "NAME",
         DefaultValueFactory = _ => "",
     };
+    private readonly Option<string[]> _remote = new("--remote")
+    {
+        Description = "With --proxy: a further server of the same disk, for when the others are away; may be repeated",
+        HelpName = "URI",
+        Arity = ArgumentArity.OneOrMore,
+        AllowMultipleArgumentsPerToken = false,
+    };
     private readonly Option<string?> _remoteConnections = new("--remote-connections")
     {
         Description = "With --proxy: connections to a remote that allows several "
@@ -169,10 +176,10 @@ internal sealed class ServerCommandLine
     {
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
-            _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remoteConnections,
-            _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix,
-            _exportName, _readOnly, _shareImage, _format, _oldstyle, _daemonize, _inetd, _connected,
-            _logPath, _syslog, _pidFile, _image,
+            _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remote,
+            _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap, _maxQueue,
+            _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage, _format, _oldstyle, _daemonize,
+            _inetd, _connected, _logPath, _syslog, _pidFile, _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -231,7 +238,7 @@ internal sealed class ServerCommandLine
         if (result.GetValue(_clearBitmap) && (result.GetValue(_rebind) || result.GetValue(_importBitmap)))
             throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
         string? export = result.GetResult(_targetName) is { Implicit: false } ? result.GetValue(_targetName) : null;
-        return ProxyOptions.Parse(words, export) with
+        return ProxyOptions.Parse(words, export, result.GetValue(_remote) ?? []) with
         {
             Connections = Number(_remoteConnections, 1, 64) ?? ProxyOptions.DefaultConnections,
             WaitSeconds = Number(_waitRemote, 0, int.MaxValue) ?? 0,
@@ -267,8 +274,8 @@ internal sealed class ServerCommandLine
 
         Option[] ofProxy =
         [
-            _targetName, _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap,
-            _maxQueue, _maxBuffer,
+            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind,
+            _importBitmap, _maxQueue, _maxBuffer,
         ];
         if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");

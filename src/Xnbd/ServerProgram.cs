@@ -128,7 +128,10 @@ internal sealed class ServerProgram
         Disk disk = proxy?.Disk ?? own!;
         _disk = disk;
         var exports = new ExportTable(
-            new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn));
+            new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn)
+            {
+                Trail = () => proxy?.Trail ?? [],
+            });
         var style = _options.ConnectedDescriptor is not null ? HandshakeStyle.None
             : _options.Oldstyle ? HandshakeStyle.Oldstyle : HandshakeStyle.FixedNewstyle;
         var server = new NbdServer(exports, style, _log, _options.Proxy?.ClientLimits);
@@ -165,7 +168,7 @@ internal sealed class ServerProgram
             "serving '{Image}'{Layers}, {Length} bytes, {Access}",
             _options.Image,
             proxy is not null
-                ? proxy.Image is null ? $", a cache of {_options.Proxy!.Remote}" : ", to which a proxy was switched"
+                ? proxy.Image is null ? $", a cache of {proxy.RemoteName}" : ", to which a proxy was switched"
                 : string.Concat(_options.CowLayers.Select(path => $" + '{path}'")),
             disk.Length,
             _options.ReadOnly ? "read-only"

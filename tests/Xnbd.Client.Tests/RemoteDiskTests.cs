@@ -35,7 +35,7 @@ public sealed class RemoteDiskTests : IDisposable
 
     private RemoteOptions Options(int connections = 1, double patienceSeconds = 30, TimeProvider? time = null) => new()
     {
-        Address = RemoteAddress.Parse("unix:" + SocketPath, "-", ""),
+        Servers = [RemoteAddress.Parse("unix:" + SocketPath, "-", "")],
         MaxConnections = connections,
         Log = _log,
         Patience = patienceSeconds == double.MaxValue ? RemoteOptions.Forever : TimeSpan.FromSeconds(patienceSeconds),

@@ -88,6 +88,8 @@ public sealed class ProxyRemoteTests : IDisposable
         Assert.Equal(_bytes[..4096], local.Read(0, 4096));
         Wait.Until(() => Query().Result.GetProperty("cached-blocks").GetInt64() == 1, "it is kept");
         origin.Signal(19); // it is silent, and not gone
+        Wait.Until(
+            () => File.ReadAllText($"/proc/{origin.Id}/stat").Contains(") T ", StringComparison.Ordinal), "it stands");
         try
         {
             long start = Stopwatch.GetTimestamp();
@@ -106,5 +108,93 @@ public sealed class ProxyRemoteTests : IDisposable
         Assert.Equal(_bytes, missing.Read(0, Size));
         Assert.Contains(
             "--remote-timeout -1: not a number", Refused("r", "--remote-timeout=-1"), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Further_servers_take_over_if_they_have_the_same_disk()
+    {
+        string wrongImage = _folder.Random("wrong.img", Size, seed: 5), socket = Proxies.Socket(_folder);
+        string Uri(string name) => $"nbd+unix:///?socket={_folder.File(name)}";
+        string[] options = ["--remote", Uri("b"), "--remote", Uri("c")];
+        using ServerProcess first = Serve("a"), wrong = Serve("b", wrongImage), third = Serve("c");
+        using (ServerProcess proxy = Start("a", options))
+        using (NbdTestClient client = proxy.Open())
+        {
+            Assert.Equal(_bytes[..4096], client.Read(0, 4096));
+            Wait.Until(() => Query().Result.GetProperty("cached-blocks").GetInt64() == 1, "it is kept");
+            first.Kill();
+            Assert.Equal(_bytes, client.Read(0, Size));
+            Assert.Equal(Uri("c"), (await Query()).GetProperty("remote").GetString());
+            Logs(proxy, "is another disk");
+            ToolResult refused = await Control("--reconnect", socket, Uri("b"));
+            Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
+            Assert.Contains("is not the one that was fetched", refused.Errors, StringComparison.Ordinal);
+            client.Dispose();
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        File.Delete(_folder.File("a"));
+        using (ServerProcess again = Start("a", options)) // nor is the wrong one believed at the start
+        {
+            Assert.Equal(Uri("c"), (await Query()).GetProperty("remote").GetString());
+            await Tool.Succeed(Proxies.Control, "--reconnect", socket, Uri("c"));
+            Assert.Equal(0, again.Stop());
+        }
+
+        // The map names the third one now. Another disk is refused even though nothing is missing.
+        Assert.Contains("is another disk", Refused("b"), StringComparison.Ordinal);
+        Assert.Contains("is another disk", Refused("b", "--rebind"), StringComparison.Ordinal);
+        using (ServerProcess same = Serve("d"))
+        {
+            Assert.Contains("--rebind", Refused("d"), StringComparison.Ordinal);
+            Start("d", "--rebind", "--remote", Uri("c")).Dispose();
+        }
+
+        Assert.Contains("a URI is wanted", Refused("a", "--remote", "host"), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_job_that_waits_for_a_lost_remote_can_be_cancelled_or_goes_on_when_it_is_back()
+    {
+        string socket = Proxies.Socket(_folder);
+        ServerProcess origin = Serve("r");
+        using ServerProcess proxy = Start("r");
+        origin.Kill();
+        origin.Dispose();
+        File.Delete(_folder.File("r"));
+        await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", socket);
+        long start = Stopwatch.GetTimestamp();
+        Assert.Contains("cancelled", await Tool.Succeed(Proxies.Control, "--cancel", socket), StringComparison.Ordinal);
+        Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 10);
+        Task<string> all = Tool.Succeed(Proxies.Control, "--cache-all", socket);
+        await Task.Delay(500, TestContext.Current.CancellationToken);
+        Assert.False(all.IsCompleted);
+        using ServerProcess back = Serve("r");
+        Assert.Equal("all is cached\n", await all);
+    }
+
+    /// <summary>A read that comes back to where it began would wait for itself.</summary>
+    [Fact]
+    public async Task A_proxy_does_not_read_from_itself_nor_in_a_circle()
+    {
+        using var far = new TempFolder();
+        using ServerProcess origin = Serve("r");
+        using ServerProcess near = Start("r");
+        using ServerProcess behind = Proxies.Start(far, near);
+        foreach (ServerProcess through in (ServerProcess[])[near, behind])
+        {
+            ToolResult refused = await Control(
+                "--reconnect", Proxies.Socket(_folder), "unix:" + through.SocketPath, "-");
+            Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
+            Assert.Contains("go round in a circle", refused.Errors, StringComparison.Ordinal);
+        }
+
+        using NbdTestClient client = behind.Open();
+        Assert.Equal(_bytes, client.Read(0, Size));
+        // What has become a target reads from nobody.
+        await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(far));
+        await Tool.Succeed(Proxies.Control, "--switch", Proxies.Socket(far));
+        await Tool.Succeed(
+            Proxies.Control, "--reconnect", Proxies.Socket(_folder), "unix:" + behind.SocketPath, "-");
     }
 }

@@ -121,4 +121,22 @@ public class ParsingTests
         NbdHandshake.WriteNewstyleGreeting(modern, NbdHandshakeFlags.FixedNewstyle | NbdHandshakeFlags.NoZeroes);
         Assert.Equal("4E42444D41474943" + "49484156454F5054" + "0003", Convert.ToHexString(modern));
     }
+
+    [Fact]
+    public void A_trail_is_found_at_the_end_of_a_description_and_nowhere_else()
+    {
+        ulong[] ids = [1, ulong.MaxValue];
+        string text = NbdProxyTrail.Append("a [proxy] disk", ids);
+        Assert.Equal("a [proxy] disk [proxy 0000000000000001 ffffffffffffffff]", text);
+        Assert.Equal(ids, NbdProxyTrail.Find(text));
+        ulong[] many = [.. Enumerable.Range(1, 100).Select(i => (ulong)i)];
+        Assert.Equal(many[..NbdProxyTrail.MaxIds], NbdProxyTrail.Find(NbdProxyTrail.Append("", many)));
+        string[] others =
+        [
+            "", "[proxy", "]", "[proxy]", text + ".", "[proxy 1]", "[proxy 000000000000000g]", "[proxy  ]",
+            "[proxy " + string.Join(' ', Enumerable.Repeat("0000000000000001", NbdProxyTrail.MaxIds + 1)) + "]",
+        ];
+        foreach (string other in others)
+            Assert.Empty(NbdProxyTrail.Find(other));
+    }
 }

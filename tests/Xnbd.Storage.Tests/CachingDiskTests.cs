@@ -537,7 +537,7 @@ public sealed class CachingDiskTests : IDisposable
 
         OriginCache OpenCache() => OriginCache.Open(
             _origin,
-            "origin",
+            ["origin"],
             _folder.File("image"),
             _folder.File("map"),
             CacheOpening.GoOn,

@@ -36,6 +36,9 @@ public sealed class FakeServer : IDisposable
     /// <summary>The transmission flags of the export.</summary>
     public NbdTransmissionFlags Flags { get; init; } = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.ReadOnly;
 
+    /// <summary>What it says of its export; null for nothing.</summary>
+    public string? Description { get; init; }
+
     /// <summary>
     /// In place of the handshake, of the connection with this number, from 0 on; null where it is polite.
     /// </summary>
@@ -112,6 +115,14 @@ public sealed class FakeServer : IDisposable
                     break;
                 case NbdOption.Go:
                     peer.ReplyOption(option, NbdOptionReplyType.Info, NbdHandshake.InfoExport(_image.Length, Flags));
+                    if (Description is not null)
+                    {
+                        peer.ReplyOption(
+                            option,
+                            NbdOptionReplyType.Info,
+                            NbdHandshake.InfoText(NbdInfo.Description, Description));
+                    }
+
                     peer.ReplyOption(option, NbdOptionReplyType.Ack);
                     return true;
                 case NbdOption.SetMetaContext:

@@ -35,9 +35,15 @@ internal static class CacheFiles
     /// <param name="origin">The origin's address, by which it is recognized.</param>
     /// <param name="length">The origin's length in bytes.</param>
     /// <param name="opening">What to do with a map that exists.</param>
+    /// <param name="others">Other addresses of the same disk, any of which the map may have recorded.</param>
     /// <exception cref="DiskException">They do not match, are damaged, or in use; nothing was touched.</exception>
     public static (ImageFile Image, BlockMap Map, SafeFileHandle MapFile) Open(
-        string imagePath, string mapPath, string origin, long length, CacheOpening opening)
+        string imagePath,
+        string mapPath,
+        string origin,
+        long length,
+        CacheOpening opening,
+        IReadOnlyList<string>? others = null)
     {
         var source = new SourceIdentity(origin, length, 0, 0);
         if (!MapHeader.FitsPath(origin))
@@ -52,7 +58,9 @@ internal static class CacheFiles
         try
         {
             long size = 0;
-            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, opening, out size);
+            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, others ?? [], opening, out size);
+            if (map is not null && others?.Contains(map.Header.Source.Path) == true)
+                source = source with { Path = map.Header.Source.Path };
             bool[]? imported = null;
             if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
                 imported = size > 0
@@ -129,7 +137,12 @@ internal static class CacheFiles
 
     /// <returns>Null when a new map is to be made in place of this file.</returns>
     private static BlockMap? ReadMap(
-        string path, SafeFileHandle file, SourceIdentity source, CacheOpening opening, out long size)
+        string path,
+        SafeFileHandle file,
+        SourceIdentity source,
+        IReadOnlyList<string> others,
+        CacheOpening opening,
+        out long size)
     {
         _ = LinuxFile.Status(file, out FileStatus status);
         size = status.Length;
@@ -163,7 +176,8 @@ internal static class CacheFiles
                 $"the map '{path}' is of a disk of {header.Source.Length} bytes; the remote has {source.Length} bytes");
         }
 
-        if (header.Source.Path != source.Path && (opening & CacheOpening.Rebind) == 0)
+        bool isKnown = header.Source.Path == source.Path || others.Contains(header.Source.Path);
+        if (!isKnown && (opening & CacheOpening.Rebind) == 0)
             throw OtherOrigin(path, header.Source.Path, source.Path);
 
         if (size < MapLayout.FileLength(source.Length))

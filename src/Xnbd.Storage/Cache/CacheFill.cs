@@ -51,7 +51,8 @@ internal sealed class CacheFill(
     public async Task RunAsync(int maxBlocks, int parallel, CancellationToken cancel)
     {
         var options = new ParallelOptions { MaxDegreeOfParallelism = parallel, CancellationToken = cancel };
-        await Parallel.ForEachAsync(Missing(maxBlocks), options, async (range, _) => await fetch(range));
+        await Parallel.ForEachAsync(
+            Missing(maxBlocks), options, async (range, _) => await fetch(range).WaitAsync(cancel));
         map.WriteBehind(); // also what others have just stored
     }
 

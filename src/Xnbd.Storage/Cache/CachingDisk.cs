@@ -140,6 +140,29 @@ internal sealed class CachingDisk : OverlayDisk
     public Task CacheAll(int maxBlocks, int parallel, CancellationToken cancel)
         => _fill.RunAsync(maxBlocks, parallel, cancel);
 
+    /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
+    public DiskSamples TakeSamples() => CacheSamples.Take(Map, range =>
+    {
+        if (!Changing.TryEnter(range))
+            return null; // its holder may wait for the origin
+        try
+        {
+            if (!Map.IsAll(range, BlockState.Fetched))
+                return null;
+            byte[] data = new byte[range.LengthOn(Length)];
+            Local.ReadAsync(range.Offset, data).AsTask().GetAwaiter().GetResult();
+            return data;
+        }
+        catch (DiskException)
+        {
+            return null;
+        }
+        finally
+        {
+            Changing.Leave(range);
+        }
+    });
+
     /// <summary>
     /// Gives up what was fetched, because the origin has changed. All is absent again, durably; what is being fetched
     /// reaches those who asked for it, but is not kept. A read that begins when this has ended sees the origin as it

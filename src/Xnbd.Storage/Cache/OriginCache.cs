@@ -56,7 +56,9 @@ public sealed class OriginCache : IDisposable
 
     /// <summary>Opens the cache's files, or makes them.</summary>
     /// <param name="origin">The far disk; owned from now on, also when this fails.</param>
-    /// <param name="originName">The origin's address, by which it is recognized.</param>
+    /// <param name="originNames">
+    /// The origin's addresses, by which it is recognized; the first one is recorded, unless another one is already.
+    /// </param>
     /// <param name="imagePath">Path of the cache image.</param>
     /// <param name="mapPath">Path of its map.</param>
     /// <param name="opening">What to do with a map that exists.</param>
@@ -66,7 +68,7 @@ public sealed class OriginCache : IDisposable
     /// <exception cref="DiskException">The files do not match; they are untouched.</exception>
     public static OriginCache Open(
         Disk origin,
-        string originName,
+        IReadOnlyList<string> originNames,
         string imagePath,
         string mapPath,
         CacheOpening opening,
@@ -78,7 +80,8 @@ public sealed class OriginCache : IDisposable
         SafeFileHandle? mapFile = null;
         try
         {
-            (image, BlockMap map, mapFile) = CacheFiles.Open(imagePath, mapPath, originName, origin.Length, opening);
+            (image, BlockMap map, mapFile) = CacheFiles.Open(
+                imagePath, mapPath, originNames[0], origin.Length, opening, others: originNames);
             var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
             if (!map.IsCommitted)
                 cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says
@@ -91,6 +94,13 @@ public sealed class OriginCache : IDisposable
             LockedFile.Close(mapFile);
             throw;
         }
+    }
+
+    /// <summary>Takes blocks that are as the origin has them, by which another server of it is recognized.</summary>
+    public DiskSamples TakeSamples()
+    {
+        lock (_switching) // the files stay open
+            return _isClosed || Image is not null ? DiskSamples.None : _cache.TakeSamples();
     }
 
     /// <summary>Fetches all that is missing; see <see cref="CachingDisk.CacheAll"/>.</summary>

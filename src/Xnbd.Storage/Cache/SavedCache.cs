@@ -63,20 +63,46 @@ public sealed class SavedCache
         }
     }
 
+    /// <summary>Takes blocks of the cache that are as the origin has them.</summary>
+    /// <param name="imagePath">Path of the cache image.</param>
+    /// <returns>Nothing if the files cannot be read, or are in use: whoever opens the cache finds out why.</returns>
+    public DiskSamples TakeSamples(string imagePath)
+    {
+        try
+        {
+            using SafeFileHandle? file = OpenMap(_mapPath);
+            if (file is null)
+                return DiskSamples.None;
+            BlockMap map = Load(file);
+            using ImageFile image = ImageFile.Open(imagePath, readOnly: true);
+            return CacheSamples.Take(map, range =>
+            {
+                byte[] data = new byte[range.LengthOn(Length)];
+                image.ReadAsync(range.Offset, data).AsTask().GetAwaiter().GetResult();
+                return data;
+            });
+        }
+        catch (DiskException)
+        {
+            return DiskSamples.None;
+        }
+    }
+
     /// <summary>Opens a cache that was switched: its image is the disk, and nothing is asked of the origin.</summary>
-    /// <param name="originName">The address that the user gives.</param>
+    /// <param name="originNames">The addresses that the user gives.</param>
     /// <param name="imagePath">Path of the cache image.</param>
     /// <param name="opening">Whether another address than the recorded one is accepted.</param>
     /// <param name="readOnly">Clients may not write.</param>
     /// <exception cref="DiskException">The files do not match, or are in use; they are untouched.</exception>
-    public OriginCache OpenSwitched(string originName, string imagePath, CacheOpening opening, bool readOnly)
+    public OriginCache OpenSwitched(
+        IReadOnlyList<string> originNames, string imagePath, CacheOpening opening, bool readOnly)
     {
         ImageFile? image = null;
         SafeFileHandle? file = null;
         try
         {
-            if (originName != OriginName && (opening & CacheOpening.Rebind) == 0)
-                throw CacheFiles.OtherOrigin(_mapPath, OriginName, originName);
+            if (!originNames.Contains(OriginName) && (opening & CacheOpening.Rebind) == 0)
+                throw CacheFiles.OtherOrigin(_mapPath, OriginName, originNames[0]);
             image = ImageFile.OpenSwitched(imagePath, Length, readOnly);
             file = OpenMap(_mapPath);
             BlockMap? map = file is null ? null : Load(file);

@@ -1,0 +1,169 @@
+using System.Collections.Concurrent;
+using Xnbd.Protocol;
+using Xnbd.Storage;
+using Xnbd.TestKit;
+
+namespace Xnbd.Client.Tests;
+
+/// <summary>Several servers of one disk, and servers that have another one.</summary>
+public sealed class RemoteServersTests : IDisposable
+{
+    private const int Size = 1 << 20, Block = 4096;
+
+    private readonly TempFolder _folder = new();
+    private readonly byte[] _image = new byte[Size];
+    private readonly byte[] _other = new byte[Size];
+    private readonly ConcurrentQueue<string> _lines = new();
+    private readonly TestLog _log;
+    private DiskSamples _samples = DiskSamples.None;
+
+    public RemoteServersTests()
+    {
+        new Random(1).NextBytes(_image);
+        new Random(2).NextBytes(_other);
+        _log = new TestLog((_, _, line) => _lines.Enqueue(line));
+    }
+
+    public void Dispose() => _folder.Dispose();
+
+    private string LogText => string.Join('\n', _lines);
+
+    private RemoteAddress Address(string name) => RemoteAddress.Parse("unix:" + _folder.File(name), "-", "");
+
+    private FakeServer Serve(string name, byte[]? image = null)
+        => new FakeServer(_folder.File(name), image ?? _image).Start();
+
+    private void End(FakeServer server)
+    {
+        server.Dispose();
+        File.Delete(server.Path);
+    }
+
+    /// <summary>From now on these blocks are known.</summary>
+    private void Know(params int[] blocks)
+        => _samples = DiskSamples.Choose(
+            [.. blocks.Select(block => ((long)block * Block, _image.AsSpan(block * Block, Block).ToArray()))], false);
+
+    private RemoteDisk Connect(params string[] names) => RemoteDisk.Connect(Options(names));
+
+    private RemoteOptions Options(params string[] names) => new()
+    {
+        Servers = [.. names.Select(Address)],
+        Log = _log,
+        TakeSamples = () => _samples,
+        ProxyId = 7,
+    };
+
+    private static async Task<byte[]> Read(RemoteDisk disk, long offset, int length)
+    {
+        byte[] buffer = new byte[length];
+        await disk.ReadAsync(offset, buffer).AsTask().WaitAsync(TimeSpan.FromSeconds(20));
+        await Task.Yield();
+        return buffer;
+    }
+
+    [Fact]
+    public async Task Servers_are_tried_in_turn_and_reads_go_on_with_the_next_one()
+    {
+        FakeServer second = Serve("b");
+        using RemoteDisk disk = Connect("a", "b", "c");
+        Assert.Equal(Address("b"), disk.Address);
+        Assert.Equal(_image[..Block], await Read(disk, 0, Block));
+        Know(0, 7);
+        using FakeServer wrong = Serve("c", _other);
+        End(second);
+        Wait.Until(() => disk.ConnectionCount == 0, "it is gone");
+        Task<byte[]> waiting = Read(disk, Block, Block);
+        Wait.Until(
+            () => LogText.Contains("the block at byte 0 is not the one that was fetched", StringComparison.Ordinal),
+            "another disk is refused");
+        Assert.False(waiting.IsCompleted);
+        using FakeServer first = Serve("a");
+        Assert.Equal(_image[Block..(2 * Block)], await waiting);
+        Assert.Equal(Address("a"), disk.Address);
+        Assert.Contains($"the remote is now {Address("a")}", LogText, StringComparison.Ordinal);
+        Assert.InRange(LogText.Split("is not the one that was fetched").Length - 1, 1, 1); // logged once
+    }
+
+    [Fact]
+    public async Task The_server_of_last_time_is_believed_although_its_disk_has_changed()
+    {
+        Know(3);
+        using FakeServer changed = Serve("a", _other);
+        string refused = Assert.Throws<RemoteException>(() => Connect("a").Dispose()).Message;
+        Assert.Contains($"the block at byte {3 * Block} is not", refused, StringComparison.Ordinal);
+        using RemoteDisk disk = RemoteDisk.Connect(Options("b", "a") with { LastServer = Address("a") });
+        Assert.Equal(_other[..Block], await Read(disk, 0, Block));
+        Assert.Contains(
+            $"the disk has changed since blocks were fetched; the first that was noticed is at byte {3 * Block}",
+            LogText,
+            StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_change_of_the_remote_is_refused_if_it_is_another_disk()
+    {
+        using FakeServer server = Serve("a"), wrong = Serve("b", _other), right = Serve("c");
+        using RemoteDisk disk = Connect("a");
+        Know(1, 2, 3);
+        Assert.Throws<RemoteException>(() => disk.SwitchTo(Address("b"), _ => Assert.Fail("it was recorded")));
+        Assert.Equal(Address("a"), disk.Address);
+        Assert.Equal(_image[..Block], await Read(disk, 0, Block));
+        disk.SwitchTo(Address("c"));
+        Assert.Equal(_image[..Block], await Read(disk, 0, Block));
+        Assert.Equal(1, right.Count);
+    }
+
+    public static TheoryData<string> Faults => ["silent", "gone", "bad sector"];
+
+    [Theory]
+    [MemberData(nameof(Faults))]
+    public void A_server_that_cannot_show_its_blocks_is_not_believed_unless_a_sector_is_bad(string fault)
+    {
+        Know([.. Enumerable.Range(0, 40)]);
+        using FakeServer server = new FakeServer(_folder.File("a"), _image)
+        {
+            Answer = (peer, _, request) =>
+            {
+                if (fault == "gone")
+                    peer.Close();
+                if (fault != "bad sector")
+                    return true;
+                if (request.Offset != 0)
+                    return false;
+                byte[] error = new byte[NbdReply.MaxErrorChunk];
+                int length = NbdReply.WriteErrorChunk(error, request.Cookie, NbdError.Io, "a bad sector");
+                peer.Send(error.AsSpan(0, length));
+                return true;
+            },
+        }.Start();
+        if (fault == "bad sector")
+            Connect("a").Dispose();
+        else
+            Assert.Throws<RemoteException>(() => Connect("a").Dispose());
+    }
+
+    [Fact]
+    public void A_server_whose_trail_comes_back_is_refused()
+    {
+        foreach ((ulong[] trail, bool isRefused) in ((ulong[], bool)[])[([1, 7], true), ([7], true), ([1, 2], false)])
+        {
+            FakeServer server = new FakeServer(_folder.File("a"), _image)
+            {
+                Description = NbdProxyTrail.Append("disk", trail),
+            }.Start();
+            if (isRefused)
+            {
+                string refused = Assert.Throws<RemoteException>(() => Connect("a").Dispose()).Message;
+                Assert.Contains("go round in a circle", refused, StringComparison.Ordinal);
+            }
+            else
+            {
+                using RemoteDisk disk = Connect("a");
+                Assert.Equal([7, 1, 2], disk.Trail);
+            }
+
+            End(server);
+        }
+    }
+}
