@@ -25,7 +25,8 @@ internal sealed class Connection : IDisposable
             socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
         }
 
-        if (socket.AddressFamily == AddressFamily.Unix)
+        IsUnix = socket.AddressFamily == AddressFamily.Unix;
+        if (IsUnix)
             socket.SendBufferSize = ServerLimits.UnixSendBuffer; // TCP's grows by itself
 
         SendsFiles = socket.ProtocolType != ProtocolType.Tcp || !IsOfThisMachine(socket);
@@ -38,6 +39,11 @@ internal sealed class Connection : IDisposable
 
     /// <summary>Who the client is, for log lines.</summary>
     public string Peer { get; }
+
+    /// <summary>
+    /// A Unix socket. Its buffer holds less than a long write, so client and server take turns while one is sent.
+    /// </summary>
+    public bool IsUnix { get; }
 
     /// <summary>
     /// Long reads may go from the file to the socket, without a copy through this process. Over TCP within this machine

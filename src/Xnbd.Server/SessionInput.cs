@@ -95,7 +95,8 @@ internal sealed class SessionInput(
             return false;
         while (payload.Length > 0)
         {
-            long count = Receive(payload, mayBlock: true);
+            // Over TCP the rest is mostly there already, and a poll takes the socket away from the client that sends.
+            long count = Receive(payload, mayBlock: true, mayPoll: connection.IsUnix);
             if (count > 0)
                 payload = payload[(int)count..];
             if (payload.Length > 0 && !MayReceiveOn(count, holdsBytes: true))
@@ -144,9 +145,9 @@ internal sealed class SessionInput(
     }
 
     /// <returns>As <see cref="LinuxSocket.ReceiveNow"/>.</returns>
-    private long Receive(Span<byte> destination, bool mayBlock)
+    private long Receive(Span<byte> destination, bool mayBlock, bool mayPoll = true)
     {
-        if (_poll.IsWorthwhile)
+        if (mayPoll && _poll.IsWorthwhile)
         {
             long count = _poll.Poll(connection.Handle, destination);
             if (Errno.Of(count) != Errno.EAGAIN)
