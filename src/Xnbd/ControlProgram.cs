@@ -1,8 +1,6 @@
 using System.CommandLine;
-using System.Diagnostics;
 using System.Globalization;
 using System.Net.Sockets;
-using System.Runtime.InteropServices;
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using Xnbd.Client;
@@ -16,8 +14,6 @@ internal static class ControlProgram
 {
     /// <summary>The program's name.</summary>
     public const string Name = "xnbd-bgctl";
-
-    private static readonly TimeSpan s_lineTime = TimeSpan.FromSeconds(5);
 
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
@@ -65,11 +61,27 @@ internal static class ControlProgram
         {
             Description = "The remote has changed: give up what was fetched",
         };
-        var progress = new Option<bool>("--progress") { Description = "With --cache-all: show the progress" };
-        var detach = new Option<bool>("--detach") { Description = "With --cache-all: start it, and return at once" };
+        var verify = new Option<bool>("--verify")
+        {
+            Description = "Read the remote once more, and compare what was fetched; differences are listed",
+        };
+        var move = new Option<bool>("--move")
+        {
+            Description = "Fetch all that is missing, verify it, and switch; then the remote can be switched off",
+        };
+        var noVerify = new Option<bool>("--no-verify") { Description = "With --move: do not verify" };
+        var progress = new Option<bool>("--progress")
+        {
+            Description = "With --cache-all, --verify and --move: show the progress",
+        };
+        var detach = new Option<bool>("--detach")
+        {
+            Description = "With --cache-all, --verify and --move: start it, and return at once",
+        };
         var blocks = new Option<string?>("--blocks-per-request")
         {
-            Description = "With --cache-all: blocks of 4096 bytes that are fetched at a time, 1 to 256 [default: 256]",
+            Description = "With --cache-all and --move: blocks of 4096 bytes that are fetched at a time, 1 to 256 "
+                + "[default: 256]",
             HelpName = "NUMBER",
         };
         var force = new Option<bool>("--force")
@@ -89,13 +101,13 @@ internal static class ControlProgram
         };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, cacheAll, cacheAll2, switches, shutdown, reconnect, cancel, invalidate, progress, detach, blocks,
-            force, exportName, json, words,
+            query, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate, progress,
+            detach, blocks, noVerify, force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
-        Option<bool>[] actions = [query, cacheAll, switches, reconnect, cancel, invalidate];
+        Option<bool>[] actions = [query, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
         bool IsGiven(Option<bool> action) => result.GetValue(action)
             || (action == cacheAll && result.GetValue(cacheAll2))
             || (action == switches && result.GetValue(shutdown));
@@ -103,14 +115,25 @@ internal static class ControlProgram
         if (given.Length != 1)
         {
             throw new UsageException(given.Length > 0 ? "only one thing can be done at a time"
-                : "say what to do: --query, --cache-all, --switch, --reconnect, --cancel or --invalidate");
+                : $"say what to do: {string.Join(", ", actions.SkipLast(1).Select(action => action.Name))} or "
+                    + actions[^1].Name);
         }
 
-        foreach ((Option option, Option of) in ((Option, Option)[])
-            [(progress, cacheAll), (detach, cacheAll), (blocks, cacheAll), (force, switches), (exportName, reconnect)])
+        foreach ((Option option, Option[] of) in ((Option, Option[])[])
+        [
+            (progress, [cacheAll, verify, move]),
+            (detach, [cacheAll, verify, move]),
+            (blocks, [cacheAll, move]),
+            (noVerify, [move]),
+            (force, [switches]),
+            (exportName, [reconnect]),
+        ])
         {
-            if (result.GetResult(option) is { Implicit: false } && given[0] != of)
-                throw new UsageException($"{option.Name} goes with {of.Name} only");
+            if (result.GetResult(option) is { Implicit: false } && !of.Contains(given[0]))
+            {
+                string names = string.Join(" and ", of.Select(other => other.Name));
+                throw new UsageException($"{option.Name} goes with {names} only");
+            }
         }
 
         if (result.GetValue(progress) && result.GetValue(detach))
@@ -149,15 +172,20 @@ internal static class ControlProgram
         if (given[0] == cancel)
         {
             if (client.Call("query")!["job"] is not { } running || running["state"]!.GetValue<string>() != "running")
-                throw new FailureException("nothing is being cached");
+                throw new FailureException("nothing is being cached, verified or moved");
             JsonNode status = client.Call("job.cancel", new JsonObject { ["job"] = running["job"]!.GetValue<int>() })!;
-            return Say(status, isJson, $"caching all: {status["state"]!.GetValue<string>()}");
+            return Say(status, isJson, $"{ControlProgress.Doing(status)}: {status["state"]!.GetValue<string>()}");
         }
 
-        JsonNode job = client.Call("cache-all", new JsonObject { ["blocks-per-request"] = blocksPerRequest })!;
+        var parameters = new JsonObject { ["blocks-per-request"] = blocksPerRequest };
+        if (given[0] == move)
+            parameters["verify"] = !result.GetValue(noVerify);
+        string method = given[0] == verify ? ProxyJobs.VerifyKind
+            : given[0] == move ? ProxyJobs.MoveKind : ProxyJobs.CacheAllKind;
+        JsonNode job = client.Call(method, parameters)!;
         if (result.GetValue(detach))
-            return Say(job, isJson, $"caching all: job {job["job"]!.GetValue<int>()} is running");
-        return WaitFor(client, job, result.GetValue(progress), isJson);
+            return Say(job, isJson, $"{ControlProgress.Doing(job)}: job {job["job"]!.GetValue<int>()} is running");
+        return Follow(client, job, result.GetValue(progress), isJson);
     }
 
     /// <summary>
@@ -212,94 +240,53 @@ internal static class ControlProgram
         }
     }
 
-    private static int WaitFor(ControlClient client, JsonNode job, bool showProgress, bool isJson)
+    /// <summary>Waits for a job, and reports its end.</summary>
+    private static int Follow(ControlClient client, JsonNode job, bool isShown, bool isJson)
     {
-        var id = new JsonObject { ["job"] = job["job"]!.GetValue<int>(), ["wait-ms"] = 200 };
-        using var interrupted = new ManualResetEventSlim();
-        using var sigint = PosixSignalRegistration.Create(PosixSignal.SIGINT, context =>
+        JsonNode status = ControlProgress.WaitFor(client, job, isShown);
+        JsonNode? comparison = status["verification"];
+        if (status["state"]!.GetValue<string>() == "done")
         {
-            context.Cancel = !interrupted.IsSet; // the second one ends the program, whatever it is doing
-            interrupted.Set();
-        });
-        bool isTerminal = !Console.IsErrorRedirected;
-        long start = Stopwatch.GetTimestamp(), lastLine = 0;
-        long fetchedBefore = job["fetched-bytes"]!.GetValue<long>(), zeroesBefore = ZeroBytes(job);
-        while (true)
-        {
-            JsonNode status = client.Call("job.status", (JsonObject)id.DeepClone())!;
-            long total = status["blocks"]!.GetValue<long>(), missing = status["missing-blocks"]!.GetValue<long>();
-            string state = status["state"]!.GetValue<string>();
-            bool isLate = Stopwatch.GetElapsedTime(lastLine == 0 ? start : lastLine) >= s_lineTime;
-            if (showProgress && (isTerminal || isLate || state != "running"))
+            return Say(status, isJson, status["kind"]?.GetValue<string>() switch
             {
-                lastLine = Stopwatch.GetTimestamp();
-                Draw(
-                    total,
-                    missing,
-                    status["fetched-bytes"]!.GetValue<long>() - fetchedBefore,
-                    ZeroBytes(status) - zeroesBefore,
-                    Stopwatch.GetElapsedTime(start),
-                    isTerminal);
-            }
-
-            if (state != "running")
-            {
-                if (showProgress && isTerminal)
-                    Console.Error.WriteLine();
-                if (state != "done")
-                    throw new FailureException(
-                        $"caching all: {state}{ErrorOf(status)}");
-                return Say(status, isJson, "all is cached");
-            }
-
-            if (!interrupted.IsSet)
-                continue;
-            if (isTerminal && !Console.IsInputRedirected)
-            {
-                Console.Error.Write("\nStop caching? (It goes on in the proxy otherwise.) [y/N] ");
-                if (Console.ReadLine()?.Trim().StartsWith("y", StringComparison.OrdinalIgnoreCase) == true)
-                {
-                    client.Call("job.cancel", new JsonObject { ["job"] = id["job"]!.GetValue<int>() });
-                    throw new FailureException("interrupted: the caching was stopped; what was fetched stays");
-                }
-            }
-
-            throw new FailureException(
-                "interrupted: the caching goes on in the proxy; --query shows the progress, --cancel stops it");
-        }
-    }
-
-    /// <summary>
-    /// Rate and remaining time count what is read from the remote. Zeroes that the remote reports are not read, and are
-    /// shown apart.
-    /// </summary>
-    private static void Draw(long total, long missing, long fetched, long zeroes, TimeSpan time, bool isTerminal)
-    {
-        const int width = 30;
-        double rate = fetched / Math.Max(0.001, time.TotalSeconds);
-        string holes = zeroes == 0 ? "" : $", zeroes {ByteCount.Describe(zeroes)}";
-        double seconds = Math.Ceiling(missing * (double)BlockRange.BlockSize / rate);
-        string rest = missing == 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
-        string text = string.Create(
-            CultureInfo.InvariantCulture,
-            $"{Percent(total - missing, total)} %, fetched {ByteCount.Describe(fetched)}, "
-            + $"{rate / (1 << 20):0.#} MiB/s{holes}{rest}");
-        if (!isTerminal)
-        {
-            Console.Error.WriteLine($"{Name}: {text}");
-            return;
+                ProxyJobs.VerifyKind => $"verified: {Compared(comparison!)}",
+                ProxyJobs.MoveKind when comparison is null
+                    => "moved: the cache image is served as a target now; the remote can be switched off",
+                ProxyJobs.MoveKind
+                    => "moved: the cache image is served as a target now; the remote can be switched off\n"
+                        + $"verified: {Compared(comparison)}",
+                _ => "all is cached",
+            });
         }
 
-        int filled = total == 0 ? width : (int)(width * (total - missing) / total);
-        Console.Error.Write($"\r\e[K[{new string('#', filled)}{new string('.', width - filled)}] {text}");
+        if (comparison is not null && comparison["different-blocks"]!.GetValue<long>() > 0)
+            Say(status, isJson, Differences(comparison));
+        throw new FailureException(
+            $"{ControlProgress.Doing(status)}: {status["state"]!.GetValue<string>()}{ErrorOf(status)}");
     }
 
-    /// <summary>A proxy that was started before the last update may not report them.</summary>
-    private static long ZeroBytes(JsonNode answer) => answer["zero-bytes"]?.GetValue<long>() ?? 0;
+    private static string Compared(JsonNode comparison)
+    {
+        long blocks = comparison["blocks"]!.GetValue<long>(), written = comparison["written-blocks"]!.GetValue<long>();
+        string rest = written == 0 ? "" : $" ({written} others were written here meanwhile)";
+        return $"{blocks - written} blocks that were fetched are as the remote has them{rest}";
+    }
 
-    /// <summary>A percentage that is 100.0 only for all.</summary>
-    private static string Percent(long part, long all)
-        => part == all ? "100.0" : (Math.Floor(1000.0 * part / all) / 10).ToString("0.0", CultureInfo.InvariantCulture);
+    private static string Differences(JsonNode comparison)
+    {
+        var text = new System.Text.StringBuilder();
+        long listed = 0;
+        foreach (JsonNode? range in comparison["differences"]!.AsArray())
+        {
+            long length = range!["length"]!.GetValue<long>();
+            listed += BlockRange.CountOf(length);
+            text.Append(
+                CultureInfo.InvariantCulture, $"differs: {length} bytes at {range["offset"]!.GetValue<long>()}\n");
+        }
+
+        long more = comparison["different-blocks"]!.GetValue<long>() - listed;
+        return more > 0 ? $"{text}and {more} more blocks" : text.ToString().TrimEnd('\n');
+    }
 
     private static int Say(JsonNode answer, bool isJson, string text)
     {
@@ -325,11 +312,11 @@ internal static class ControlProgram
         Console.WriteLine($"remote:       {remote}");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
         Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
-        string percent = Percent(cached, blocks);
+        string percent = ControlProgress.Percent(cached, blocks);
         Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {percent} %");
         Console.WriteLine($"written here: {Bytes(written * BlockRange.BlockSize)}, {written} blocks");
         Console.WriteLine($"fetched:      {Bytes(Number("fetched-bytes"))} since the start");
-        Console.WriteLine($"zeroes:       {Bytes(ZeroBytes(answer))} that were not fetched");
+        Console.WriteLine($"zeroes:       {Bytes(ControlProgress.ZeroBytes(answer))} that were not fetched");
         Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
         Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
         Console.WriteLine($"clients:      {Number("clients")} connections");
@@ -337,7 +324,11 @@ internal static class ControlProgram
         if (failures > 0)
             Console.WriteLine($"NOT CACHED:   {failures} times fetched data could not be kept: see the proxy's log");
         if (answer["job"] is { } job)
-            Console.WriteLine($"cache-all:    {job["state"]!.GetValue<string>()}{ErrorOf(job)}");
+        {
+            string kind = (job["kind"]?.GetValue<string>() ?? ProxyJobs.CacheAllKind) + ":";
+            Console.WriteLine($"{kind,-13} {job["state"]!.GetValue<string>()}{ErrorOf(job)}");
+        }
+
         return ExitCode.Success;
     }
 

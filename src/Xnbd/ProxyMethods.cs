@@ -17,9 +17,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
     private readonly OriginCache _cache = cache;
     private readonly RemoteDisk? _remote = remote; // null if this was a target from the start
     private readonly ILogger _log = log;
-    private readonly Lock _lock = new(); // held to change the two fields below; _job is also read without it
-    private volatile CacheAllJob? _job; // the last one
-    private int _jobs;
+    private readonly ProxyJobs _jobs = new(proxy, cache, log);
     private readonly Lock _reconnecting = new();
 
     /// <summary>Carries out a method.</summary>
@@ -33,11 +31,16 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
                 case "query":
                     return Query();
                 case "cache-all":
-                    return StartCacheAll(parameters["blocks-per-request"]?.GetValue<int>() ?? 256);
+                    return _jobs.CacheAll(BlocksPerRequest(parameters)).Status(0);
+                case "verify":
+                    return _jobs.Verify().Status(0);
+                case "move":
+                    bool isVerified = parameters["verify"]?.GetValue<bool>() ?? true;
+                    return _jobs.Move(BlocksPerRequest(parameters), isVerified).Status(0);
                 case "job.status":
                     return FindJob(parameters).Status(parameters["wait-ms"]?.GetValue<int>() ?? 0);
                 case "job.cancel":
-                    CacheAllJob job = FindJob(parameters);
+                    ProxyJob job = FindJob(parameters);
                     job.Cancel();
                     return job.Status(0);
                 case "switch":
@@ -83,40 +86,23 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             ["bytes-in-flight"] = figures.BytesInFlight,
             ["store-failures"] = _proxy.StoreFailures,
             ["clients"] = _proxy.CountClients(),
-            ["job"] = _job?.Status(0),
+            ["job"] = _jobs.Last?.Status(0),
         };
     }
 
-    private JsonObject StartCacheAll(int blocksPerRequest)
-    {
-        if (blocksPerRequest is < 1 or > 256)
-            throw new ControlException(
+    private static int BlocksPerRequest(JsonObject parameters)
+        => (parameters["blocks-per-request"]?.GetValue<int>() ?? 256) is var count and >= 1 and <= 256
+            ? count
+            : throw new ControlException(
                 ControlException.InvalidParameters, "blocks-per-request: not a number from 1 to 256");
-        lock (_lock)
-        {
-            if (_job is not { IsRunning: true })
-                _job = new CacheAllJob(++_jobs, _cache, blocksPerRequest, _log);
-            return _job.Status(0); // the running one does the same
-        }
-    }
 
-    private CacheAllJob FindJob(JsonObject parameters)
-    {
-        int id = parameters["job"]?.GetValue<int>()
-            ?? throw new ControlException(ControlException.InvalidParameters, "job: its id is missing");
-        lock (_lock)
-        {
-            return _job?.Id == id
-                ? _job
-                : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
-        }
-    }
+    private ProxyJob FindJob(JsonObject parameters)
+        => _jobs.Find(parameters["job"]?.GetValue<int>()
+            ?? throw new ControlException(ControlException.InvalidParameters, "job: its id is missing"));
 
     private JsonObject Invalidate()
     {
-        if (_job is { IsRunning: true })
-            throw new ControlException(
-                ControlException.Failed, "all is being cached: stop that first (xnbd-bgctl --cancel)");
+        _jobs.RefuseIfRunning();
         _cache.Invalidate();
         _log.LogInformation("invalidated: all fetched blocks are absent again");
         return Query();
@@ -153,9 +139,5 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
     }
 
     /// <summary>Ends a job that is running, soon.</summary>
-    public void EndJob()
-    {
-        lock (_lock)
-            _job?.End();
-    }
+    public void EndJob() => _jobs.End();
 }

@@ -56,6 +56,14 @@ internal sealed class CachingDisk : OverlayDisk
     /// <summary>How long a command waits for the origin, before it is refused.</summary>
     private static readonly TimeSpan s_maxOriginTime = TimeSpan.FromSeconds(20);
 
+    /// <summary>How many reads for work that nobody waits for are under way at once.</summary>
+    private const int MaxTurns = 4;
+
+    /// <summary>How often such a read gives way to those who wait for the origin, and how long each time.</summary>
+    private const int MaxTurnWaits = 50;
+    private static readonly TimeSpan s_turnTime = TimeSpan.FromMilliseconds(20);
+
+    private readonly SemaphoreSlim _originTurns = new(MaxTurns);
     private readonly Disk _origin;
     private readonly FetchQueue _fetches;
     private readonly FetchStore _store;
@@ -139,6 +147,10 @@ internal sealed class CachingDisk : OverlayDisk
     /// <summary>Fetches all that is missing; see <see cref="CacheFill.RunAsync"/>.</summary>
     public Task CacheAll(int maxBlocks, int parallel, CancellationToken cancel)
         => _fill.RunAsync(maxBlocks, parallel, cancel);
+
+    /// <summary>Compares what was fetched with the origin; see <see cref="CacheVerify.RunAsync"/>.</summary>
+    public Task Verify(CacheVerification result, CancellationToken cancel)
+        => new CacheVerify(_origin, Local, Map, Changing, ReadOriginAfterOthers).RunAsync(result, cancel);
 
     /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
     public DiskSamples TakeSamples() => CacheSamples.Take(Map, range =>
@@ -367,6 +379,22 @@ internal sealed class CachingDisk : OverlayDisk
 
         while (_store.StepToWaitFor() is { } step)
             await step;
+    }
+
+    /// <summary>Reads the origin, for work that nobody waits for: readers come first.</summary>
+    private async Task ReadOriginAfterOthers(long offset, Memory<byte> buffer)
+    {
+        await _originTurns.WaitAsync();
+        try
+        {
+            for (int waits = 0; waits < MaxTurnWaits && _fetches.InFlight.Requests > 0; waits++)
+                await Task.Delay(s_turnTime);
+            await _origin.ReadAsync(offset, buffer);
+        }
+        finally
+        {
+            _originTurns.Release();
+        }
     }
 
     private void RefuseIfWritten()

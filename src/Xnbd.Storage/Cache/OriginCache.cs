@@ -114,6 +114,14 @@ public sealed class OriginCache : IDisposable
     }
 
     /// <summary>
+    /// Compares what was fetched, and was not written here, with the origin; see <see cref="CacheVerify"/>.
+    /// </summary>
+    /// <param name="result">Is filled in meanwhile.</param>
+    /// <param name="cancel">Ends the work.</param>
+    /// <exception cref="DiskException">The origin or the image cannot be read.</exception>
+    public Task Verify(CacheVerification result, CancellationToken cancel) => _cache.Verify(result, cancel);
+
+    /// <summary>
     /// Gives up what was fetched, since the origin has changed; see <see cref="CachingDisk.Invalidate"/>.
     /// </summary>
     /// <exception cref="DiskException">

@@ -1,0 +1,147 @@
+using System.Runtime.CompilerServices;
+using Xnbd.Storage.Maps;
+using Xnbd.Storage.Overlay;
+
+namespace Xnbd.Storage.Cache;
+
+/// <summary>
+/// Compares all blocks that were fetched, and not written here, with the origin, which is read once more. What the
+/// origin says is zero is not read: it is compared with zeroes.
+/// <para>
+/// The origin is read first. Then the blocks are held, a unit at a time, and compared if they still count as fetched:
+/// who holds them is no writer, so that the file has what was stored. A writer waits for one unit at most.
+/// </para>
+/// Threads: several pieces are compared at once. There is no lock here, and nothing is changed.
+/// </summary>
+/// <param name="origin">Tells where zeroes are.</param>
+/// <param name="local">The cache's file.</param>
+/// <param name="map">Which blocks the file holds.</param>
+/// <param name="changing">Blocks whose state is being changed.</param>
+/// <param name="readOrigin">Reads the origin, when those who wait for it leave room.</param>
+internal sealed class CacheVerify(
+    Disk origin, Disk local, BlockMap map, BlockLocks changing, Func<long, Memory<byte>, Task> readOrigin)
+{
+    /// <summary>How much is read and compared at once, in blocks.</summary>
+    private const int PieceBlocks = (256 << 10) / BlockRange.BlockSize;
+
+    /// <summary>How many blocks are held at once.</summary>
+    private const int HeldBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
+
+    /// <summary>How many pieces are compared at once.</summary>
+    private const int Parallel = 16;
+
+    /// <summary>How much the origin is asked about at once, in blocks: 1 GiB.</summary>
+    private const int AskedBlocks = (1 << 30) / BlockRange.BlockSize;
+
+    /// <summary>How many extents an answer has at most.</summary>
+    private const int MaxExtents = 4096;
+
+    private static readonly byte[] s_zeroes = new byte[FetchStore.UnitBytes];
+
+    private long Length => map.Header.Source.Length;
+
+    /// <summary>Compares.</summary>
+    /// <param name="result">Is filled in meanwhile.</param>
+    /// <param name="cancel">Ends the work.</param>
+    /// <exception cref="DiskException">The origin or the file cannot be read.</exception>
+    public async Task RunAsync(CacheVerification result, CancellationToken cancel)
+    {
+        result.Blocks = map.Count(BlockState.Fetched);
+        result.MayHoldWrites = (map.Header.Flags & MapFlags.MayHoldWrites) != 0;
+        var options = new ParallelOptions { MaxDegreeOfParallelism = Parallel, CancellationToken = cancel };
+        await System.Threading.Tasks.Parallel.ForEachAsync(
+            Pieces(), options, async (piece, _) => await Compare(piece.Range, piece.IsZero, result, cancel));
+    }
+
+    /// <summary>What is to be compared, in order.</summary>
+    private async IAsyncEnumerable<(BlockRange Range, bool IsZero)> Pieces(
+        [EnumeratorCancellation] CancellationToken cancel = default)
+    {
+        for (long block = 0; block < map.BlockCount;)
+        {
+            cancel.ThrowIfCancellationRequested();
+            BlockRange run = map.Run(
+                new BlockRange(block, Math.Min(AskedBlocks, map.BlockCount - block)), out BlockState state);
+            block = run.End;
+            if (state != BlockState.Fetched)
+                continue;
+            var extents = new ExtentList(MaxExtents);
+            await origin.GetExtentsAsync(run.Offset, run.LengthOn(Length), extents);
+            long offset = run.Offset, done = run.First;
+            foreach (Extent extent in extents.Extents)
+            {
+                BlockRange zeroes = BlockRange.Inside(offset, extent.Length, Length);
+                offset += extent.Length;
+                if (!extent.IsHole || zeroes.Count == 0 || zeroes.LengthOn(Length) < FetchStore.UnitBytes)
+                    continue;
+                foreach (BlockRange piece in Cut(new BlockRange(done, zeroes.First - done)))
+                    yield return (piece, false);
+                foreach (BlockRange piece in Cut(zeroes))
+                    yield return (piece, true);
+                done = zeroes.End;
+            }
+
+            block = Math.Max(done, Math.Min(block, BlockRange.Inside(0, offset, Length).End));
+            if (block == run.First)
+                block = run.End; // an answer of no use
+            foreach (BlockRange piece in Cut(new BlockRange(done, block - done)))
+                yield return (piece, false);
+        }
+    }
+
+    private static IEnumerable<BlockRange> Cut(BlockRange range)
+    {
+        for (; range.Count > 0; range = new BlockRange(range.First + PieceBlocks, range.Count - PieceBlocks))
+            yield return range with { Count = Math.Min(range.Count, PieceBlocks) };
+    }
+
+    private async Task Compare(BlockRange piece, bool isZero, CacheVerification result, CancellationToken cancel)
+    {
+        byte[] theirs = [];
+        if (!isZero)
+        {
+            theirs = new byte[piece.LengthOn(Length)]; // given up with the read if this is cancelled
+            await readOrigin(piece.Offset, theirs).WaitAsync(cancel);
+            result.NoteRead(theirs.Length);
+        }
+
+        byte[] ours = new byte[FetchStore.UnitBytes];
+        long compared = 0;
+        for (BlockRange left = piece; left.Count > 0;)
+        {
+            BlockRange unit = left with { Count = Math.Min(left.Count, HeldBlocks) };
+            left = left.After(unit);
+            await changing.ForEachAsync(
+                map,
+                unit,
+                state => state == BlockState.Fetched,
+                async part =>
+                {
+                    int length = (int)part.LengthOn(Length);
+                    await local.ReadAsync(part.Offset, ours.AsMemory(0, length));
+                    ReadOnlyMemory<byte> expected = isZero
+                        ? s_zeroes.AsMemory(0, length)
+                        : theirs.AsMemory((int)(part.Offset - piece.Offset), length);
+                    NoteDifferences(part, ours.AsSpan(0, length), expected.Span, result);
+                    compared += part.Count;
+                },
+                cancel: cancel);
+        }
+
+        result.NoteWritten(piece.Count - compared);
+        result.NoteDone(piece.Count);
+    }
+
+    private static void NoteDifferences(
+        BlockRange range, ReadOnlySpan<byte> ours, ReadOnlySpan<byte> theirs, CacheVerification result)
+    {
+        if (ours.SequenceEqual(theirs))
+            return;
+        for (int at = 0; at < ours.Length; at += BlockRange.BlockSize)
+        {
+            int length = Math.Min(BlockRange.BlockSize, ours.Length - at);
+            if (!ours.Slice(at, length).SequenceEqual(theirs.Slice(at, length)))
+                result.NoteDifferent(new BlockRange(range.First + (at / BlockRange.BlockSize), 1));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+using Microsoft.Extensions.Logging;
+using Xnbd.Control;
+using Xnbd.Storage;
+using Xnbd.Storage.Cache;
+
+namespace Xnbd.Programs;
+
+/// <summary>
+/// The jobs of a proxy, of which one runs at a time. The last one is remembered.
+/// <para>Any thread may call anything; <c>_lock</c> is held while a job is started or looked for.</para>
+/// </summary>
+internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
+{
+    public const string CacheAllKind = "cache-all", VerifyKind = "verify", MoveKind = "move";
+
+    private readonly ProxyMode _proxy = proxy;
+    private readonly OriginCache _cache = cache;
+    private readonly ILogger _log = log;
+    private readonly Lock _lock = new(); // held to change the two fields below; _last is also read without it
+    private volatile ProxyJob? _last;
+    private int _count;
+
+    /// <summary>The last job; null if there was none.</summary>
+    public ProxyJob? Last => _last;
+
+    /// <summary>
+    /// Fetches all that is missing. If that is under way, also as a part of a move, nothing new begins.
+    /// </summary>
+    /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
+    public ProxyJob CacheAll(int blocksPerRequest)
+        => Start(CacheAllKind, joins: [MoveKind], replaces: [], FetchStep(blocksPerRequest));
+
+    /// <summary>Compares what was fetched with the remote.</summary>
+    /// <exception cref="ControlException">This is a target, or another job is under way.</exception>
+    public ProxyJob Verify()
+        => _cache.Image is null
+            ? Start(VerifyKind, joins: [], replaces: [], VerifyStep())
+            : throw new ControlException(
+                ControlException.Failed, "this is a target now: there is no remote to compare with");
+
+    /// <summary>Fetches all that is missing, compares it with the remote, and switches.</summary>
+    /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
+    /// <param name="isVerified">Whether it is compared.</param>
+    /// <exception cref="ControlException">Another job is under way.</exception>
+    public ProxyJob Move(int blocksPerRequest, bool isVerified)
+    {
+        ProxyJobStep fetch = FetchStep(blocksPerRequest);
+        var end = new ProxyJobStep("switch", (_, cancel) =>
+        {
+            cancel.ThrowIfCancellationRequested();
+            _proxy.Switch(force: false);
+            return Task.FromResult<string?>(null);
+        });
+        return Start(
+            MoveKind, joins: [], replaces: [CacheAllKind], isVerified ? [fetch, VerifyStep(), end] : [fetch, end]);
+    }
+
+    /// <summary>Finds a job.</summary>
+    /// <exception cref="ControlException">It is not the last one.</exception>
+    public ProxyJob Find(int id)
+        => _last is { } job && job.Id == id
+            ? job
+            : throw new ControlException(ControlException.Failed, $"there is no job {id} (any more)");
+
+    /// <summary>Refuses what makes no sense while a job runs.</summary>
+    /// <exception cref="ControlException">A job runs.</exception>
+    public void RefuseIfRunning()
+    {
+        if (_last is { IsRunning: true } job)
+            throw Busy(job);
+    }
+
+    /// <summary>Ends a job that is running, soon.</summary>
+    public void End()
+    {
+        lock (_lock)
+            _last?.End();
+    }
+
+    /// <param name="kind">The job that is wanted.</param>
+    /// <param name="joins">Kinds that do the same and more: one that runs is the answer.</param>
+    /// <param name="replaces">Kinds that are a part of it: one that runs is ended.</param>
+    /// <param name="steps">What the job does.</param>
+    private ProxyJob Start(string kind, string[] joins, string[] replaces, params ProxyJobStep[] steps)
+    {
+        lock (_lock)
+        {
+            if (_last is { IsRunning: true } running)
+            {
+                if (running.Kind == kind || joins.Contains(running.Kind))
+                    return running;
+                if (!replaces.Contains(running.Kind))
+                    throw Busy(running);
+                running.Cancel();
+            }
+
+            return _last = new ProxyJob(++_count, kind, _cache, _log, steps);
+        }
+    }
+
+    private static ControlException Busy(ProxyJob job)
+    {
+        string work = job.Kind == CacheAllKind ? "all is being cached"
+            : job.Kind == VerifyKind ? "what was fetched is being verified" : "the disk is being moved";
+        return new ControlException(ControlException.Failed, $"{work}: stop that first (xnbd-bgctl --cancel)");
+    }
+
+    private ProxyJobStep FetchStep(int blocksPerRequest) => new("fetch", async (_, cancel) =>
+    {
+        await _cache.CacheAll(blocksPerRequest, cancel);
+        long absent = _cache.Statistics.AbsentBlocks;
+        return absent == 0 ? null : $"{absent} blocks are still missing";
+    });
+
+    private ProxyJobStep VerifyStep() => new("verify", async (job, cancel) =>
+    {
+        if (_cache.Image is not null)
+            return null; // a switch has overtaken the move
+        var result = new CacheVerification();
+        job.Show(result);
+        await _cache.Verify(result, cancel);
+        if (result.DifferentBlocks == 0)
+            return null;
+        (long offset, _) = result.Differences(_cache.Disk.Length)[0];
+        string hint = result.MayHoldWrites
+            ? " (the machine has died since, so that they may hold what clients wrote before that)"
+            : "";
+        return $"{result.DifferentBlocks} blocks of {BlockRange.BlockSize} bytes are not as the remote has them, the"
+            + $" first at byte {offset}{hint}";
+    });
+}
