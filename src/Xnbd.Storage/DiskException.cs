@@ -90,6 +90,9 @@ public enum Remedy
 
     /// <summary>Fetch first all that is missing.</summary>
     CacheAll,
+
+    /// <summary>Say that the origin does not change any more.</summary>
+    BeginKeeping,
 }
 
 /// <summary>

@@ -61,6 +61,10 @@ internal static class ControlProgram
         {
             Description = "The remote has changed: give up what was fetched",
         };
+        var begin = new Option<bool>("--begin")
+        {
+            Description = "The machine has moved (see xnbd-server --incoming): keep what is read from now on",
+        };
         var verify = new Option<bool>("--verify")
         {
             Description = "Read the remote once more, and compare what was fetched; differences are listed",
@@ -101,13 +105,13 @@ internal static class ControlProgram
         };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate, progress,
-            detach, blocks, noVerify, force, exportName, json, words,
+            query, begin, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate,
+            progress, detach, blocks, noVerify, force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
-        Option<bool>[] actions = [query, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
+        Option<bool>[] actions = [query, begin, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
         bool IsGiven(Option<bool> action) => result.GetValue(action)
             || (action == cacheAll && result.GetValue(cacheAll2))
             || (action == switches && result.GetValue(shutdown));
@@ -167,6 +171,8 @@ internal static class ControlProgram
                 : "this is a target now: there is no remote, and none is needed");
         }
 
+        if (given[0] == begin)
+            return Say(client.Call("begin")!, isJson, "what is read from now on is kept");
         if (given[0] == invalidate)
             return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched again");
         if (given[0] == cancel)
@@ -310,6 +316,8 @@ internal static class ControlProgram
             ? $"{address.GetValue<string>()}, {Number("remote-connections")} connections"
             : "none: the proxy was switched";
         Console.WriteLine($"remote:       {remote}");
+        if (answer["incoming"]?.GetValue<bool>() == true)
+            Console.WriteLine("incoming:     nothing is kept until a client writes, or --begin");
         Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
         Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
         string percent = ControlProgress.Percent(cached, blocks);

@@ -13,6 +13,9 @@ namespace Xnbd.Programs;
 /// </summary>
 internal sealed class ControlProgress
 {
+    /// <summary>The phases of jobs, in order.</summary>
+    private static readonly string[] s_phases = ["fetch", "verify", "switch"];
+
     private static readonly TimeSpan s_lineTime = TimeSpan.FromSeconds(5);
 
     private readonly ControlClient _client;
@@ -21,7 +24,7 @@ internal sealed class ControlProgress
     private readonly bool _isShown;
     private readonly bool _isTerminal = !Console.IsErrorRedirected;
     private readonly ManualResetEventSlim _interrupted = new();
-    private string? _phase; // the present one, and what there was at its begin
+    private string _phase; // the present one, and what there was at its begin
     private long _phaseStart;
     private long _fetchedBefore;
     private long _zeroesBefore;
@@ -32,6 +35,7 @@ internal sealed class ControlProgress
         (_client, _isShown) = (client, isShown);
         _id = Number(job, "job");
         _kind = KindOf(job);
+        _phase = PhaseOf(job);
         Begin(job);
     }
 
@@ -99,11 +103,18 @@ internal sealed class ControlProgress
 
     private void Show(JsonNode status, bool isRunning)
     {
-        bool isNew = PhaseOf(status) != _phase;
-        if (isNew)
+        string phase = PhaseOf(status);
+        while (_phase != phase && _phase != s_phases[^1])
+        {
+            Draw(status); // the end of the phase stays to be seen, however short it was
+            if (_isTerminal)
+                Console.Error.WriteLine();
+            _phase = s_phases[Array.IndexOf(s_phases, _phase) + 1];
             Begin(status);
+        }
+
         bool isLate = Stopwatch.GetElapsedTime(_lastLine) >= s_lineTime;
-        if (!_isTerminal && isRunning && !isLate && !isNew)
+        if (!_isTerminal && isRunning && !isLate)
             return;
         _lastLine = Stopwatch.GetTimestamp();
         Draw(status);
@@ -112,9 +123,6 @@ internal sealed class ControlProgress
     /// <summary>A phase begins: rate and remaining time count from here.</summary>
     private void Begin(JsonNode status)
     {
-        if (_phase is not null && _isShown && _isTerminal)
-            Console.Error.WriteLine(); // the bar of the last phase stays
-        _phase = PhaseOf(status);
         _phaseStart = _lastLine = Stopwatch.GetTimestamp();
         _fetchedBefore = status["fetched-bytes"]!.GetValue<long>();
         _zeroesBefore = ZeroBytes(status);
@@ -130,9 +138,12 @@ internal sealed class ControlProgress
         long read = status["fetched-bytes"]!.GetValue<long>() - _fetchedBefore;
         long zeroes = ZeroBytes(status) - _zeroesBefore;
         string verb = "fetched";
-        if (_phase == "verify" && status["verification"] is { } comparison)
+        JsonNode? comparison = status["verification"];
+        if (_phase == "switch" || (_phase == "verify" && comparison is null))
+            return; // nothing that takes a while
+        if (_phase == "verify")
         {
-            total = comparison["blocks"]!.GetValue<long>();
+            total = comparison!["blocks"]!.GetValue<long>();
             left = total - comparison["done-blocks"]!.GetValue<long>();
             (read, zeroes, verb) = (comparison["read-bytes"]!.GetValue<long>(), 0, "compared");
         }

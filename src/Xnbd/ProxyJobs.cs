@@ -83,6 +83,8 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// <param name="steps">What the job does.</param>
     private ProxyJob Start(string kind, string[] joins, string[] replaces, params ProxyJobStep[] steps)
     {
+        if (kind != VerifyKind)
+            _cache.RefuseIfIncoming();
         lock (_lock)
         {
             if (_last is { IsRunning: true } running)

@@ -48,6 +48,10 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
                     return Query();
                 case "reconnect":
                     return Reconnect(parameters);
+                case "begin":
+                    if (_cache.Begin())
+                        _log.LogInformation("what is read from now on is kept");
+                    return Query();
                 case "invalidate":
                     return Invalidate();
                 default:
@@ -78,6 +82,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             ["cached-bytes"] = Math.Min(cached * BlockRange.BlockSize, _proxy.Disk.Length),
             ["fetched-blocks"] = figures.FetchedBlocks,
             ["written-blocks"] = figures.WrittenBlocks,
+            ["incoming"] = _cache.IsIncoming,
             ["hits"] = figures.Hits,
             ["misses"] = figures.Misses,
             ["fetched-bytes"] = figures.FetchedBytes,

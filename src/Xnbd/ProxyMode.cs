@@ -56,9 +56,21 @@ internal sealed class ProxyMode : IDisposable
                 options.FetchLimits,
                 CannotStore);
             _opened = _cache;
+            if (options.Incoming)
+                WaitForTheMachine();
         }
 
         _methods = new ProxyMethods(this, _cache, _remote, log);
+    }
+
+    /// <summary>Keeps nothing before a client has written, unless one has written in an earlier life.</summary>
+    private void WaitForTheMachine()
+    {
+        _cache.Begun = () => _log.LogInformation("a client has written: what is read from now on is kept");
+        if (_cache.TryPassThrough())
+            _log.LogInformation("reads pass through, and nothing is kept, until a client writes");
+        else
+            _log.LogInformation("blocks are here already: what is read is kept");
     }
 
     /// <summary>The disk that is served.</summary>

@@ -27,6 +27,9 @@ internal sealed record ProxyOptions
     public TimeSpan RemoteTimeout { get; init; } = RemoteOptions.Forever;
 
     public CacheOpening Opening { get; init; }
+
+    /// <summary>Until the first write of a client, reads pass through, and nothing is kept.</summary>
+    public bool Incoming { get; init; }
     public int MaxRequests { get; init; }
     public int MaxBytes { get; init; }
 

@@ -51,6 +51,10 @@ internal sealed class ServerCommandLine
             + "[default: as long as it takes]",
         HelpName = "SECONDS",
     };
+    private readonly Option<bool> _incoming = new("--incoming")
+    {
+        Description = "With --proxy: keep nothing until the first write of a client, or xnbd-bgctl --begin",
+    };
     private readonly Option<bool> _clearBitmap = new("--clear-bitmap")
     {
         Description = "With --proxy: forget what is cached",
@@ -177,9 +181,9 @@ internal sealed class ServerCommandLine
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remote,
-            _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind, _importBitmap, _maxQueue,
-            _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage, _format, _oldstyle, _daemonize,
-            _inetd, _connected, _logPath, _syslog, _pidFile, _image,
+            _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _clearBitmap, _rebind, _importBitmap,
+            _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage, _format, _oldstyle,
+            _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -248,6 +252,7 @@ internal sealed class ServerCommandLine
             Opening = (result.GetValue(_clearBitmap) ? CacheOpening.Clear : 0)
                 | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
+            Incoming = result.GetValue(_incoming),
             MaxRequests = Number(_maxQueue, 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
             MaxBytes = Number(_maxBuffer, 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
         };
@@ -274,8 +279,8 @@ internal sealed class ServerCommandLine
 
         Option[] ofProxy =
         [
-            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _clearBitmap, _rebind,
-            _importBitmap, _maxQueue, _maxBuffer,
+            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _clearBitmap,
+            _rebind, _importBitmap, _maxQueue, _maxBuffer,
         ];
         if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");

@@ -18,7 +18,11 @@ public sealed class ProxyMoveTests : IDisposable
         _image = _folder.Random("origin.img", Size);
         _bytes = File.ReadAllBytes(_image);
         _bytes.AsSpan(1 << 20, 1 << 20).Clear(); // the remote reports this as zeroes
-        File.WriteAllBytes(_image, _bytes);
+        File.Delete(_image);
+        using FileStream image = File.Create(_image);
+        image.Write(_bytes.AsSpan(0, 1 << 20));
+        image.Position = 2 << 20;
+        image.Write(_bytes.AsSpan(2 << 20));
     }
 
     public void Dispose() => _folder.Dispose();
@@ -35,7 +39,8 @@ public sealed class ProxyMoveTests : IDisposable
     /// <summary>Changes the cache image behind the proxy's back, as a bad disk does.</summary>
     private void Corrupt(params long[] offsets)
     {
-        using FileStream image = File.OpenWrite(_folder.File("cache.img"));
+        using var image = new FileStream(
+            _folder.File("cache.img"), FileMode.Open, FileAccess.Write, FileShare.ReadWrite);
         foreach (long offset in offsets)
         {
             image.Position = offset;
@@ -59,7 +64,10 @@ public sealed class ProxyMoveTests : IDisposable
         Assert.Equal(
             (0, $"verified: {(Size / Block) + 1 - 2} blocks that were fetched are as the remote has them\n"),
             (right.ExitCode, right.Output));
-        Assert.Contains("100.0 %, compared 7 MiB", right.Errors, StringComparison.Ordinal); // zeroes were not read
+        Assert.Contains("100.0 %, compared", right.Errors, StringComparison.Ordinal);
+        Assert.Equal(
+            Size - (1 << 20) - (2 * Block), // zeroes were not read
+            (await Query()).GetProperty("job").GetProperty("verification").GetProperty("read-bytes").GetInt64());
 
         // The first and the last block, neighbours, a hole; and one that was written here.
         Corrupt(Block, 5 * Block, (6 * Block) + 17, (1 << 20) + (9 * Block), Size - 1, 3 << 20);
@@ -156,6 +164,80 @@ public sealed class ProxyMoveTests : IDisposable
         Assert.False(verifying.IsCompleted);
         using ServerProcess back = ServerProcess.Start(remote, serve);
         Assert.StartsWith("verified: ", await verifying, StringComparison.Ordinal);
+    }
+
+    /// <summary>Like QEMU, which reads the first block before the machine has come.</summary>
+    [Fact]
+    public async Task Nothing_is_kept_until_the_machine_has_come()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image);
+        using NbdTestClient old = origin.Open();
+        using (ServerProcess proxy = Proxies.Start(_folder, origin, "--incoming"))
+        using (NbdTestClient next = proxy.Open())
+        {
+            for (int round = 0; round < 3; round++)
+            {
+                Assert.Equal(_bytes[..(2 * Block)], next.Read(0, 2 * Block));
+                Assert.Equal(NbdError.None, next.Try(NbdCommand.Cache, 0, 1 << 20));
+                Assert.Equal(NbdError.None, old.Write(100, [(byte)round, 7]));
+                (_bytes[100], _bytes[101]) = ((byte)round, 7);
+                if (round < 2)
+                    continue;
+                proxy.Kill(); // in the middle
+            }
+        }
+
+        using (ServerProcess proxy = Proxies.Start(_folder, origin, "--incoming"))
+        using (NbdTestClient next = proxy.Open())
+        {
+            Assert.Equal(_bytes, next.Read(0, Size));
+            JsonElement state = await Query();
+            Assert.Equal(0, state.GetProperty("cached-blocks").GetInt64());
+            Assert.True(state.GetProperty("incoming").GetBoolean());
+            Assert.Contains(
+                "incoming:     nothing is kept",
+                await Tool.Succeed(Proxies.Control, "--query", Socket),
+                StringComparison.Ordinal);
+            foreach (string[] early in (string[][])[["--cache-all"], ["--move"], ["--switch", "--force"]])
+            {
+                ToolResult refused = await Control([.. early, Socket]);
+                Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
+                Assert.Contains("xnbd-bgctl --begin", refused.Errors, StringComparison.Ordinal);
+            }
+
+            // The machine has come, and writes a part of a block.
+            Assert.Equal(NbdError.None, old.Write(8 * Block, [5]));
+            _bytes[8 * Block] = 5;
+            Assert.Equal(NbdError.None, next.Write((8 * Block) + 1, [6]));
+            _bytes[(8 * Block) + 1] = 6;
+            Assert.False((await Query()).GetProperty("incoming").GetBoolean());
+            Assert.Equal(_bytes, next.Read(0, Size));
+            Wait.Until(() => Query().Result.GetProperty("cached-bytes").GetInt64() == Size, "all is kept");
+            Wait.Until(() => proxy.Log.Contains("a client has written", StringComparison.Ordinal), "it is logged");
+            proxy.Kill();
+        }
+
+        using (ServerProcess again = Proxies.Start(_folder, origin, "--incoming"))
+        {
+            Assert.False((await Query()).GetProperty("incoming").GetBoolean());
+            await Tool.Succeed(Proxies.Control, "--move", Socket);
+            Assert.Equal(_bytes, File.ReadAllBytes(_folder.File("cache.img")));
+            Assert.Equal(
+                "what is read from now on is kept\n", await Tool.Succeed(Proxies.Control, "--begin", Socket));
+        }
+    }
+
+    [Fact]
+    public async Task An_administrator_can_say_that_the_machine_has_come()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin, "--incoming", "--readonly");
+        using NbdTestClient client = proxy.Open();
+        await Tool.Succeed(Proxies.Control, "--begin", Socket);
+        Assert.Equal(_bytes[..Block], client.Read(0, Block));
+        Wait.Until(() => Query().Result.GetProperty("cached-blocks").GetInt64() > 0, "it is kept");
+        await Tool.Succeed(Proxies.Control, "--move", Socket);
+        Assert.Equal("target", await Mode());
     }
 
     /// <summary>A proxy whose cache is complete and whose remote is away.</summary>

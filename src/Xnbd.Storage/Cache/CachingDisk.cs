@@ -69,6 +69,7 @@ internal sealed class CachingDisk : OverlayDisk
     private readonly FetchStore _store;
     private readonly ReadAhead _readAhead;
     private readonly CacheFill _fill;
+    private volatile bool _isIncoming;
     private long _hits;
     private long _misses;
 
@@ -142,6 +143,56 @@ internal sealed class CachingDisk : OverlayDisk
         if (range.Length > 0)
             NoteHit(offset, range.Length);
         return range;
+    }
+
+    /// <summary>
+    /// The machine that uses the disk is still to come, and the origin changes: reads pass through, and nothing is
+    /// kept. It ends with <see cref="Begin"/>, or with the first write.
+    /// </summary>
+    public bool IsIncoming => _isIncoming;
+
+    /// <summary>Told when the first write has ended <see cref="IsIncoming"/>.</summary>
+    public Action? Begun { get; set; }
+
+    /// <summary>Lets reads pass through; see <see cref="IsIncoming"/>. Nothing is local, and nobody uses the disk yet.
+    /// </summary>
+    internal void PassThrough() => _isIncoming = true;
+
+    /// <summary>What is read from now on is kept. Reads that are under way are not.</summary>
+    /// <returns>False if it has begun already.</returns>
+    public bool Begin()
+    {
+        if (!_isIncoming)
+            return false;
+        _isIncoming = false; // whoever else has seen it does the same
+        return true;
+    }
+
+    /// <inheritdoc/>
+    public override bool TryWrite(long offset, ReadOnlySpan<byte> data)
+    {
+        BeginWithWrite();
+        return base.TryWrite(offset, data);
+    }
+
+    /// <inheritdoc/>
+    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    {
+        BeginWithWrite();
+        return base.WriteAsync(offset, data, durable);
+    }
+
+    /// <inheritdoc/>
+    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    {
+        BeginWithWrite();
+        return base.ZeroAsync(offset, length, mode, durable);
+    }
+
+    private void BeginWithWrite()
+    {
+        if (_isIncoming && Begin())
+            Begun?.Invoke();
     }
 
     /// <summary>Fetches all that is missing; see <see cref="CacheFill.RunAsync"/>.</summary>
@@ -284,6 +335,8 @@ internal sealed class CachingDisk : OverlayDisk
     protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer)
     {
         Interlocked.Increment(ref _misses);
+        if (_isIncoming)
+            return _fetches.ReadThroughAsync(offset, buffer);
         BlockRange ahead = _readAhead.Next(BlockRange.Touching(offset, buffer.Length), _fetches.HasRoomAhead);
         ValueTask read = _fetches.ReadAsync(offset, buffer); // first of all what is waited for
         StartAhead(ahead);
@@ -296,6 +349,8 @@ internal sealed class CachingDisk : OverlayDisk
     /// <inheritdoc/>
     protected override async ValueTask PrefetchAbsentAsync(long offset, long length)
     {
+        if (_isIncoming)
+            return; // nothing is kept
         // A request of any length must not fill the room: it is worked off piece by piece.
         for (BlockRange left = BlockRange.Touching(offset, length); left.Count > 0;)
         {

@@ -65,6 +65,26 @@ internal sealed partial class FetchQueue
         }
     }
 
+    /// <summary>Reads the origin as it is now: no other read is joined, and nothing is kept.</summary>
+    /// <param name="offset">Offset in bytes.</param>
+    /// <param name="buffer">At least one byte.</param>
+    /// <exception cref="DiskException">The origin failed, or is detached.</exception>
+    public async ValueTask ReadThroughAsync(long offset, Memory<byte> buffer)
+    {
+        byte[] own = new byte[buffer.Length]; // the read may still be under way when the queue is detached
+        try
+        {
+            await _origin.ReadAsync(offset, own).AsTask().WaitAsync(Detaching);
+        }
+        catch (OperationCanceledException)
+        {
+            throw Replaced();
+        }
+
+        Interlocked.Add(ref _fetchedBytes, own.Length);
+        own.CopyTo(buffer);
+    }
+
     private CancellationToken Detaching
     {
         get

@@ -103,12 +103,40 @@ public sealed class OriginCache : IDisposable
             return _isClosed || Image is not null ? DiskSamples.None : _cache.TakeSamples();
     }
 
+    /// <summary>Reads pass through, and nothing is kept; see <see cref="CachingDisk.IsIncoming"/>.</summary>
+    public bool IsIncoming => Image is null && _cache.IsIncoming;
+
+    /// <summary>Told when the first write of a client has ended <see cref="IsIncoming"/>.</summary>
+    public Action? Begun
+    {
+        get => _cache.Begun;
+        set => _cache.Begun = value;
+    }
+
+    /// <summary>
+    /// Lets reads pass through until <see cref="Begin"/>, or until a client writes. To be called before clients use the
+    /// disk.
+    /// </summary>
+    /// <returns>False if something is local already: then the machine has come before.</returns>
+    public bool TryPassThrough()
+    {
+        if (Image is not null || _cache.Statistics.AbsentBlocks < _cache.Map.BlockCount)
+            return false;
+        _cache.PassThrough();
+        return true;
+    }
+
+    /// <summary>What is read from now on is kept.</summary>
+    /// <returns>False if that is so already.</returns>
+    public bool Begin() => _cache.Begin();
+
     /// <summary>Fetches all that is missing; see <see cref="CachingDisk.CacheAll"/>.</summary>
     /// <param name="blocksPerRequest">How many blocks one request fetches at most; 1 to 256.</param>
     /// <param name="cancel">Ends the work; what was fetched stays.</param>
     /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
     public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
     {
+        RefuseIfIncoming();
         const int parallel = 16; // enough for 1 GB/s and 10 ms with requests of 1 MiB
         await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), parallel, cancel);
     }
@@ -180,6 +208,7 @@ public sealed class OriginCache : IDisposable
             ThrowIfClosed();
             if (Image is not null)
                 return;
+            RefuseIfIncoming();
             RefuseIfIncomplete(force);
             _disk.Switch(_ =>
             {
@@ -291,6 +320,19 @@ public sealed class OriginCache : IDisposable
         }
 
         _cache.Reattach();
+    }
+
+    /// <summary>Refuses what makes no sense while nothing is kept.</summary>
+    /// <exception cref="DiskException"><see cref="IsIncoming"/>.</exception>
+    public void RefuseIfIncoming()
+    {
+        if (IsIncoming)
+        {
+            throw new DiskException(
+                DiskError.Permission,
+                "the remote may still be written to, so that nothing of it is kept",
+                Remedy.BeginKeeping);
+        }
     }
 
     private void RefuseIfIncomplete(bool force)
