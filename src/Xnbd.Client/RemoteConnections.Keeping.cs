@@ -61,7 +61,7 @@ internal sealed partial class RemoteConnections
             wasUsed = _connections.Remove(connection); // else it never was, or is not any more
             if (wasUsed)
             {
-                _lastBreak = _time.GetTimestamp();
+                (_lastBreak, _lostReason) = (_time.GetTimestamp(), reason);
                 Monitor.PulseAll(_lock);
             }
 
@@ -104,9 +104,11 @@ internal sealed partial class RemoteConnections
             var late = new List<RemoteRequest>();
             string reason;
             bool isClosed;
+            RemoteChange? change;
             lock (_lock)
             {
-                if (!_isClosed)
+                change = NoteChange();
+                if (!_isClosed && change is null)
                     Monitor.Wait(_lock, TimeSpan.FromMilliseconds(Math.Min(1000, _silence.TotalMilliseconds / 4)));
                 isClosed = _isClosed;
                 _connections.ForEach(connection => connection.BreakIfSilent(_silence));
@@ -115,6 +117,8 @@ internal sealed partial class RemoteConnections
                 reason = isClosed ? ClosedMessage : DownMessage;
             }
 
+            if (change is not null)
+                _changed?.Invoke(change);
             late.ForEach(request => request.Fail(DiskError.Unreachable, reason));
             if (isClosed)
                 return;
@@ -122,6 +126,25 @@ internal sealed partial class RemoteConnections
 
         bool IsLate(RemoteRequest request)
             => _connections.Count == 0 && _time.GetElapsedTime(request.StartedAt) > _patience;
+    }
+
+    /// <summary>Notes whether there is a connection. The lock is held.</summary>
+    /// <returns>What is to be told; null if nothing has changed.</returns>
+    private RemoteChange? NoteChange()
+    {
+        bool isLost = _connections.Count == 0;
+        if (_isClosed || isLost == _lostAt is not null)
+            return null;
+        if (isLost)
+        {
+            _lostAt = _time.GetTimestamp();
+            string reason = _lostReason.Length > 0 ? _lostReason : DownMessage;
+            return new RemoteChange(true, _address, reason, TimeSpan.Zero, _waiting.Count);
+        }
+
+        TimeSpan away = _time.GetElapsedTime(_lostAt!.Value);
+        _lostAt = null;
+        return new RemoteChange(false, _address, "", away, 0);
     }
 
     /// <summary>A thread: makes connections, and makes those anew that have broken.</summary>
@@ -168,6 +191,7 @@ internal sealed partial class RemoteConnections
                         Believe(address);
                         Adopt(connection); // the server may have been started anew, with other limits
                         connection = null;
+                        Monitor.PulseAll(_lock);
                     }
 
                     isSoon = _lastBreak is { } broken && _time.GetElapsedTime(broken) <= s_stableTime;
@@ -176,8 +200,6 @@ internal sealed partial class RemoteConnections
                 connection?.Dispose();
                 if (isOther)
                     LogSwitched(_log, address);
-                else if (_down is not null)
-                    LogBack(_log, address);
                 pause = isSoon ? Longer(pause) : TimeSpan.Zero;
                 failures = 0;
                 _down = null;

@@ -35,6 +35,7 @@ internal sealed partial class RemoteConnections
     private readonly object _lock = new(); // pulsed when a connection has left, and when all is closed
     private readonly ILogger _log;
     private readonly TimeProvider _time;
+    private readonly Action<RemoteChange>? _changed;
     private readonly TimeSpan _patience;
     private readonly TimeSpan _silence;
     private readonly int _maxConnections;
@@ -52,6 +53,8 @@ internal sealed partial class RemoteConnections
     private volatile int _maxReadBytes = RemoteDisk.MaxRead; // and no longer than this
     private volatile IReadOnlyList<ulong> _trail = []; // the proxies behind the server
     private long? _lastBreak; // a time stamp
+    private long? _lostAt; // a time stamp; null while there is a connection, as far as it was told
+    private string _lostReason = ""; // why the last connection has broken
     private volatile string? _down; // why the last connection could not be made
     private bool _isClosed;
 
@@ -65,7 +68,7 @@ internal sealed partial class RemoteConnections
         (_address, _lastServer) = (_servers[_turn], options.LastServer);
         (_takeSamples, _proxyId, _maxConnections) = (options.TakeSamples, options.ProxyId, options.MaxConnections);
         (_patience, _silence) = (options.Patience, options.Silence);
-        (_log, _time) = (options.Log, options.Time);
+        (_log, _time, _changed) = (options.Log, options.Time, options.Changed);
     }
 
     /// <summary>Reads anew what was asked for in a way that the present server does not take.</summary>
@@ -303,9 +306,6 @@ internal sealed partial class RemoteConnections
 
     [LoggerMessage(Level = LogLevel.Warning, Message = "the remote cannot be used; trying again: {Reason}")]
     private static partial void LogUnreachable(ILogger log, string reason);
-
-    [LoggerMessage(Level = LogLevel.Information, Message = "connected to the remote again: {Address}")]
-    private static partial void LogBack(ILogger log, RemoteAddress address);
 
     [LoggerMessage(
         Level = LogLevel.Warning,

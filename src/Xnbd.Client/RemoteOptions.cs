@@ -44,6 +44,12 @@ public sealed record RemoteOptions
     /// <summary>Told when connections break and come back.</summary>
     public required ILogger Log { get; init; }
 
+    /// <summary>
+    /// Told when the last connection is lost, and when there is one again, in this order. It is called on a thread of
+    /// this type, and must not wait.
+    /// </summary>
+    public Action<RemoteChange>? Changed { get; init; }
+
     /// <summary>The clock for patience and silence.</summary>
     public TimeProvider Time { get; init; } = TimeProvider.System;
 
@@ -54,3 +60,11 @@ public sealed record RemoteOptions
         => Patience == TimeSpan.Zero ? RemoteAddress.UnacknowledgedTime
             : Patience < SilenceTime ? Patience : SilenceTime;
 }
+
+/// <summary>The remote was lost, or is back.</summary>
+/// <param name="IsLost">There is no connection any more.</param>
+/// <param name="Address">The server.</param>
+/// <param name="Reason">Why it was lost; empty when it is back.</param>
+/// <param name="Away">How long it was away, when it is back.</param>
+/// <param name="WaitingReads">How many reads wait for it, when it is lost.</param>
+public sealed record RemoteChange(bool IsLost, RemoteAddress Address, string Reason, TimeSpan Away, int WaitingReads);

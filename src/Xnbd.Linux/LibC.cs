@@ -137,6 +137,45 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "prctl", SetLastError = true)]
     internal static partial int PrCtl(int option, byte* argument, nuint third, nuint fourth, nuint fifth);
 
+    // The functions of posix_spawn answer with the error number itself.
+
+    [LibraryImport(Name, EntryPoint = "posix_spawn")]
+    internal static partial int Spawn(
+        int* id, nint path, byte* actions, byte* attributes, nint* arguments, nint* environment);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawnattr_init")]
+    internal static partial int SpawnAttributesInit(byte* attributes);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawnattr_destroy")]
+    internal static partial int SpawnAttributesDestroy(byte* attributes);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawnattr_setflags")]
+    internal static partial int SpawnSetFlags(byte* attributes, short flags);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawnattr_setsigmask")]
+    internal static partial int SpawnSetSignalMask(byte* attributes, SignalSet* set);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawnattr_setsigdefault")]
+    internal static partial int SpawnSetSignalDefault(byte* attributes, SignalSet* set);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawn_file_actions_init")]
+    internal static partial int SpawnActionsInit(byte* actions);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawn_file_actions_destroy")]
+    internal static partial int SpawnActionsDestroy(byte* actions);
+
+    [LibraryImport(Name, EntryPoint = "posix_spawn_file_actions_addopen")]
+    internal static partial int SpawnAddOpen(byte* actions, int descriptor, nint path, int flags, uint mode);
+
+    [LibraryImport(Name, EntryPoint = "access", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int Access(string path, int mode);
+
+    [LibraryImport(Name, EntryPoint = "waitpid", SetLastError = true)]
+    internal static partial int WaitPid(int id, int* status, int options);
+
+    [LibraryImport(Name, EntryPoint = "kill", SetLastError = true)]
+    internal static partial int Kill(int id, int signal);
+
     [LibraryImport(Name, EntryPoint = "setsid", SetLastError = true)]
     internal static partial int SetSid();
 

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using Microsoft.Extensions.Logging;
 using Xnbd.Control;
 using Xnbd.Storage;
@@ -109,9 +110,14 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
 
     private ProxyJobStep FetchStep(int blocksPerRequest) => new("fetch", async (_, cancel) =>
     {
+        long start = Stopwatch.GetTimestamp();
+        CacheStatistics before = _cache.Statistics;
         await _cache.CacheAll(blocksPerRequest, cancel);
-        long absent = _cache.Statistics.AbsentBlocks;
-        return absent == 0 ? null : $"{absent} blocks are still missing";
+        CacheStatistics after = _cache.Statistics;
+        if (after.AbsentBlocks > 0)
+            return $"{after.AbsentBlocks} blocks are still missing";
+        _proxy.Events.Copied(before, after, Stopwatch.GetElapsedTime(start));
+        return null;
     });
 
     private ProxyJobStep VerifyStep() => new("verify", async (job, cancel) =>
@@ -120,7 +126,9 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             return null; // a switch has overtaken the move
         var result = new CacheVerification();
         job.Show(result);
+        long start = Stopwatch.GetTimestamp();
         await _cache.Verify(result, cancel);
+        _proxy.Events.Verified(result, Stopwatch.GetElapsedTime(start));
         if (result.DifferentBlocks == 0)
             return null;
         (long offset, _) = result.Differences(_cache.Disk.Length)[0];

@@ -20,8 +20,10 @@ internal sealed class ProxyMode : IDisposable
     private readonly OriginCache _cache;
     private volatile OriginCache? _opened; // the cache, once it is open
     private readonly ILogger _log;
+    private readonly ProxyEvents _events;
     private readonly ProxyMethods _methods;
     private ControlServer? _control;
+    private readonly Lock _switching = new(); // one switch at a time, which is told once
     private long _storeFailures;
 
     /// <summary>Connects to the remote, if it is needed, and opens the cache.</summary>
@@ -33,6 +35,7 @@ internal sealed class ProxyMode : IDisposable
     {
         _options = options;
         _log = log;
+        _events = new ProxyEvents(options, log);
         bool isCleared = (options.Opening & CacheOpening.Clear) != 0;
         SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
         if (saved is { WasSwitched: true })
@@ -72,6 +75,9 @@ internal sealed class ProxyMode : IDisposable
         else
             _log.LogInformation("blocks are here already: what is read is kept");
     }
+
+    /// <summary>Told of what the administrator wants to know.</summary>
+    public ProxyEvents Events => _events;
 
     /// <summary>The disk that is served.</summary>
     public Disk Disk => _cache.Disk;
@@ -132,6 +138,7 @@ internal sealed class ProxyMode : IDisposable
         _control?.Dispose();
         _methods.EndJob();
         _cache.Dispose(); // this also waits for a switch that a signal or a client has started
+        _events.Dispose();
     }
 
     private RemoteDisk Connect(SavedCache? saved, CancellationToken stop)
@@ -146,6 +153,7 @@ internal sealed class ProxyMode : IDisposable
             MaxConnections = _options.Connections,
             Patience = _options.RemoteTimeout,
             Log = _log,
+            Changed = _events.Remote,
         };
         long start = Stopwatch.GetTimestamp();
         for (bool isFirst = true; ; isFirst = false)
@@ -211,10 +219,13 @@ internal sealed class ProxyMode : IDisposable
     /// <exception cref="DiskException">It failed, and this is a proxy as before.</exception>
     public void Switch(bool force)
     {
-        if (_cache.Image is not null)
-            return;
-        _cache.Switch(force);
-        _log.LogInformation(
-            "switched: this is a target now, of '{Image}'; the remote is no longer used", _options.CacheImage);
+        lock (_switching)
+        {
+            if (_cache.Image is not null)
+                return;
+            long start = Stopwatch.GetTimestamp(), missing = _cache.Statistics.AbsentBlocks;
+            _cache.Switch(force);
+            _events.Switched(missing, Stopwatch.GetElapsedTime(start));
+        }
     }
 }

@@ -30,6 +30,9 @@ internal sealed record ProxyOptions
 
     /// <summary>Until the first write of a client, reads pass through, and nothing is kept.</summary>
     public bool Incoming { get; init; }
+
+    /// <summary>The program that is told of events; null for none.</summary>
+    public string? OnEvent { get; init; }
     public int MaxRequests { get; init; }
     public int MaxBytes { get; init; }
 

@@ -51,6 +51,12 @@ internal sealed class ServerCommandLine
             + "[default: as long as it takes]",
         HelpName = "SECONDS",
     };
+    private readonly Option<string?> _onEvent = new("--on-event")
+    {
+        Description = "With --proxy: a program that is run when the remote is lost or back, "
+            + "and when all is copied, verified or switched",
+        HelpName = "COMMAND",
+    };
     private readonly Option<bool> _incoming = new("--incoming")
     {
         Description = "With --proxy: keep nothing until the first write of a client, or xnbd-bgctl --begin",
@@ -181,9 +187,9 @@ internal sealed class ServerCommandLine
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remote,
-            _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _clearBitmap, _rebind, _importBitmap,
-            _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage, _format, _oldstyle,
-            _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _image,
+            _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _onEvent, _clearBitmap, _rebind,
+            _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage,
+            _format, _oldstyle, _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -253,6 +259,7 @@ internal sealed class ServerCommandLine
                 | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
             Incoming = result.GetValue(_incoming),
+            OnEvent = ReadOnEvent(result),
             MaxRequests = Number(_maxQueue, 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
             MaxBytes = Number(_maxBuffer, 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
         };
@@ -260,6 +267,14 @@ internal sealed class ServerCommandLine
         int? Number(Option<string?> option, int min, int max)
             => CommandLine.Number(option.Name, result.GetValue(option), min, max);
     }
+
+    private string? ReadOnEvent(ParseResult result)
+        => result.GetValue(_onEvent) switch
+        {
+            null => null,
+            "" => throw new UsageException("--on-event: the name is empty"),
+            string path => Path.GetFullPath(path),
+        };
 
     /// <summary>Checks the arguments of the modes that serve an image of this machine.</summary>
     private void ValidateLocal(ParseResult result, string[] images)
@@ -279,8 +294,8 @@ internal sealed class ServerCommandLine
 
         Option[] ofProxy =
         [
-            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _clearBitmap,
-            _rebind, _importBitmap, _maxQueue, _maxBuffer,
+            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _onEvent,
+            _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer,
         ];
         if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");

@@ -37,14 +37,15 @@ public sealed class ProxyMoveTests : IDisposable
     private async Task<string?> Mode() => (await Query()).GetProperty("mode").GetString();
 
     /// <summary>Changes the cache image behind the proxy's back, as a bad disk does.</summary>
-    private void Corrupt(params long[] offsets)
+    private async Task Corrupt(params long[] offsets)
     {
-        using var image = new FileStream(
-            _folder.File("cache.img"), FileMode.Open, FileAccess.Write, FileShare.ReadWrite);
-        foreach (long offset in offsets)
+        foreach (long offset in offsets) // the runtime would want the file's lock
         {
-            image.Position = offset;
-            image.WriteByte((byte)(_bytes[offset] ^ 0x55));
+            string octal = Convert.ToString(_bytes[offset] ^ 0x55, 8);
+            await Tool.Succeed(
+                "sh",
+                "-c",
+                $"printf '\\{octal}' | dd of={_folder.File("cache.img")} bs=1 seek={offset} conv=notrunc status=none");
         }
     }
 
@@ -70,7 +71,7 @@ public sealed class ProxyMoveTests : IDisposable
             (await Query()).GetProperty("job").GetProperty("verification").GetProperty("read-bytes").GetInt64());
 
         // The first and the last block, neighbours, a hole; and one that was written here.
-        Corrupt(Block, 5 * Block, (6 * Block) + 17, (1 << 20) + (9 * Block), Size - 1, 3 << 20);
+        await Corrupt(Block, 5 * Block, (6 * Block) + 17, (1 << 20) + (9 * Block), Size - 1, 3 << 20);
         ToolResult wrong = await Control("--verify", Socket);
         Assert.Equal(
             $"differs: {Block} bytes at {Block}\ndiffers: {2 * Block} bytes at {5 * Block}\n"

@@ -74,6 +74,46 @@ public sealed class ProxySwitchTests : IDisposable
         Assert.Equal("target", (await Query()).GetProperty("mode").GetString());
     }
 
+    /// <summary>
+    /// The remote's process is stopped: connections stay, and nothing comes. Clients wait for it, a copy is under way,
+    /// and an attempt to connect hangs in its handshake.
+    /// </summary>
+    [Fact]
+    public async Task A_forced_switch_does_not_wait_for_a_remote_that_has_fallen_silent()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        using NbdTestClient reading = proxy.Open(), writing = proxy.Open(), local = proxy.Open();
+        Assert.Equal(_bytes[..4096], local.Read(0, 4096));
+        Wait.Until(() => Query().Result.GetProperty("cached-blocks").GetInt64() == 1, "it is kept");
+        origin.Signal(19);
+        try
+        {
+            Task<ToolResult> hanging = Control(
+                "--reconnect", Proxies.Socket(_folder), "unix:" + origin.SocketPath, "-");
+            await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", Proxies.Socket(_folder));
+            reading.SendRequest(NbdCommand.Read, Silent, 4096);
+            writing.SendRequest(NbdCommand.Write, (3 * Silent) + 100, 3, payload: [1, 2, 3]);
+            Wait.Until(() => Query().Result.GetProperty("requests-in-flight").GetInt64() >= 2, "the remote is asked");
+            long start = Stopwatch.GetTimestamp();
+            await Tool.Succeed(Proxies.Control, "--switch", "--force", Proxies.Socket(_folder));
+            Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 3);
+            Assert.Equal(NbdError.None, reading.ReceiveReply().Error);
+            Assert.Equal(NbdError.None, writing.ReceiveReply().Error);
+            Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 4);
+            byte[] expected = [.. _bytes[..4096], .. new byte[Size - 4096]];
+            ((byte[])[1, 2, 3]).CopyTo(expected, (3 * Silent) + 100);
+            Assert.Equal(expected, local.Read(0, Size));
+            Assert.Equal(1, (await hanging).ExitCode);
+            Wait.Until(
+                () => proxy.Log.Contains("missing blocks became zeroes", StringComparison.Ordinal), "it is logged");
+        }
+        finally
+        {
+            origin.Signal(18);
+        }
+    }
+
     [Fact]
     public async Task A_read_that_is_never_answered_stops_no_switch()
     {
