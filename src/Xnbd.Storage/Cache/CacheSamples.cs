@@ -14,13 +14,13 @@ internal static class CacheSamples
     public static DiskSamples Take(BlockMap map, Func<BlockRange, byte[]?> read)
     {
         long count = map.Count(BlockState.Fetched), passed = 0, next = 0;
-        long step = Math.Max(1, count / DiskSamples.MaxCandidates);
+        long step = Math.Max(1, (count + DiskSamples.MaxCandidates - 1) / DiskSamples.MaxCandidates);
         var candidates = new List<(long, byte[])>();
         foreach ((BlockRange run, BlockState state) in map.Runs())
         {
             if (state != BlockState.Fetched)
                 continue;
-            for (; next < passed + run.Count && candidates.Count < DiskSamples.MaxCandidates; next += step)
+            for (; next < passed + run.Count; next += step)
             {
                 var block = new BlockRange(run.First + next - passed, 1);
                 bool isWhole = block.LengthOn(map.Header.Source.Length) == BlockRange.BlockSize;
