@@ -84,7 +84,7 @@ public sealed class CacheVerifyTests
             Differ(offset);
         await Verify();
         Assert.Equal(_map.BlockCount - 9, _result.DoneBlocks);
-        Assert.Equal(4, _result.DifferentBlocks);
+        Assert.Equal((4, false), (_result.DifferentBlocks, _result.MayHoldWrites));
         Assert.Equal(
             [(5 * Block, 2 * Block), ((1 << 20) + Block, Block), (Length - 100, 100)], _result.Differences(Length));
     }
@@ -128,5 +128,15 @@ public sealed class CacheVerifyTests
             ? throw new DiskException(DiskError.Io, "a bad sector")
             : Task.CompletedTask;
         Assert.Equal("a bad sector", (await Assert.ThrowsAsync<DiskException>(() => Verify())).Message);
+    }
+
+    /// <summary>Then a difference may be a write that was never flushed.</summary>
+    [Fact]
+    public async Task It_is_told_if_the_machine_has_died_since_blocks_were_fetched()
+    {
+        _map.ChangeHeader(header => header with { Flags = header.Flags | MapFlags.MayHoldWrites });
+        Differ(0);
+        await Verify();
+        Assert.Equal((1, true), (_result.DifferentBlocks, _result.MayHoldWrites));
     }
 }

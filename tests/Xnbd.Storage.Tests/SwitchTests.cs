@@ -113,6 +113,53 @@ public sealed class SwitchTests : IDisposable
         Assert.Equal(new byte[Block], await Soon(Read(cache, 40 * Block, Block)));
     }
 
+    /// <summary>After that, what counts is the header and the durable map.</summary>
+    [Fact]
+    public async Task A_cache_that_was_switched_is_a_target_also_after_the_machine_has_died()
+    {
+        string mapPath = _folder.File("map");
+        using (OriginCache cache = Open())
+        {
+            await cache.CacheAll(256, CancellationToken.None);
+            await Soon(cache.Disk.ZeroAsync(0, 8 * Block, ZeroMode.MayPunch, durable: false).AsTask());
+            _bytes.AsSpan(0, 8 * Block).Clear();
+            Assert.False(SavedCache.Find(mapPath)!.WasSwitched);
+            cache.Switch(force: false);
+        }
+
+        byte[] map = File.ReadAllBytes(mapPath);
+        new Random(7).NextBytes(map.AsSpan((int)MapLayout.LiveOffset(0), 256)); // nobody has written it back
+        File.WriteAllBytes(mapPath, map);
+        using (SafeFileHandle file = File.OpenHandle(mapPath, access: FileAccess.ReadWrite))
+        {
+            MapFile.Open(new FileMapStore(mapPath, file)).ChangeHeader(
+                header => header with { BootId = Guid.NewGuid() });
+        }
+
+        map = File.ReadAllBytes(mapPath);
+        SavedCache saved = SavedCache.Find(mapPath)!;
+        Assert.Equal((true, true, "origin"), (saved.WasSwitched, saved.IsComplete(), saved.OriginName));
+        using (OriginCache target = saved.OpenSwitched(
+            ["other", "origin"], _folder.File("image"), CacheOpening.GoOn, readOnly: false))
+        {
+            Assert.NotNull(target.Image);
+            Assert.Equal(_bytes, await Read(target, 0, Length));
+            await Write(target, 100, [1, 2, 3], durable: true);
+            ((byte[])[1, 2, 3]).CopyTo(_bytes, 100);
+            target.Switch(force: false);
+            await target.CacheAll(256, CancellationToken.None);
+            await target.FlushAll();
+            Assert.Equal(0, target.Statistics.AbsentBlocks);
+        }
+
+        Assert.Equal(map, File.ReadAllBytes(mapPath));
+        Assert.Equal(_bytes, File.ReadAllBytes(_folder.File("image")));
+        Assert.Equal(
+            Remedy.RebindMap,
+            Assert.Throws<DiskException>(
+                () => saved.OpenSwitched(["other"], _folder.File("image"), CacheOpening.GoOn, false)).Remedy);
+    }
+
     [Fact]
     public async Task A_read_that_is_never_answered_delays_no_switch_and_sees_what_was_written_meanwhile()
     {
