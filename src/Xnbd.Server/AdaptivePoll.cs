@@ -29,7 +29,10 @@ internal struct AdaptivePoll
     public readonly bool HasCredit => _credit >= CreditToPoll;
 
     /// <summary>Polling has been paying off, and there is a processor for it.</summary>
-    public readonly bool IsWorthwhile => HasCredit && Volatile.Read(ref s_awake) <= s_maxAwake;
+    public readonly bool IsWorthwhile => HasCredit && HasFreeProcessor;
+
+    /// <summary>So few sessions are at work that another thread probably has a processor.</summary>
+    public static bool HasFreeProcessor => Volatile.Read(ref s_awake) <= s_maxAwake;
 
     /// <summary>A session's thread goes to work.</summary>
     public static void NoteAwake() => Interlocked.Increment(ref s_awake);

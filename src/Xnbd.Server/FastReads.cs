@@ -13,19 +13,28 @@ internal enum FastReadResult
     /// <summary>The rest of it must wait for the disk.</summary>
     MustWait,
 
+    /// <summary>
+    /// A disk thread is to read it, although its data may be in memory: <see cref="FastReads.SpareBytes"/> have been
+    /// taken from the budget for it.
+    /// </summary>
+    ReadElsewhere,
+
     /// <summary>The connection is broken.</summary>
     Broken,
 }
 
 /// <summary>
 /// Answers reads that need not wait for the disk, on the session's thread: a large read of a file that nobody changes
-/// goes from the file to the socket; data in memory is copied into the output. It has no state of its own.
+/// goes from the file to the socket; data in memory is copied into the output. A long read may go to a disk thread
+/// instead, if that costs nobody anything. It has no state of its own.
 /// </summary>
 /// <param name="disk">What is read.</param>
+/// <param name="budget">For long reads that another thread makes.</param>
 /// <param name="output">Where replies are gathered.</param>
 /// <param name="structured">Reads are answered with structured replies.</param>
 /// <param name="sendsFiles">As <see cref="Connection.SendsFiles"/>.</param>
-internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured, bool sendsFiles)
+internal sealed class FastReads(
+    Disk disk, RequestBudget budget, ReplyOutput output, bool structured, bool sendsFiles)
 {
     /// <summary>Answers a read as far as that is possible without waiting for the disk.</summary>
     /// <param name="request">A read of at least one byte; becomes the rest that must wait.</param>
@@ -45,12 +54,21 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured, 
 
     private bool MayCut(in NbdRequest request) => structured && (request.Flags & NbdCommandFlags.Df) == 0;
 
+    /// <summary>Bytes of the budget that a read takes when another thread makes it.</summary>
+    public static int SpareBytes(int length) => ReadChunks.HeaderRoom(length) + length;
+
     /// <summary>
-    /// A long read is made by a disk thread, also if its data are in memory, so that this thread can send meanwhile.
-    /// The bounds keep a client that receives nothing from holding many bytes that others wait for.
+    /// A long read may be made by a disk thread, also if its data are in memory, so that this thread can send
+    /// meanwhile. The read could also be answered here and now, so it must wait for nothing there: neither for a thread
+    /// or a processor, nor for bytes, nor for its turn.
     /// </summary>
-    private bool IsForDiskThread(int length)
-        => length <= ServerLimits.MaxOverlappedRead && output.InFlight < ServerLimits.MaxOverlappedReads;
+    private bool TryTakeElsewhere(ulong cookie, int length)
+        => length <= ServerLimits.MaxOverlappedRead
+            && output.InFlight < ServerLimits.MaxOverlappedReads
+            && !output.IsOrdered(cookie)
+            && AdaptivePoll.HasFreeProcessor
+            && disk.HasIdleReader
+            && budget.TryAcquireSpare(SpareBytes(length));
 
     /// <summary>
     /// Copies data that are in memory into the output, behind their header. A long read goes piece by piece, if it may
@@ -60,8 +78,14 @@ internal sealed class FastReads(Disk disk, ReplyOutput output, bool structured, 
     {
         int length = (int)request.Length;
         bool mayCut = MayCut(request) && length > ServerLimits.MaxUncutRead;
-        if (length > ServerLimits.MaxCopiedRead && (!mayCut || IsForDiskThread(length)))
-            return FastReadResult.MustWait;
+        if (length > ServerLimits.MaxCopiedRead)
+        {
+            if (!mayCut)
+                return FastReadResult.MustWait;
+            if (TryTakeElsewhere(request.Cookie, length))
+                return FastReadResult.ReadElsewhere;
+        }
+
         int maxPiece = mayCut ? ServerLimits.ReadPiece : length;
         for (int done = 0; done < length;)
         {

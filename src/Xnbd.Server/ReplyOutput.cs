@@ -63,11 +63,12 @@ internal sealed class ReplyOutput(ReplySender sender, ReplyBuilder builder, Buff
     /// overtake go out first.
     /// </summary>
     /// <returns>False when the connection is broken.</returns>
-    public bool BeginPending(ulong cookie)
-    {
-        bool isGathered = _length > 0 && CollectionsMarshal.AsSpan(_cookies)[..^1].Contains(cookie);
-        return !(sender.Pending.KeepsOrder || isGathered) || Flush();
-    }
+    public bool BeginPending(ulong cookie) => !IsOrdered(cookie) || Flush();
+
+    /// <summary>The reply to the request at hand must not overtake those that are gathered.</summary>
+    public bool IsOrdered(ulong cookie)
+        => sender.Pending.KeepsOrder
+            || (_length > 0 && CollectionsMarshal.AsSpan(_cookies)[..^1].Contains(cookie));
 
     /// <summary>Makes room for a reply. What is gathered is sent first if the room is needed.</summary>
     /// <param name="length">Length of the room in bytes; what is used of it is told to <see cref="Advance"/>.</param>

@@ -23,6 +23,17 @@ internal sealed class RequestBudget(RequestLimits limits)
             return _nextTicket == _served && TryEnter(bytes);
     }
 
+    /// <summary>Takes bytes that a request can do without, if few are in use and nobody waits.</summary>
+    public bool TryAcquireSpare(long bytes)
+    {
+        lock (_changed)
+        {
+            return _nextTicket == _served
+                && _bytes + bytes <= limits.Bytes / ServerLimits.SparePartOfBudget
+                && TryEnter(bytes);
+        }
+    }
+
     /// <summary>Takes bytes for a request, and waits until there is room.</summary>
     public void Acquire(long bytes)
     {

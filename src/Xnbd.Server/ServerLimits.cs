@@ -109,8 +109,8 @@ public static class ServerLimits
     public const int ReadPiece = 64 * 1024;
 
     /// <summary>
-    /// The longest read that is gathered in the output as a whole. The session's thread reads it while nothing is sent;
-    /// for longer ones it pays off to let a disk thread read.
+    /// The longest read that is gathered in the output as a whole, if it may not be cut. For longer ones it pays off to
+    /// let a disk thread read while the session's thread sends.
     /// </summary>
     public const int MaxCopiedRead = 256 * 1024;
 
@@ -122,6 +122,12 @@ public static class ServerLimits
     /// to be sent at any time.
     /// </summary>
     public const int MaxOverlappedReads = 4;
+
+    /// <summary>
+    /// Such reads, of all sessions together, take at most this part of the bytes in flight: a fourth. The rest belongs
+    /// to requests that cannot do without.
+    /// </summary>
+    public const int SparePartOfBudget = 4;
 
     /// <summary>
     /// Data and hole chunks of a large read that is sent from the file: bounds the work for a fragmented range.

@@ -39,7 +39,8 @@ internal sealed class Session
         _sender = new ReplySender(connection, services, builder, agreement.InOrder);
         _output = new ReplyOutput(_sender, builder, services.Buffers, agreement.StructuredReplies);
         _input = new SessionInput(connection, services, _output, _sender);
-        _fastReads = new FastReads(_disk, _output, agreement.StructuredReplies, connection.SendsFiles);
+        _fastReads = new FastReads(
+            _disk, services.Budget, _output, agreement.StructuredReplies, connection.SendsFiles);
     }
 
     /// <summary>Requests received so far.</summary>
@@ -179,12 +180,13 @@ internal sealed class Session
 
         BytesRead += request.Length;
         FastReadResult result = _output.MustQueue ? FastReadResult.MustWait : _fastReads.TryAnswer(ref request);
-        if (result != FastReadResult.MustWait)
+        if (result is FastReadResult.Answered or FastReadResult.Broken)
             return result == FastReadResult.Answered;
 
         // Its data will stand behind room for the headers of as many chunks as it may be cut into.
         int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
-        return TryClaim(request, headers + length, out PendingRequest? pending)
+        bool hasBytes = result == FastReadResult.ReadElsewhere;
+        return TryClaim(request, headers + length, out PendingRequest? pending, hasBytes)
             && Begin(pending, _disk.ReadAsync((long)request.Offset, pending.Buffer!.Memory.Slice(headers, length)));
     }
 
@@ -260,10 +262,12 @@ internal sealed class Session
     /// <param name="request">The request's header.</param>
     /// <param name="bufferLength">Length of its buffer in bytes; 0 when it needs none.</param>
     /// <param name="pending">The pending request.</param>
+    /// <param name="hasBytes">The bytes have been taken from the budget already.</param>
     /// <returns>False when the connection broke meanwhile.</returns>
-    private bool TryClaim(in NbdRequest request, int bufferLength, out PendingRequest pending)
+    private bool TryClaim(in NbdRequest request, int bufferLength, out PendingRequest pending, bool hasBytes = false)
     {
         pending = null!;
+        Debug.Assert(!hasBytes || !_output.IsOrdered(request.Cookie), "who holds bytes does not wait for its client");
         if (!_output.BeginPending(request.Cookie))
             return false;
         if (_sender.Pending.Count >= ServerLimits.MaxInFlight && !_output.Finish(ServerLimits.MaxInFlight - 1))
@@ -272,7 +276,7 @@ internal sealed class Session
         NativeBuffer? buffer = null;
         if (bufferLength > 0)
         {
-            if (!_services.Budget.TryAcquire(bufferLength))
+            if (!hasBytes && !_services.Budget.TryAcquire(bufferLength))
             {
                 // Who waits must hold nothing: first all that is under way here is finished and sent.
                 if (!_output.FinishAll())

@@ -406,6 +406,91 @@ public sealed class TransmissionTests : IDisposable
         sender.Wait();
     }
 
+    /// <summary>A long read in memory may go to another thread, but it could be answered at once as well.</summary>
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public void A_long_read_in_memory_waits_for_no_bytes_of_the_budget(bool isReaderIdle)
+    {
+        var clock = new TestClock(); // it stands still: nobody is ever too slow
+        using var server = new ServerFixture(
+            new FaultDisk(new MemoryDisk(33 << 20)) { IsReaderIdle = isReaderIdle }, time: clock);
+        using NbdTestClient first = server.Open(), second = server.Open(), third = server.Open(), fourth = server.Open();
+        byte[] data = new byte[32 << 20];
+        foreach (NbdTestClient other in new[] { first, second, third, fourth })
+        {
+            other.SendRequest(NbdCommand.Write, 0, 32u << 20); // all four at once: 128 MiB of 128
+            other.Send(data.AsSpan(1));
+        }
+
+        using NbdTestClient reader = server.Open();
+        foreach (uint length in new[] { 512u << 10, 1u << 20, 2u << 20, 4u << 20 })
+            Assert.Equal((int)length, reader.Read(0, length).Length);
+    }
+
+    [Fact]
+    public void A_long_read_in_memory_goes_to_another_thread_only_if_one_is_idle()
+    {
+        int elsewhere = 0;
+        Task Count(string operation, long offset, long length)
+        {
+            elsewhere += operation == "read" ? 1 : 0;
+            return Task.CompletedTask;
+        }
+
+        using var busy = new ServerFixture(new FaultDisk(new MemoryDisk(2 << 20)) { After = Count });
+        using (NbdTestClient client = busy.Open())
+        {
+            for (int i = 0; i < 20; i++)
+                client.Read(0, 1 << 20);
+        }
+
+        Assert.Equal(0, elsewhere);
+
+        using var idle = new ServerFixture(new FaultDisk(new MemoryDisk(2 << 20)) { After = Count, IsReaderIdle = true });
+        using (NbdTestClient client = idle.Open())
+        {
+            long start = Environment.TickCount64; // other tests may keep all processors busy for a while
+            while (elsewhere == 0 && Environment.TickCount64 - start < 30_000)
+                client.Read(0, 1 << 20);
+        }
+
+        Assert.NotEqual(0, elsewhere);
+    }
+
+    /// <summary>Replies in order are waited for by those behind them, so none is given away needlessly.</summary>
+    [Fact]
+    public void A_long_read_in_memory_of_a_client_that_needs_order_goes_to_no_other_thread()
+    {
+        int elsewhere = 0;
+        var disk = new FaultDisk(new MemoryDisk(4 << 20)) { IsReaderIdle = true, SlowAt = offset => offset >= 2 << 20 };
+        disk.After = (operation, offset, _) =>
+        {
+            elsewhere += operation == "read" && offset < 2 << 20 ? 1 : 0;
+            return Task.CompletedTask;
+        };
+        using var server = new ServerFixture(disk);
+        using NbdTestClient client = server.Open();
+        for (int i = 0; i < 2; i++)
+            SendSame(2 << 20, 4096); // both wait for the disk
+        for (int i = 0; i < 20; i++)
+            SendSame(0, 1 << 20);
+        for (int i = 0; i < 22;)
+            i += client.ReceiveReply().IsLast ? 1 : 0;
+        elsewhere = 0; // those that had to queue behind the first ones
+        for (int i = 0; i < 20; i++)
+            SendSame(0, 1 << 20);
+        for (int i = 0; i < 20;)
+            i += client.ReceiveReply().IsLast ? 1 : 0;
+        Assert.Equal(0, elsewhere);
+
+        void SendSame(ulong offset, uint length)
+        {
+            client.NextCookie = 1;
+            client.SendRequest(NbdCommand.Read, offset, length);
+        }
+    }
+
     [Fact]
     public void A_client_that_receives_nothing_holds_few_bytes_by_long_reads_in_memory()
     {
@@ -414,7 +499,7 @@ public sealed class TransmissionTests : IDisposable
         byte[] data = new byte[32 << 20];
         data.AsSpan().Fill(5);
         memory.TryWrite(0, data);
-        using var server = new ServerFixture(memory, time: clock);
+        using var server = new ServerFixture(new FaultDisk(memory) { IsReaderIdle = true }, time: clock);
         using NbdTestClient lazy = server.Open();
         for (int i = 0; i < 128; i++)
             lazy.SendRequest(NbdCommand.Read, 0, 1 << 20, NbdCommandFlags.None);

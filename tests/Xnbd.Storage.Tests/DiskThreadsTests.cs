@@ -2,7 +2,7 @@ using Xnbd.Storage.Threads;
 
 namespace Xnbd.Storage.Tests;
 
-/// <summary>Disk threads on a system that has no thread to give.</summary>
+/// <summary>Disk threads that are all at work, and those of a system that has no thread to give.</summary>
 public sealed class DiskThreadsTests
 {
     private static readonly TimeSpan s_deadline = TimeSpan.FromSeconds(30);
@@ -10,6 +10,28 @@ public sealed class DiskThreadsTests
     private sealed class Job(Action work) : IDiskWork
     {
         public void Run() => work();
+    }
+
+    [Fact]
+    public void Threads_that_wait_for_a_disk_that_never_answers_are_not_idle()
+    {
+        var threads = new DiskThreads("busy", 4);
+        using var begun = new CountdownEvent(3);
+        using var end = new ManualResetEventSlim();
+        Assert.True(threads.IsMostlyIdle);
+        for (int i = 0; i < 3; i++)
+        {
+            threads.Enqueue(new Job(() =>
+            {
+                begun.Signal();
+                end.Wait();
+            }));
+        }
+
+        Assert.True(begun.Wait(s_deadline));
+        Assert.False(threads.IsMostlyIdle);
+        end.Set();
+        Assert.True(SpinWait.SpinUntil(() => threads.IsMostlyIdle, s_deadline));
     }
 
     [Fact]

@@ -26,6 +26,9 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>The fast forms say no for some offsets.</summary>
     public Func<long, bool>? SlowAt { get; set; }
 
+    /// <summary>The disk says that another thread reads, and is idle.</summary>
+    public bool IsReaderIdle { get; init; }
+
     /// <summary>The disk reports that it is read-only.</summary>
     public bool ReadOnly { get; init; }
 
@@ -35,6 +38,8 @@ public sealed class FaultDisk(Disk inner) : Disk
     public override long Length => inner.Length;
 
     public override DiskFeatures Features => ReadOnly ? DiskFeatures.ReadOnly : inner.Features;
+
+    public override bool HasIdleReader => IsReaderIdle;
 
     public override bool TryRead(long offset, Span<byte> buffer)
     {

@@ -27,6 +27,9 @@ public sealed partial class ImageFile
         => Work.Rent(this, Operation.Read, offset, buffer.Length).Start(buffer: buffer);
 
     /// <inheritdoc/>
+    public override bool HasIdleReader => DiskThreads.Readers.IsMostlyIdle;
+
+    /// <inheritdoc/>
     public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
         => Work.Rent(this, Operation.Write, offset, data.Length, durable).Start(data: data);
 

@@ -121,6 +121,19 @@ internal sealed class DiskThreads
         }
     }
 
+    /// <summary>
+    /// At most half of the threads are at work. Then further work begins at once, also if others hand work over at the
+    /// same moment, and also if the disk on which those threads wait never answers.
+    /// </summary>
+    public bool IsMostlyIdle
+    {
+        get
+        {
+            lock (_gate)
+                return _waiting.Count == 0 && _threads - _idle <= _maxThreads / 2;
+        }
+    }
+
     private void Work()
     {
         while (true)
