@@ -16,8 +16,8 @@ namespace Xnbd.Storage;
 /// <item>A disk that is read-only is never asked to write, zero or trim.</item>
 /// </list>
 /// Reads and writes have a fast form, <c>Try...</c>, which completes on the calling thread without waiting for a
-/// disk or a network, or says no; and an async form, which does whatever it takes. Every operation is abstract: each disk
-/// says what it does with it, so that none is passed over silently.
+/// disk or a network, or says no; and an async form, which does whatever it takes. Every operation is abstract: each
+/// disk says what it does with it, so that none is passed over silently.
 /// </summary>
 public abstract class Disk : IDisposable
 {
@@ -59,8 +59,8 @@ public abstract class Disk : IDisposable
     public abstract ValueTask ReadAsync(long offset, Memory<byte> buffer);
 
     /// <summary>
-    /// A hint: another thread makes <see cref="ReadAsync"/>, and one is idle now. Then a long read may go there although
-    /// its data are in memory, so that the caller can do something else meanwhile.
+    /// A hint: another thread makes <see cref="ReadAsync"/>, and one is idle now. Then a long read may go there
+    /// although its data are in memory, so that the caller can do something else meanwhile.
     /// </summary>
     public virtual bool HasIdleReader => false;
 

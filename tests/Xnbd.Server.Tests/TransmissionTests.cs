@@ -415,7 +415,8 @@ public sealed class TransmissionTests : IDisposable
         var clock = new TestClock(); // it stands still: nobody is ever too slow
         using var server = new ServerFixture(
             new FaultDisk(new MemoryDisk(33 << 20)) { IsReaderIdle = isReaderIdle }, time: clock);
-        using NbdTestClient first = server.Open(), second = server.Open(), third = server.Open(), fourth = server.Open();
+        using NbdTestClient first = server.Open(), second = server.Open(), third = server.Open();
+        using NbdTestClient fourth = server.Open();
         byte[] data = new byte[32 << 20];
         foreach (NbdTestClient other in new[] { first, second, third, fourth })
         {
@@ -447,7 +448,8 @@ public sealed class TransmissionTests : IDisposable
 
         Assert.Equal(0, elsewhere);
 
-        using var idle = new ServerFixture(new FaultDisk(new MemoryDisk(2 << 20)) { After = Count, IsReaderIdle = true });
+        using var idle = new ServerFixture(
+            new FaultDisk(new MemoryDisk(2 << 20)) { After = Count, IsReaderIdle = true });
         using (NbdTestClient client = idle.Open())
         {
             long start = Environment.TickCount64; // other tests may keep all processors busy for a while
