@@ -1,3 +1,4 @@
+using System.Net.Sockets;
 using Xnbd.Bench.Clients;
 using Xnbd.TestKit;
 
@@ -20,6 +21,13 @@ internal sealed class BenchRun(
     public IReadOnlyList<Peer> Peers(Mode mode)
         => [.. Peer.All.Where(peer => peer.Modes.Contains(mode) && peer.IsPresent && options.Includes(peer))];
 
+    /// <summary>A server did not start, or a client could not work with it: the others are still measured.</summary>
+    public static bool IsOfServer(Exception failure) => failure
+        is InvalidOperationException or IOException or InvalidDataException or SocketException or TimeoutException;
+
+    private IReadOnlyList<Peer> Peers(Workload workload)
+        => [.. Peers(workload.Mode).Where(peer => workload.Suits(peer))];
+
     /// <summary>How long it is expected to take.</summary>
     public TimeSpan Expected => TimeSpan.FromSeconds(options.Rounds * cases.Sum(ExpectedSeconds));
 
@@ -30,7 +38,7 @@ internal sealed class BenchRun(
         {
             foreach (Case @case in cases)
             {
-                IReadOnlyList<Peer> peers = Peers(@case.Workload.Mode);
+                IReadOnlyList<Peer> peers = Peers(@case.Workload);
                 for (int i = 0; i < peers.Count; i++)
                 {
                     Peer peer = peers[(i + round) % peers.Count];
@@ -40,7 +48,7 @@ internal sealed class BenchRun(
                     {
                         results.Add(@case, peer, await Measure(@case, peer));
                     }
-                    catch (InvalidOperationException failure)
+                    catch (Exception failure) when (IsOfServer(failure))
                     {
                         Progress.Say($"{what}: {failure.Message.Split('\n')[0]}");
                     }
@@ -51,7 +59,7 @@ internal sealed class BenchRun(
         return results;
     }
 
-    private double ExpectedSeconds(Case @case) => Peers(@case.Workload.Mode).Count
+    private double ExpectedSeconds(Case @case) => Peers(@case.Workload).Count
         * (options.Seconds + SetUpSeconds + (@case.Workload.IsFilled ? FillSeconds : 0));
 
     private async Task<Measurement> Measure(Case @case, Peer peer)
@@ -59,12 +67,11 @@ internal sealed class BenchRun(
         stop.ThrowIfCancellationRequested();
         Workload workload = @case.Workload;
         string image = await images.Get(workload.Medium);
-        using var files = new TempFolder(Images.MemoryFolder); // a layer, an overlay: new for each run
+        using var empty = new TempFolder(Images.MemoryFolder);
         if (workload.IsOfFreshFile && peer.IsReference)
-            image = files.Sparse("empty", new FileInfo(image).Length);
-        Endpoint endpoint = network.Free(@case.Transport, files.Path, "socket");
-        using RunningPeer? origin = workload.Mode == Mode.Proxy ? Origin(@case.Transport, image, files) : null;
-        using RunningPeer server = RunningPeer.Start(peer, new Setting(image, endpoint, files.Path, origin?.Endpoint));
+            image = empty.Sparse("empty", new FileInfo(image).Length);
+        using Stage stage = Start(peer, workload.Mode, @case.Transport, image);
+        RunningPeer server = stage.Server;
         using var deadline = CancellationTokenSource.CreateLinkedTokenSource(stop);
         deadline.CancelAfter(TimeSpan.FromSeconds(options.Seconds + MaxDelaySeconds));
         var job = new Job(server, image, options.Seconds, deadline.Token);
@@ -82,7 +89,35 @@ internal sealed class BenchRun(
         }
     }
 
-    private RunningPeer Origin(Transport transport, string image, TempFolder files)
-        => RunningPeer.Start(
-            Peer.Origin, new Setting(image, network.Free(transport, files.Path, "origin"), files.Path, null));
+    /// <summary>Starts a server with new files of its own, and of a proxy the origin.</summary>
+    public Stage Start(Peer peer, Mode mode, Transport transport, string image)
+    {
+        var files = new TempFolder(Images.MemoryFolder); // for a layer, a cache, an overlay
+        RunningPeer? origin = null;
+        try
+        {
+            Setting At(string socket, Endpoint? origin)
+                => new(image, network.Free(transport, files.Path, socket), files.Path, origin);
+            if (mode == Mode.Proxy)
+                origin = RunningPeer.Start(Peer.Origin, At("origin", null));
+            return new Stage(RunningPeer.Start(peer, At("socket", origin?.Endpoint)), origin, files);
+        }
+        catch
+        {
+            origin?.Dispose();
+            files.Dispose();
+            throw;
+        }
+    }
+}
+
+/// <summary>A running server, and what goes with it.</summary>
+internal sealed record Stage(RunningPeer Server, RunningPeer? Origin, TempFolder Files) : IDisposable
+{
+    public void Dispose()
+    {
+        Server.Dispose();
+        Origin?.Dispose();
+        Files.Dispose();
+    }
 }

@@ -19,7 +19,8 @@ internal sealed class Images(string diskFolder) : IDisposable
         {
             image = medium switch
             {
-                Medium.SparseMemory => Sparse(),
+                Medium.SparseMemory => Sparse("sparse", pieceBytes: 4 << 20, pieces: 64, each: 32),
+                Medium.FragmentedMemory => Sparse("fragmented", pieceBytes: 4 << 10, pieces: 1 << 20, each: 2),
                 Medium.ColdDisk => _disk.Random("cold", 1 << 30),
                 _ => _memory.Random("image", 512 << 20),
             };
@@ -39,19 +40,19 @@ internal sealed class Images(string diskFolder) : IDisposable
         _disk.Dispose();
     }
 
-    private string Sparse()
+    /// <summary>An image of which one piece of so many is data, and the rest are holes.</summary>
+    private string Sparse(string name, int pieceBytes, int pieces, int each)
     {
-        const int piece = 4 << 20, pieces = 64, each = 32;
-        string image = _memory.Sparse("sparse", (long)piece * pieces * each);
-        byte[] data = new byte[piece];
+        long needed = (long)pieceBytes * pieces;
+        long available = new DriveInfo(MemoryFolder).AvailableFreeSpace;
+        if (needed * 3 / 2 > Math.Min(available, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes))
+            throw new InvalidOperationException($"there are no {needed >> 20} MiB for it in {MemoryFolder}");
+        string image = _memory.Sparse(name, needed * each);
+        byte[] data = new byte[pieceBytes];
         new Random(1).NextBytes(data);
         using FileStream file = File.OpenWrite(image);
         for (int i = 0; i < pieces; i++)
-        {
-            file.Position = (long)piece * each * i;
-            file.Write(data);
-        }
-
+            RandomAccess.Write(file.SafeFileHandle, data, (long)pieceBytes * each * i);
         return image;
     }
 }

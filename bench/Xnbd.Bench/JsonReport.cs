@@ -13,7 +13,7 @@ internal static class JsonReport
         DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull,
     };
 
-    public static void Print(BenchOptions options, Machine machine, Results results)
+    public static void Print(BenchOptions options, Machine machine, Results results, Footprints footprints)
         => Console.WriteLine(JsonSerializer.Serialize(
             new
             {
@@ -33,13 +33,21 @@ internal static class JsonReport
                     @case.Workload.Unit,
                     ToBestPeer = Ratio(results.ToBestPeer(@case)),
                     ToTargetMode = Ratio(results.ToTargetMode(@case)),
-                    Servers = results.Servers(@case)
-                        .ToDictionary(server => server.Peer.Name, server => Figures(server.Measurement)),
+                    Servers = results.Servers(@case).ToDictionary(
+                        server => server.Peer.Name,
+                        server => Figures(server.Measurement, results.P99ToAlone(@case, server.Peer))),
+                }),
+                Idle = footprints.Idle.ToDictionary(server => server.Peer.Name, server => Figures(server.Footprint)),
+                BigDisk = footprints.OfBigDisk.Select(server => new
+                {
+                    Mode = server.Mode.ToString().ToLowerInvariant(),
+                    Server = server.Peer.Name,
+                    Footprint = Figures(server.Footprint),
                 }),
             },
             s_format));
 
-    private static object Figures(Measurement m) => new
+    private static object Figures(Measurement m, double p99ToAlone) => new
     {
         Rate = Figure(m.Rate),
         P50Us = Figure(m.P50),
@@ -47,6 +55,16 @@ internal static class JsonReport
         ServerCpuUsPerRequest = Figure(m.ServerCpu),
         ClientCpuUsPerRequest = Figure(m.ClientCpu),
         PeakKib = Figure(m.PeakKibibytes),
+        SlowestToMedian = Figure(m.SlowestToMedian),
+        MibPerSecondBeside = Figure(m.RateBeside),
+        P99ToAlone = Figure(p99ToAlone),
+    };
+
+    private static object Figures(Footprint footprint) => new
+    {
+        StartMs = Figure(footprint.StartMilliseconds),
+        IdleMib = Figure(footprint.Idle),
+        UsedMib = Figure(footprint.Used),
     };
 
     private static object? Ratio(Ratio? ratio) => ratio is null ? null : new

@@ -50,10 +50,9 @@ public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Settin
         new("qemu-nbd threads", s_serving, "qemu-nbd", s => QemuNbd(s, "raw", "threads", s.Image)),
         new("qemu-nbd io_uring", s_serving, "qemu-nbd", s => QemuNbd(s, "raw", "io_uring", s.Image)),
         new("qemu-storage-daemon", [Mode.Crowd], "qemu-storage-daemon", StorageDaemon),
-        new("nbd-server", s_serving, "nbd-server", NbdServer),
+        new("nbd-server", [Mode.Target], "nbd-server", NbdServer),
 
         new("xnbd", [Mode.Cow], s_xnbd, s => Xnbd(s, "--cow-target", "--cow-layer", s.File("layer"), s.Image)),
-        new("xnbd --target", [Mode.Cow, Mode.Proxy], s_xnbd, s => Xnbd(s, "--target", s.Image)),
         new("nbdkit cow", [Mode.Cow], "nbdkit", s => Nbdkit(s, "--filter=cow", "file", s.Image)),
         new("qemu-nbd qcow2", [Mode.Cow], "qemu-nbd", s => QemuNbd(s, "qcow2", "threads", Overlay(s, s.Image))),
         new(
@@ -70,6 +69,8 @@ public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Settin
             "nbdkit cache", [Mode.Proxy], "nbdkit",
             s => Nbdkit(s, "--filter=cache", "nbd", "uri=" + OriginUri(s), "cache-on-read=true")),
         new("qemu-nbd copy-on-read", [Mode.Proxy], "qemu-nbd", CopyOnRead),
+
+        new("xnbd --target", [Mode.Cow, Mode.Proxy], s_xnbd, s => Xnbd(s, "--target", s.Image)),
     ];
 
     /// <summary>The server from which proxies read.</summary>
@@ -96,7 +97,7 @@ public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Settin
     public bool IsDaemon => Name == "nbd-server";
 
     /// <summary>The name of the export to ask for.</summary>
-    public string ExportName => IsDaemon ? "bench" : "";
+    public string ExportName => Name is "nbd-server" or "qemu-storage-daemon" ? "bench" : "";
 
     private static string OriginUri(Setting s) => s.Origin!.Uri("");
 

@@ -45,11 +45,14 @@ try
 {
     Machine machine = await Machine.Read(options.Modes.SelectMany(run.Peers).Select(peer => peer.Program));
     Results results = await run.Run();
+    Footprints footprints = options.Only.Length == 0 && options.Sizes.Count == 0
+        ? await Footprints.Measure(run, options, stop.Token)
+        : new Footprints();
     Progress.Show("");
     if (options.IsJson)
-        JsonReport.Print(options, machine, results);
+        JsonReport.Print(options, machine, results, footprints);
     else
-        Report.Print(options, machine, results);
+        Report.Print(options, machine, results, footprints);
     return 0;
 }
 catch (OperationCanceledException)

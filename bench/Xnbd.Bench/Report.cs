@@ -5,13 +5,16 @@ namespace Xnbd.Bench;
 /// <summary>The tables, in Markdown.</summary>
 internal static class Report
 {
-    public static void Print(BenchOptions options, Machine machine, Results results)
+    public static void Print(BenchOptions options, Machine machine, Results results, Footprints footprints)
     {
         Console.WriteLine(machine);
         Console.WriteLine(Line($"Medians of {options.Rounds} rounds of {options.Seconds:0.#} s."));
         PrintFigures(results);
         PrintRatios(results, "best peer", results.ToBestPeer);
         PrintRatios(results, "its own", results.ToTargetMode);
+        PrintShares(results);
+        PrintBeside(results);
+        PrintFootprints(footprints);
     }
 
     private static void PrintFigures(Results results)
@@ -47,6 +50,59 @@ internal static class Report
                 Row(
                     @case.Workload.Name, @case.TransportName, ratio.To.Name, Text(ratio.Rate, "0.00"),
                     Text(ratio.ServerCpu, "0.00"), Text(ratio.ClientCpu, "0.00"), Text(ratio.P99, "0.00"));
+        }
+    }
+
+    /// <summary>Whether many connections get fair shares.</summary>
+    private static void PrintShares(Results results)
+    {
+        Case[] cases = [.. results.Cases.Where(@case => results.Has(@case, m => m.SlowestToMedian))];
+        if (cases.Length == 0)
+            return;
+        Table("workload", "transport", "server", "slowest : median connection:");
+        foreach (Case @case in cases)
+        {
+            foreach ((Peer peer, Measurement m) in results.Servers(@case))
+                Row(@case.Workload.Name, @case.TransportName, peer.Name, Text(m.SlowestToMedian, "0.00"));
+        }
+    }
+
+    /// <summary>What small requests suffer from large ones beside them.</summary>
+    private static void PrintBeside(Results results)
+    {
+        Case[] cases = [.. results.Cases.Where(@case => results.Has(@case, m => m.RateBeside))];
+        if (cases.Length == 0)
+            return;
+        Table("workload", "transport", "server", "p99 us:", "p99 : alone:", "large reader, MiB/s:");
+        foreach (Case @case in cases)
+        {
+            foreach ((Peer peer, Measurement m) in results.Servers(@case))
+                Row(
+                    @case.Workload.Name, @case.TransportName, peer.Name, Text(m.P99, "0"),
+                    Text(results.P99ToAlone(@case, peer), "0.00"), Text(m.RateBeside, "#,0"));
+        }
+    }
+
+    private static void PrintFootprints(Footprints footprints)
+    {
+        if (footprints.Idle.Count > 0)
+        {
+            Table(
+                "server", "start to greeting, ms:", "idle, MiB:",
+                Line($"with {Footprints.Clients:#,0} idle clients, MiB:"));
+            foreach ((Peer peer, Footprint f) in footprints.Idle)
+                Row(peer.Name, Text(f.StartMilliseconds, "0.0"), Text(f.Idle, "0.0"), Text(f.Used, "0.0"));
+        }
+
+        if (footprints.OfBigDisk.Count > 0)
+        {
+            Table(
+                "disk of 16 TiB", "server", "start to greeting, ms:", "idle, MiB:",
+                Line($"after {Footprints.Writes:#,0} random writes of 4 KiB, MiB:"));
+            foreach ((Mode mode, Peer peer, Footprint f) in footprints.OfBigDisk)
+                Row(
+                    mode.ToString().ToLowerInvariant(), peer.Name, Text(f.StartMilliseconds, "0.0"),
+                    Text(f.Idle, "0.0"), Text(f.Used, "0.0"));
         }
     }
 

@@ -38,10 +38,26 @@ internal sealed class Results
 
     /// <summary>xNBD to the fastest of the others; null when one of them is missing.</summary>
     public Ratio? ToBestPeer(Case @case)
-        => Own(@case, Servers(@case).Where(s => !s.Peer.IsOwn && !s.Peer.IsReference).MaxBy(s => s.Measurement.Rate));
+        => Own(@case, Servers(@case).Where(s => !s.Peer.IsOwn && !s.Peer.IsReference)
+            .OrderByDescending(s => s.Measurement.Rate).FirstOrDefault());
 
     /// <summary>xNBD to its own target mode; null when one of them is missing.</summary>
     public Ratio? ToTargetMode(Case @case) => Own(@case, Servers(@case).FirstOrDefault(s => s.Peer.IsReference));
+
+    /// <summary>Whether any server has a figure in a case.</summary>
+    public bool Has(Case @case, Func<Measurement, double> figure)
+        => Servers(@case).Any(server => !double.IsNaN(figure(server.Measurement)));
+
+    /// <summary>The latency of a mixed load, divided by that of its small readers alone.</summary>
+    public double P99ToAlone(Case @case, Peer peer)
+    {
+        Case? alone = Cases.FirstOrDefault(
+            other => other.Workload == @case.Workload.Alone && other.Transport == @case.Transport);
+        return alone is null ? double.NaN : P99(@case) / P99(alone);
+
+        double P99(Case of) => Measurement.Median(
+            _runs.GetValueOrDefault((of, peer), []).Select(measurement => measurement.P99));
+    }
 
     private Ratio? Own(Case @case, (Peer? Peer, Measurement M) other)
     {

@@ -21,7 +21,7 @@ public sealed class RunningPeer : IDisposable
 
     public string Uri => Endpoint.Uri(Peer.ExportName);
 
-    /// <summary>Time from its start to its first connection, in milliseconds.</summary>
+    /// <summary>Time from its start to its first greeting, in milliseconds.</summary>
     public double StartMilliseconds { get; private init; }
 
     /// <summary>Processor time used so far, children included, in seconds.</summary>
@@ -30,7 +30,7 @@ public sealed class RunningPeer : IDisposable
     /// <summary>A file of the server.</summary>
     public string File(string name) => _setting.File(name);
 
-    /// <summary>Starts a server, and waits until it accepts a connection.</summary>
+    /// <summary>Starts a server, and waits until it greets a client.</summary>
     /// <exception cref="InvalidOperationException">It did not start.</exception>
     public static RunningPeer Start(Peer peer, Setting setting)
     {
@@ -50,12 +50,12 @@ public sealed class RunningPeer : IDisposable
         process.BeginOutputReadLine();
         try
         {
-            while (!setting.Endpoint.Listens())
+            while (!setting.Endpoint.Greets())
             {
                 if (process.HasExited && !peer.IsDaemon)
                     throw new InvalidOperationException($"it ended with {process.ExitCode} at its start");
                 if (Stopwatch.GetElapsedTime(start).TotalSeconds > MaxStartSeconds)
-                    throw new InvalidOperationException($"it did not listen within {MaxStartSeconds} s");
+                    throw new InvalidOperationException($"it did not greet within {MaxStartSeconds} s");
                 Thread.SpinWait(1000);
             }
         }

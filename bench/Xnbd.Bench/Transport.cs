@@ -35,15 +35,19 @@ public sealed record Endpoint(Transport Transport, string Path, string Address, 
     public string Uri(string export)
         => IsUnix ? $"nbd+unix:///{export}?socket={Path}" : $"nbd://{Address}:{Port}/{export}";
 
-    /// <summary>Whether somebody listens there.</summary>
-    public bool Listens()
+    /// <summary>
+    /// Whether a server greets there. That the kernel accepts a connection would say less: nbd-server listens 0.7 s
+    /// before it serves.
+    /// </summary>
+    public bool Greets()
     {
         try
         {
-            NbdTestClient.Connect(Remote).Dispose();
+            using NbdTestClient client = NbdTestClient.Connect(Remote);
+            client.Start();
             return true;
         }
-        catch (SocketException)
+        catch (Exception failure) when (failure is SocketException or EndOfStreamException)
         {
             return false;
         }

@@ -9,6 +9,9 @@ public enum Medium
     /// <summary>In memory: 8 GiB, of which one part in 32 is data, in pieces of 4 MiB.</summary>
     SparseMemory,
 
+    /// <summary>In memory: 8 GiB, of which every other block of 4 KiB is data.</summary>
+    FragmentedMemory,
+
     /// <summary>On the disk's file system, and not in memory.</summary>
     ColdDisk,
 }
@@ -31,7 +34,19 @@ public sealed record Job(RunningPeer Server, string Image, double Seconds, Cance
 /// <param name="P50">Median latency in microseconds; NaN when the client does not tell.</param>
 /// <param name="P99">99th percentile of the latency in microseconds; NaN when the client does not tell.</param>
 public sealed record ClientRun(
-    double Requests, double Bytes, double Seconds, double CpuSeconds, double P50 = double.NaN, double P99 = double.NaN);
+    double Requests, double Bytes, double Seconds, double CpuSeconds, double P50 = double.NaN, double P99 = double.NaN)
+{
+    /// <summary>
+    /// Processor time of the server meanwhile. Null: it is that of the client's whole life. NaN: it says nothing.
+    /// </summary>
+    public double? ServerCpuSeconds { get; init; }
+
+    /// <summary>Requests of the slowest connection, divided by the median of all; NaN when nobody counts.</summary>
+    public double SlowestToMedian { get; init; } = double.NaN;
+
+    /// <summary>What another client read meanwhile, in MiB a second; NaN when there is none.</summary>
+    public double RateBeside { get; init; } = double.NaN;
+}
 
 /// <summary>Something that a client does with a server.</summary>
 /// <param name="Name">Its name in the tables.</param>
@@ -40,6 +55,10 @@ public sealed record ClientRun(
 /// <param name="Run">Runs the client.</param>
 public sealed record Workload(string Name, Mode Mode, string Size, Func<Job, Task<ClientRun>> Run)
 {
+    public const string UnitOfRequests = "IOPS";
+
+    public const string UnitOfBytes = "MiB/s";
+
     public Medium Medium { get; init; }
 
     /// <summary>Part of the short form.</summary>
@@ -56,10 +75,14 @@ public sealed record Workload(string Name, Mode Mode, string Size, Func<Job, Tas
     /// </summary>
     public bool IsOfFreshFile { get; init; }
 
-    /// <summary>The rate is that of bytes: the requests are large.</summary>
-    public bool IsRateOfBytes { get; init; }
+    /// <summary>Of a mixed load: the small readers alone.</summary>
+    public Workload? Alone { get; init; }
 
-    public string Unit => IsRateOfBytes ? "MiB/s" : "IOPS";
+    /// <summary>The unit of the rate.</summary>
+    public string Unit { get; init; } = UnitOfRequests;
+
+    /// <summary>Whether a server can run it.</summary>
+    public Predicate<Peer> Suits { get; init; } = _ => true;
 
     /// <summary>Whether it is run over a transport.</summary>
     public bool RunsOver(Transport transport) => transport != Transport.Veth || IsOverVeth;

@@ -45,6 +45,12 @@ internal static class Workloads
         .. Cold("randread", "4k", "1x1 1x32"),
         .. Cold("read", "256k", "1x16"),
 
+        BlockStatus(),
+        .. Fragmented("read", "1m", "1x4"),
+
+        .. ManyConnections("64x1 256x1q 1000x1"),
+        .. Mixed(),
+
         .. Cow("of the base", "randread", "4k", "1x32"),
         .. Cow("of the base", "randread", "64k", "1x8q"),
         .. Cow("of the base", "read", "64k", "1x16"),
@@ -94,6 +100,51 @@ internal static class Workloads
             Medium = Medium.ColdDisk,
         });
 
+    private static Workload BlockStatus()
+        => new("fragmented: block status of the whole disk", Mode.Target, "", BlockStatusClient.Run)
+        {
+            Medium = Medium.FragmentedMemory,
+            Unit = "extents/s",
+        };
+
+    private static IEnumerable<Workload> Fragmented(string pattern, string size, string loads)
+        => Loads(loads).Select(load => Fio(
+            "fragmented: " + Words(pattern),
+            new FioClient(pattern, size, load.Connections, load.Depth),
+            load) with
+        {
+            Medium = Medium.FragmentedMemory,
+        });
+
+    private static IEnumerable<Workload> ManyConnections(string loads)
+        => Loads(loads).Select(load => new Workload(
+            $"random read {Text(ManyConnectionsClient.Size)}, {load}",
+            Mode.Crowd,
+            ManyConnectionsClient.Size,
+            new ManyConnectionsClient(load.Connections).Run)
+        {
+            IsQuick = load.IsQuick,
+        });
+
+    private static IEnumerable<Workload> Mixed()
+    {
+        var small = new FioClient("randread", "4k", 16, 1);
+        var large = new FioClient("read", "1m", 1, 4);
+        var alone = new Workload("mixed: random read 4 KiB, 16 x 1, alone", Mode.Crowd, "4k", small.Run);
+        return
+        [
+            alone,
+            new Workload(
+                "mixed: random read 4 KiB, 16 x 1, beside a sequential read 1 MiB, 1 x 4",
+                Mode.Crowd,
+                "4k",
+                (small with { Beside = large }).Run)
+            {
+                Alone = alone,
+            },
+        ];
+    }
+
     private static IEnumerable<Workload> Cow(string where, string pattern, string size, string loads)
     {
         bool isFirst = where == "for the first time", isOfLayer = where == "of the layer";
@@ -117,6 +168,7 @@ internal static class Workloads
             load) with
         {
             Mode = Mode.Proxy,
+            Suits = peer => !isWarm || peer.Name != "nbdkit cache", // it fails when the whole disk is written
             IsFilled = isWarm,
             IsOfFreshFile = isWarm,
         });
@@ -125,7 +177,7 @@ internal static class Workloads
     private static Workload Fio(string words, FioClient client, Load load)
         => new($"{words} {Text(client.Size)}, {load}", Mode.Target, client.Size, client.Run)
         {
-            IsRateOfBytes = Bytes(client.Size) >= 64 << 10,
+            Unit = Unit(client.Size),
             IsQuick = load.IsQuick,
             IsOverVeth = load.IsOverVeth,
         };
@@ -137,7 +189,7 @@ internal static class Workloads
             size,
             new QemuImgClient(pattern == "write", size, Bytes(size), load.Depth).Run)
         {
-            IsRateOfBytes = Bytes(size) >= 64 << 10,
+            Unit = Unit(size),
             IsQuick = load.IsQuick,
             IsOverVeth = load.IsOverVeth,
         });
@@ -149,13 +201,18 @@ internal static class Workloads
             NbdcopyClient.Size,
             new NbdcopyClient(direction == "to null", load.Connections, load.Depth).Run)
         {
-            IsRateOfBytes = true,
+            Unit = Workload.UnitOfBytes,
             IsQuick = load.IsQuick,
             IsOverVeth = load.IsOverVeth,
         });
 
     private static Workload CacheAll(string name, Medium medium)
-        => new("proxy: " + name, Mode.Proxy, "", CacheAllClient.Run) { Medium = medium, IsRateOfBytes = true };
+        => new("proxy: " + name, Mode.Proxy, "", CacheAllClient.Run)
+        {
+            Medium = medium,
+            Unit = Workload.UnitOfBytes,
+            Suits = peer => peer.IsOwn || peer.IsReference,
+        };
 
     private static string Words(string pattern) => pattern switch
     {
@@ -171,6 +228,10 @@ internal static class Workloads
         'm' => long.Parse(size[..^1], CultureInfo.InvariantCulture) << 20,
         _ => long.Parse(size, CultureInfo.InvariantCulture),
     };
+
+    /// <summary>A rate of large requests is that of their bytes.</summary>
+    private static string Unit(string size)
+        => Bytes(size) >= 64 << 10 ? Workload.UnitOfBytes : Workload.UnitOfRequests;
 
     private static string Text(string size) => size[^1] switch
     {

@@ -18,6 +18,11 @@ internal sealed record FioClient(string Pattern, string Size, int Connections, i
     /// <summary>Each block is touched once; the run ends with the disk, if not before.</summary>
     public bool IsOnce { get; init; }
 
+    /// <summary>
+    /// Another load at the same time. Then rate and latency are those of this one, and processor time says nothing.
+    /// </summary>
+    public FioClient? Beside { get; init; }
+
     /// <summary>Requests a second; 0 for as many as possible.</summary>
     public int RequestsPerSecond { get; init; }
 
@@ -33,10 +38,21 @@ internal sealed record FioClient(string Pattern, string Size, int Connections, i
     public async Task<ClientRun> Run(Job job)
     {
         long start = Stopwatch.GetTimestamp();
-        string output = await Tool.Succeed("fio", [.. Arguments(job)], job.Stop);
+        string[] arguments = [.. Arguments(job), .. Beside is null ? [] : Beside.Arguments(job)];
+        string output = await Tool.Succeed("fio", ["--output-format=json", .. arguments], job.Stop);
         double wall = Stopwatch.GetElapsedTime(start).TotalSeconds;
         using JsonDocument document = JsonDocument.Parse(output[output.IndexOf('{', StringComparison.Ordinal)..]);
-        return Read(document.RootElement.GetProperty("jobs")[0], wall);
+        JsonElement groups = document.RootElement.GetProperty("jobs");
+        ClientRun run = Read(groups[0], wall);
+        if (Beside is null)
+            return run;
+        ClientRun other = Read(groups[1], wall);
+        return run with
+        {
+            CpuSeconds = double.NaN,
+            ServerCpuSeconds = double.NaN,
+            RateBeside = other.Bytes / (1 << 20) / other.Seconds,
+        };
     }
 
     private IEnumerable<string> Arguments(Job job)
@@ -47,9 +63,10 @@ internal sealed record FioClient(string Pattern, string Size, int Connections, i
         List<string> arguments =
         [
             "--name=bench", "--ioengine=nbd", $"--uri={job.Server.Uri}", $"--rw={Pattern}", $"--bs={Size}",
-            $"--iodepth={Depth}", $"--numjobs={Connections}", "--thread", "--group_reporting", $"--size={length}",
+            $"--iodepth={Depth}", $"--numjobs={Connections}", "--thread", "--new_group",
+            "--group_reporting", $"--size={length}",
             $"--runtime={milliseconds}ms", // of a fraction of a second it takes no notice
-            "--randrepeat=1", "--output-format=json",
+            "--randrepeat=1",
         ];
         if (isParted)
             arguments.Add($"--offset_increment={length}");
