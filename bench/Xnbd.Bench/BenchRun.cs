@@ -99,7 +99,7 @@ internal sealed class BenchRun(
             Setting At(string socket, Endpoint? origin)
                 => new(image, network.Free(transport, files.Path, socket), files.Path, origin);
             if (mode == Mode.Proxy)
-                origin = RunningPeer.Start(Peer.Origin, At("origin", null));
+                origin = RunningPeer.Start(peer.Origin, At("origin", null));
             return new Stage(RunningPeer.Start(peer, At("socket", origin?.Endpoint)), origin, files);
         }
         catch

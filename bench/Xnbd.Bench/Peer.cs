@@ -67,14 +67,11 @@ public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Settin
             s => Nbdkit(s, "--filter=cow", "nbd", "uri=" + OriginUri(s), "cow-on-read=true")),
         new(
             "nbdkit cache", [Mode.Proxy], "nbdkit",
-            s => Nbdkit(s, "--filter=cache", "nbd", "uri=" + OriginUri(s), "cache-on-read=true")),
+            s => Nbdkit(s, "--filter=cache", "nbd", "uri=" + OriginUri(s), "cache-on-read=true", "cache=unsafe")),
         new("qemu-nbd copy-on-read", [Mode.Proxy], "qemu-nbd", CopyOnRead),
 
         new("xnbd --target", [Mode.Cow, Mode.Proxy], s_xnbd, s => Xnbd(s, "--target", s.Image)),
     ];
-
-    /// <summary>The server from which proxies read.</summary>
-    public static readonly Peer Origin = new("origin", [], s_xnbd, s => Xnbd(s, "--target", "--readonly", s.Image));
 
     /// <summary>The names of all peers.</summary>
     public static string Names => string.Join(", ", All.Select(peer => peer.Name).Distinct());
@@ -95,6 +92,14 @@ public sealed record Peer(string Name, Mode[] Modes, string Program, Func<Settin
 
     /// <summary>It goes into the background by itself, and leaves its process id in a file.</summary>
     public bool IsDaemon => Name == "nbd-server";
+
+    /// <summary>
+    /// The server from which a proxy reads. nbdkit's cache is writable only if its origin is, although it writes
+    /// nothing there with these arguments.
+    /// </summary>
+    public Peer Origin
+        => new("origin", [], s_xnbd, s => Xnbd(
+            s, ["--target", .. Name == "nbdkit cache" ? (string[])[] : ["--readonly"], s.Image]));
 
     /// <summary>The name of the export to ask for.</summary>
     public string ExportName => Name is "nbd-server" or "qemu-storage-daemon" ? "bench" : "";

@@ -168,7 +168,6 @@ internal static class Workloads
             load) with
         {
             Mode = Mode.Proxy,
-            Suits = peer => !isWarm || peer.Name != "nbdkit cache", // it fails when the whole disk is written
             IsFilled = isWarm,
             IsOfFreshFile = isWarm,
         });
