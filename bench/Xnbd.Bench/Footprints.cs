@@ -6,7 +6,10 @@ namespace Xnbd.Bench;
 /// <param name="StartMilliseconds">Time to its first greeting: the median of several starts.</param>
 /// <param name="Idle">Resident size in MiB at first.</param>
 /// <param name="Used">Resident size in MiB after some use; NaN when the server cannot be used so.</param>
-internal sealed record Footprint(double StartMilliseconds, double Idle, double Used);
+/// <param name="RestartMilliseconds">
+/// Time to its first greeting after it was used and killed, with the files that it had; NaN for the peers.
+/// </param>
+internal sealed record Footprint(double StartMilliseconds, double Idle, double Used, double RestartMilliseconds);
 
 /// <summary>The footprints of all servers, over Unix sockets.</summary>
 internal sealed class Footprints
@@ -64,8 +67,8 @@ internal sealed class Footprints
                     milliseconds.Add(stage.Server.StartMilliseconds);
                     if (i == starts - 1)
                     {
-                        double idle = Resident(stage.Server);
-                        return new Footprint(Measurement.Median(milliseconds), idle, use(stage.Server));
+                        double idle = Resident(stage.Server), used = use(stage.Server);
+                        return new Footprint(Measurement.Median(milliseconds), idle, used, Restart(stage.Server));
                     }
                 }
             }
@@ -75,6 +78,15 @@ internal sealed class Footprints
                 return null;
             }
         }
+    }
+
+    private static double Restart(RunningPeer server)
+    {
+        if (!server.Peer.IsOwn)
+            return double.NaN;
+        server.Dispose();
+        using RunningPeer next = server.Again();
+        return next.StartMilliseconds;
     }
 
     private static double Resident(RunningPeer server) => server.Kibibytes("VmRSS") / 1024.0;

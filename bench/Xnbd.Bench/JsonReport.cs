@@ -65,6 +65,7 @@ internal static class JsonReport
         StartMs = Figure(footprint.StartMilliseconds),
         IdleMib = Figure(footprint.Idle),
         UsedMib = Figure(footprint.Used),
+        RestartMs = Figure(footprint.RestartMilliseconds),
     };
 
     private static object? Ratio(Ratio? ratio) => ratio is null ? null : new

@@ -98,11 +98,12 @@ internal static class Report
         {
             Table(
                 "disk of 16 TiB", "server", "start to greeting, ms:", "idle, MiB:",
-                Line($"after {Footprints.Writes:#,0} random writes of 4 KiB, MiB:"));
+                Line($"after {Footprints.Writes:#,0} random writes of 4 KiB, MiB:"),
+                "start after a kill, ms:");
             foreach ((Mode mode, Peer peer, Footprint f) in footprints.OfBigDisk)
                 Row(
                     mode.ToString().ToLowerInvariant(), peer.Name, Text(f.StartMilliseconds, "0.0"),
-                    Text(f.Idle, "0.0"), Text(f.Used, "0.0"));
+                    Text(f.Idle, "0.0"), Text(f.Used, "0.0"), Text(f.RestartMilliseconds, "0.0"));
         }
     }
 

@@ -11,6 +11,7 @@ public sealed class RunningPeer : IDisposable
 
     private readonly Process _process;
     private readonly Setting _setting;
+    private bool _isDisposed;
 
     private RunningPeer(Process process, Peer peer, Setting setting)
         => (_process, Peer, _setting) = (process, peer, setting);
@@ -82,8 +83,15 @@ public sealed class RunningPeer : IDisposable
         .Sum(line => long.Parse(
             line.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries)[1], CultureInfo.InvariantCulture));
 
+    /// <summary>After its end, starts it with the same files.</summary>
+    /// <exception cref="InvalidOperationException">It did not start.</exception>
+    public RunningPeer Again() => Start(Peer, _setting);
+
     public void Dispose()
     {
+        if (_isDisposed)
+            return;
+        _isDisposed = true;
         _process.Kill(entireProcessTree: true);
         _process.WaitForExit();
         _process.Dispose();
