@@ -19,8 +19,9 @@ internal sealed class Images(string diskFolder) : IDisposable
         {
             image = medium switch
             {
-                Medium.SparseMemory => Sparse("sparse", pieceBytes: 4 << 20, pieces: 64, each: 32),
-                Medium.FragmentedMemory => Sparse("fragmented", pieceBytes: 4 << 10, pieces: 1 << 20, each: 2),
+                Medium.SparseMemory => Sparse(_memory, "sparse", pieceBytes: 4 << 20, pieces: 64, each: 32),
+                Medium.FragmentedMemory => Sparse(_memory, "fragmented", pieceBytes: 4 << 10, pieces: 1 << 20, each: 2),
+                Medium.FragmentedDisk => Sparse(_disk, "fragmented", pieceBytes: 4 << 10, pieces: 1 << 20, each: 2),
                 Medium.ColdDisk => _disk.Random("cold", 1 << 30),
                 _ => _memory.Random("image", 512 << 20),
             };
@@ -41,13 +42,13 @@ internal sealed class Images(string diskFolder) : IDisposable
     }
 
     /// <summary>An image of which one piece of so many is data, and the rest are holes.</summary>
-    private string Sparse(string name, int pieceBytes, int pieces, int each)
+    private static string Sparse(TempFolder folder, string name, int pieceBytes, int pieces, int each)
     {
         long needed = (long)pieceBytes * pieces;
-        long available = new DriveInfo(MemoryFolder).AvailableFreeSpace;
+        long available = new DriveInfo(folder.Path).AvailableFreeSpace;
         if (needed * 3 / 2 > Math.Min(available, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes))
-            throw new InvalidOperationException($"there are no {needed >> 20} MiB for it in {MemoryFolder}");
-        string image = _memory.Sparse(name, needed * each);
+            throw new InvalidOperationException($"there are no {needed >> 20} MiB for it in {folder.Path}");
+        string image = folder.Sparse(name, needed * each);
         byte[] data = new byte[pieceBytes];
         new Random(1).NextBytes(data);
         using FileStream file = File.OpenWrite(image);

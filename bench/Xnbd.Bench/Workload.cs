@@ -12,6 +12,9 @@ public enum Medium
     /// <summary>In memory: 8 GiB, of which every other block of 4 KiB is data.</summary>
     FragmentedMemory,
 
+    /// <summary>The same on the disk's file system; what was just written is in the page cache.</summary>
+    FragmentedDisk,
+
     /// <summary>On the disk's file system, and not in memory.</summary>
     ColdDisk,
 }

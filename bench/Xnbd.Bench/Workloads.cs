@@ -45,8 +45,8 @@ internal static class Workloads
         .. Cold("randread", "4k", "1x1 1x32"),
         .. Cold("read", "256k", "1x16"),
 
-        BlockStatus(),
-        .. Fragmented("read", "1m", "1x4"),
+        .. Fragmented("tmpfs", Medium.FragmentedMemory),
+        .. Fragmented("disk", Medium.FragmentedDisk),
 
         .. ManyConnections("64x1 256x1q 1000x1"),
         .. Mixed(),
@@ -100,21 +100,23 @@ internal static class Workloads
             Medium = Medium.ColdDisk,
         });
 
-    private static Workload BlockStatus()
-        => new("fragmented: block status of the whole disk", Mode.Target, "", BlockStatusClient.Run)
-        {
-            Medium = Medium.FragmentedMemory,
-            Unit = "extents/s",
-        };
-
-    private static IEnumerable<Workload> Fragmented(string pattern, string size, string loads)
-        => Loads(loads).Select(load => Fio(
-            "fragmented: " + Words(pattern),
-            new FioClient(pattern, size, load.Connections, load.Depth),
-            load) with
-        {
-            Medium = Medium.FragmentedMemory,
-        });
+    /// <summary>An image of 8 GiB of which every other 4 KiB are data: a million extents of each kind.</summary>
+    private static IEnumerable<Workload> Fragmented(string where, Medium medium)
+    {
+        var read = new Load(1, 4, "");
+        return
+        [
+            new Workload($"fragmented, {where}: block status of the whole disk", Mode.Target, "", BlockStatusClient.Run)
+            {
+                Medium = medium,
+                Unit = Workload.UnitOfBytes,
+            },
+            Fio($"fragmented, {where}: sequential read", new FioClient("read", "1m", 1, read.Depth), read) with
+            {
+                Medium = medium,
+            },
+        ];
+    }
 
     private static IEnumerable<Workload> ManyConnections(string loads)
         => Loads(loads).Select(load => new Workload(

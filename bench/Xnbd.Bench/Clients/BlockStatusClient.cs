@@ -14,21 +14,23 @@ internal static class BlockStatusClient
             job.Server.Endpoint.Remote, structured: true, job.Server.Peer.ExportName, "base:allocation");
         double cpu = ProcessorTime.OfCurrentThread(), serverCpu = job.Server.CpuSeconds;
         long start = Stopwatch.GetTimestamp();
-        double extents = 0;
+        double requests = 0, bytes = 0;
         ulong offset = 0;
         while (Stopwatch.GetElapsedTime(start).TotalSeconds < job.Seconds)
         {
             job.Stop.ThrowIfCancellationRequested();
             var found = client.BlockStatus(offset, (uint)Math.Min(MaxLength, client.Size - offset));
-            extents += found.Count;
-            offset += (ulong)found.Sum(extent => extent.Length);
+            ulong told = (ulong)found.Sum(extent => extent.Length);
+            requests++;
+            bytes += told;
+            offset += told;
             if (offset >= client.Size)
                 offset = 0;
         }
 
         return new ClientRun(
-            extents,
-            0,
+            requests,
+            bytes,
             Stopwatch.GetElapsedTime(start).TotalSeconds,
             ProcessorTime.OfCurrentThread() - cpu)
         {
