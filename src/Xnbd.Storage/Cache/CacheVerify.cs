@@ -51,6 +51,12 @@ internal sealed class CacheVerify(
         var options = new ParallelOptions { MaxDegreeOfParallelism = Parallel, CancellationToken = cancel };
         await System.Threading.Tasks.Parallel.ForEachAsync(
             Pieces(), options, async (piece, _) => await Compare(piece.Range, piece.IsZero, result, cancel));
+
+        // Blocks that were written before their piece was cut were in no piece; others were fetched meanwhile.
+        result.Blocks = Math.Max(result.Blocks, result.DoneBlocks);
+        long written = result.Blocks - result.DoneBlocks;
+        result.NoteWritten(written);
+        result.NoteDone(written);
     }
 
     /// <summary>What is to be compared, in order.</summary>
