@@ -1,3 +1,4 @@
+using System.Net;
 using Xnbd.Protocol;
 using Xnbd.TestKit;
 
@@ -29,12 +30,17 @@ public sealed class SharedPagesTests : IDisposable
         byte[] bytes = File.ReadAllBytes(_folder.Random("bytes", Length));
         string image = Path.Combine(mount.Path, "image");
         File.WriteAllBytes(image, bytes);
-        int port = ServerProcess.FreePort();
+        // Over TCP within one machine no pages are shared, so the server is at the end of a line.
+        (NetworkNamespace? line, string? reason) = await NetworkNamespace.TryCreate();
+        Skip.Unless(line is not null, reason ?? "");
+        using NetworkNamespace network = line!;
+        const int port = 8520;
+        var address = new IPEndPoint(IPAddress.Parse(network.Address), port);
         string socket = _folder.File("s");
         string[] layer = mode == "--target" ? [] : ["--cow-layer", Path.Combine(mount.Path, "layer")];
-        using ServerProcess server = ServerProcess.Start(
-            socket,
-            [mode, "--unix", socket, "--laddr", "127.0.0.1", "--lport", $"{port}", .. layer, image]);
+        string[] arguments = [mode, "--unix", socket, "--laddr", network.Address, "--lport", $"{port}", .. layer, image];
+        using ServerProcess server = ServerProcess.StartCommand(
+            socket, [.. network.Prefix, ServerProcess.Executable, .. arguments]);
         using NbdTestClient changer = server.Open();
         if (mode != "--target") // all of it is in the layer
             Assert.Equal(NbdError.None, changer.Write(0, bytes));
@@ -46,7 +52,7 @@ public sealed class SharedPagesTests : IDisposable
             {
                 foreach (int length in (int[])[Sector, 4096])
                 {
-                    using NbdTestClient reader = isTcp ? NbdTestClient.Connect(port) : NbdTestClient.Connect(socket);
+                    using NbdTestClient reader = isTcp ? NbdTestClient.Connect(address) : NbdTestClient.Connect(socket);
                     reader.Start();
                     reader.Enter();
                     ulong cookie = reader.SendRequest(NbdCommand.Read, 0, Read);
