@@ -59,7 +59,7 @@ internal sealed record BenchOptions
         string modes = Names<Mode>();
         var quick = new Option<bool>("--quick")
         {
-            Description = "A cross-section in less than 3 minutes: 2 rounds of 0.5 s, and the peers that are ahead",
+            Description = "A cross-section: 2 rounds of 0.5 s, and the peers that are ahead",
         };
         var json = new Option<bool>("--json") { Description = "Print the figures as JSON, for programs" };
         var list = new Option<bool>("--list") { Description = "Print the chosen workloads; run nothing" };

@@ -36,7 +36,7 @@ public sealed record Endpoint(Transport Transport, string Path, string Address, 
         => IsUnix ? $"nbd+unix:///{export}?socket={Path}" : $"nbd://{Address}:{Port}/{export}";
 
     /// <summary>
-    /// Whether a server greets there. That the kernel accepts a connection would say less: nbd-server listens 0.7 s
+    /// Whether a server greets there. That the kernel accepts a connection would say less: nbd-server listens some time
     /// before it serves.
     /// </summary>
     public bool Greets()

@@ -7,7 +7,7 @@ namespace Xnbd.Client;
 public sealed record RemoteOptions
 {
     /// <summary>
-    /// How long a server may be silent before its connection is given up, where reads wait as long as that.
+    /// How long a server may be silent before its connection is given up, unless reads wait for a shorter time.
     /// </summary>
     public static readonly TimeSpan SilenceTime = TimeSpan.FromSeconds(30);
 
@@ -54,7 +54,7 @@ public sealed record RemoteOptions
     public TimeProvider Time { get; init; } = TimeProvider.System;
 
     /// <summary>
-    /// How long a server may be silent while it owes replies. A line has a delay, so that this is never zero.
+    /// How long a server may be silent while it owes replies. It is never zero, since every line has a delay.
     /// </summary>
     internal TimeSpan Silence
         => Patience == TimeSpan.Zero ? RemoteAddress.UnacknowledgedTime

@@ -7,8 +7,8 @@ namespace Xnbd.Linux;
 /// A program that this process has started, without a shell between. It has a session and a process group of its own,
 /// no blocked signals, /dev/null as stdin and stdout, and this process's stderr.
 /// <para>
-/// States: running; ended, once <see cref="TryWait"/> has said so. Only then may the number of the process mean another
-/// one. One thread uses it.
+/// States: running; ended, once <see cref="TryWait"/> has said so. Until then its process id cannot belong to
+/// another process. One thread uses it.
 /// </para>
 /// </summary>
 public sealed unsafe class LinuxChild

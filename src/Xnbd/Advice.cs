@@ -24,7 +24,7 @@ internal static class Advice
         Remedy.ImportOrClearMap => "--import-bitmap takes it over, --clear-bitmap starts afresh",
         Remedy.RebindMap => "if that is the same disk: --rebind",
         Remedy.CacheAll => "cache all first: xnbd-bgctl --cache-all",
-        Remedy.BeginKeeping => "when nobody uses it any more: xnbd-bgctl --begin",
+        Remedy.BeginKeeping => "when nobody writes to the remote any more: xnbd-bgctl --begin",
         _ => null,
     };
 }

@@ -24,7 +24,7 @@ internal sealed class ControlProgress
     private readonly bool _isShown;
     private readonly bool _isTerminal = !Console.IsErrorRedirected;
     private readonly ManualResetEventSlim _interrupted = new();
-    private string _phase; // the present one, and what there was at its begin
+    private string _phase; // the present one, and what there was at its start
     private long _phaseStart;
     private long _fetchedBefore;
     private long _zeroesBefore;

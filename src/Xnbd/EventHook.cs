@@ -14,7 +14,8 @@ namespace Xnbd.Programs;
 /// <para>
 /// Any thread may call anything. <c>_lock</c> guards the queue; nothing else is done while it is held.
 /// </para>
-/// What survives: nothing. Events that wait when the server ends are told for a moment, and then given up.
+/// What survives: nothing. At the end of the server, waiting events are told for one more second; the rest are given
+/// up.
 /// </summary>
 internal sealed class EventHook : IDisposable
 {

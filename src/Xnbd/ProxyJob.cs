@@ -31,7 +31,7 @@ internal sealed class ProxyJob
     /// <param name="id">Identifies the job.</param>
     /// <param name="kind">What it does, as the method of the control channel is called.</param>
     /// <param name="cache">The cache.</param>
-    /// <param name="log">Told of the begin and the end.</param>
+    /// <param name="log">Told of the start and the end.</param>
     /// <param name="steps">At least one; each one's name, and its work.</param>
     public ProxyJob(int id, string kind, OriginCache cache, ILogger log, params ProxyJobStep[] steps)
     {

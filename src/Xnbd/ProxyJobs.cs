@@ -8,7 +8,7 @@ namespace Xnbd.Programs;
 
 /// <summary>
 /// The jobs of a proxy, of which one runs at a time. The last one is remembered.
-/// <para>Any thread may call anything; <c>_lock</c> is held while a job is started or looked for.</para>
+/// <para>Any thread may call anything; <c>_lock</c> is held while a job is started or ended.</para>
 /// </summary>
 internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
 {

@@ -156,6 +156,7 @@ internal sealed class ProxyMode : IDisposable
             Changed = _events.Remote,
         };
         long start = Stopwatch.GetTimestamp();
+        bool? isComplete = null; // this reads the whole map
         for (bool isFirst = true; ; isFirst = false)
         {
             try
@@ -164,7 +165,8 @@ internal sealed class ProxyMode : IDisposable
             }
             catch (RemoteException failure)
             {
-                if (saved is not null && !failure.IsOtherDisk && CanStartWithout(saved, failure))
+                isComplete ??= saved?.IsComplete() == true;
+                if (saved is not null && !failure.IsOtherDisk && CanStartWithout(isComplete.Value, failure))
                     return ConnectLater(remote, saved.Length);
                 if (Stopwatch.GetElapsedTime(start).TotalSeconds >= _options.WaitSeconds)
                     throw new FailureException(failure.Message);
@@ -177,9 +179,9 @@ internal sealed class ProxyMode : IDisposable
     }
 
     /// <summary>Whether clients can be served although the remote is away; it is logged why.</summary>
-    private bool CanStartWithout(SavedCache saved, RemoteException failure)
+    private bool CanStartWithout(bool isComplete, RemoteException failure)
     {
-        if (saved.IsComplete())
+        if (isComplete)
         {
             _log.LogWarning(
                 "the remote cannot be used, and is not needed, since all is cached: {Cause}", failure.Message);

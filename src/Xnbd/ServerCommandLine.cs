@@ -55,7 +55,7 @@ internal sealed class ServerCommandLine
     {
         Description = "With --proxy: a program that is run when the remote is lost or back, "
             + "and when all is copied, verified or switched",
-        HelpName = "COMMAND",
+        HelpName = "PROGRAM",
     };
     private readonly Option<bool> _incoming = new("--incoming")
     {

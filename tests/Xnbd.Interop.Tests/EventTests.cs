@@ -99,12 +99,18 @@ public sealed class EventTests : IDisposable
         Wait.Until(() => Count(proxy, "failed for the event verified: signal 9") == 1, "a signal is logged");
         Assert.Equal(1, Count(proxy, "failed for the event copied: exit status 9"));
         int[] children = ChildrenOf(proxy.Id);
-        Assert.Single(children); // the others are reaped
-        client.Dispose();
-        long start = Stopwatch.GetTimestamp();
-        Assert.Equal(0, proxy.Stop());
-        Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 6);
-        ServerProcess.Signal(children[0], 9);
+        try
+        {
+            Assert.Single(children); // the others are reaped
+            client.Dispose();
+            long start = Stopwatch.GetTimestamp();
+            Assert.Equal(0, proxy.Stop());
+            Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 6);
+        }
+        finally
+        {
+            Array.ForEach(children, child => ServerProcess.Signal(child, 9));
+        }
     }
 
     [Fact]

@@ -167,10 +167,18 @@ public sealed class ProxyRemoteTests : IDisposable
         Assert.Contains("cancelled", await Tool.Succeed(Proxies.Control, "--cancel", socket), StringComparison.Ordinal);
         Assert.InRange(Stopwatch.GetElapsedTime(start).TotalSeconds, 0, 10);
         Task<string> all = Tool.Succeed(Proxies.Control, "--cache-all", socket);
-        await Task.Delay(500, TestContext.Current.CancellationToken);
+        Wait.Until(() => IsWaiting().Result, "it waits");
         Assert.False(all.IsCompleted);
         using ServerProcess back = Serve("r");
         Assert.Equal("all is cached\n", await all);
+
+        async Task<bool> IsWaiting()
+        {
+            JsonElement query = JsonDocument.Parse(
+                await Tool.Succeed(Proxies.Control, "--query", "--json", socket)).RootElement;
+            return query.GetProperty("job").GetProperty("state").GetString() == "running"
+                && query.GetProperty("requests-in-flight").GetInt64() > 0;
+        }
     }
 
     /// <summary>A read that comes back to where it began would wait for itself.</summary>

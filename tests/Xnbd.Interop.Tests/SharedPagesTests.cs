@@ -38,9 +38,9 @@ public sealed class SharedPagesTests : IDisposable
         var address = new IPEndPoint(IPAddress.Parse(network.Address), port);
         string socket = _folder.File("s");
         string[] layer = mode == "--target" ? [] : ["--cow-layer", Path.Combine(mount.Path, "layer")];
-        string[] arguments = [mode, "--unix", socket, "--laddr", network.Address, "--lport", $"{port}", .. layer, image];
+        string[] listen = ["--unix", socket, "--laddr", network.Address, "--lport", $"{port}"];
         using ServerProcess server = ServerProcess.StartCommand(
-            socket, [.. network.Prefix, ServerProcess.Executable, .. arguments]);
+            socket, [.. network.Prefix, ServerProcess.Executable, mode, .. listen, .. layer, image]);
         using NbdTestClient changer = server.Open();
         if (mode != "--target") // all of it is in the layer
             Assert.Equal(NbdError.None, changer.Write(0, bytes));

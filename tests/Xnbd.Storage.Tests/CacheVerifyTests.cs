@@ -101,7 +101,7 @@ public sealed class CacheVerifyTests
             Differ(written.Offset); // as a writer does it: first the data, then the state
             _ = Task.Run(async () =>
             {
-                await Task.Delay(50);
+                Wait.Until(() => _result.DoneBlocks >= _map.BlockCount - 64, "all other pieces are done");
                 _map.Set(written, BlockState.Written);
                 _changing.Leave(written);
             });

@@ -165,6 +165,13 @@ public sealed class FakeServer : IDisposable
     /// <summary>A connection of a client, to which a test sends anything.</summary>
     public sealed class Peer(Socket socket)
     {
+        /// <summary>An error, in the last chunk of a reply.</summary>
+        public void SendError(ulong cookie, NbdError error, string text)
+        {
+            byte[] chunk = new byte[NbdReply.MaxErrorChunk];
+            Send(chunk.AsSpan(0, NbdReply.WriteErrorChunk(chunk, cookie, error, text)));
+        }
+
         public void Send(ReadOnlySpan<byte> data)
         {
             while (data.Length > 0)

@@ -4,10 +4,18 @@ namespace Xnbd.TestKit;
 public sealed class TestClock : TimeProvider
 {
     private long _ticks = TimeSpan.TicksPerDay;
+    private int _readings;
 
     public override long TimestampFrequency => TimeSpan.TicksPerSecond;
 
-    public override long GetTimestamp() => Interlocked.Read(ref _ticks);
+    /// <summary>How often the clock has been read.</summary>
+    public int Readings => Volatile.Read(ref _readings);
+
+    public override long GetTimestamp()
+    {
+        Interlocked.Increment(ref _readings);
+        return Interlocked.Read(ref _ticks);
+    }
 
     public override DateTimeOffset GetUtcNow() => DateTimeOffset.UnixEpoch + TimeSpan.FromTicks(GetTimestamp());
 

@@ -24,10 +24,10 @@ internal sealed class CacheFill(
     Disk origin, Disk local, BlockMap map, BlockLocks changing, Func<BlockRange, Task> fetch)
 {
     /// <summary>How much the origin is asked about at once, in blocks: 1 GiB.</summary>
-    private const int AskedBlocks = (1 << 30) / BlockRange.BlockSize;
+    internal const int AskedBlocks = (1 << 30) / BlockRange.BlockSize;
 
     /// <summary>How many extents an answer has at most: this bounds the memory for it.</summary>
-    private const int MaxExtents = 4096;
+    internal const int MaxExtents = 4096;
 
     /// <summary>Shorter zeroes are fetched with what surrounds them.</summary>
     private const int MinZeroBytes = FetchStore.UnitBytes;

@@ -14,7 +14,7 @@ internal static class CacheSamples
     public static DiskSamples Take(BlockMap map, Func<BlockRange, byte[]?> read)
     {
         long count = map.Count(BlockState.Fetched), passed = 0, next = 0;
-        // File systems like round numbers, and have the same things there.
+        // An odd step: file systems put the same structures at round offsets.
         long step = ((count + DiskSamples.MaxCandidates - 1) / DiskSamples.MaxCandidates) | 1;
         var candidates = new List<(long, byte[])>();
         foreach ((BlockRange run, BlockState state) in map.Runs())

@@ -28,13 +28,7 @@ internal sealed class CacheVerify(
     private const int HeldBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
 
     /// <summary>How many pieces are compared at once.</summary>
-    private const int Parallel = 16;
-
-    /// <summary>How much the origin is asked about at once, in blocks: 1 GiB.</summary>
-    private const int AskedBlocks = (1 << 30) / BlockRange.BlockSize;
-
-    /// <summary>How many extents an answer has at most.</summary>
-    private const int MaxExtents = 4096;
+    private const int MaxPieces = 16;
 
     private static readonly byte[] s_zeroes = new byte[FetchStore.UnitBytes];
 
@@ -48,8 +42,8 @@ internal sealed class CacheVerify(
     {
         result.Blocks = map.Count(BlockState.Fetched);
         result.MayHoldWrites = (map.Header.Flags & MapFlags.MayHoldWrites) != 0;
-        var options = new ParallelOptions { MaxDegreeOfParallelism = Parallel, CancellationToken = cancel };
-        await System.Threading.Tasks.Parallel.ForEachAsync(
+        var options = new ParallelOptions { MaxDegreeOfParallelism = MaxPieces, CancellationToken = cancel };
+        await Parallel.ForEachAsync(
             Pieces(), options, async (piece, _) => await Compare(piece.Range, piece.IsZero, result, cancel));
 
         // Blocks that were written before their piece was cut were in no piece; others were fetched meanwhile.
@@ -67,11 +61,11 @@ internal sealed class CacheVerify(
         {
             cancel.ThrowIfCancellationRequested();
             BlockRange run = map.Run(
-                new BlockRange(block, Math.Min(AskedBlocks, map.BlockCount - block)), out BlockState state);
+                new BlockRange(block, Math.Min(CacheFill.AskedBlocks, map.BlockCount - block)), out BlockState state);
             block = run.End;
             if (state != BlockState.Fetched)
                 continue;
-            var extents = new ExtentList(MaxExtents);
+            var extents = new ExtentList(CacheFill.MaxExtents);
             await origin.GetExtentsAsync(run.Offset, run.LengthOn(Length), extents);
             long offset = run.Offset, done = run.First;
             foreach (Extent extent in extents.Extents)

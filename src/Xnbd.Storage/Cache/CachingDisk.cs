@@ -162,10 +162,7 @@ internal sealed class CachingDisk : OverlayDisk
     /// <returns>False if it has begun already.</returns>
     public bool Begin()
     {
-        if (!_isIncoming)
-            return false;
-        _isIncoming = false; // whoever else has seen it does the same
-        return true;
+        return _isIncoming && Interlocked.Exchange(ref _isIncoming, false);
     }
 
     /// <inheritdoc/>

@@ -120,8 +120,8 @@ public sealed class SavedCache
         }
     }
 
-    private static BlockMap Load(SafeFileHandle file)
-        => BlockMap.Open(new FileMapStore("the map", file), LinuxProcess.BootId);
+    private BlockMap Load(SafeFileHandle file)
+        => BlockMap.Open(new FileMapStore(_mapPath, file), LinuxProcess.BootId);
 
     private static SafeFileHandle? OpenMap(string path)
         => LinuxFile.Status(path, out FileStatus status) == Errno.None

@@ -69,6 +69,9 @@ internal sealed class SwitchableDisk(Disk first) : Disk
         => Run((offset, buffer), static (disk, read) => disk.ReadAsync(read.offset, read.buffer));
 
     /// <inheritdoc/>
+    public override bool HasIdleReader => _current.HasIdleReader;
+
+    /// <inheritdoc/>
     public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
         => Run(
             (offset, data, durable), static (disk, write) => disk.WriteAsync(write.offset, write.data, write.durable));
