@@ -49,7 +49,10 @@ internal sealed partial class RemoteConnections
         RemoteConnection connection = Open(address);
         try
         {
-            if (samples.Blocks.Count > 0 && FindDifference(connection, address, samples) is { } offset)
+            List<byte[]?> others = ReadSamples(connection, address, samples);
+            if (isRequired && others.Count(data => data is null) > others.Count / 2)
+                throw new RemoteException($"{address}: most of the blocks by which it is recognized cannot be read");
+            if (samples.FindDifference(others) is { } offset)
             {
                 if (isRequired)
                 {
@@ -73,8 +76,9 @@ internal sealed partial class RemoteConnections
         }
     }
 
-    /// <returns>The offset of a block that shows that it is another disk; null if it may be the same.</returns>
-    private long? FindDifference(RemoteConnection connection, RemoteAddress address, DiskSamples samples)
+    /// <summary>Reads the blocks by which a disk is recognized.</summary>
+    /// <returns>What the server has, in their order; null where a sector is bad.</returns>
+    private List<byte[]?> ReadSamples(RemoteConnection connection, RemoteAddress address, DiskSamples samples)
     {
         var reads = new List<(Task Task, byte[] Data)>();
         bool mustSend = false;
@@ -112,6 +116,6 @@ internal sealed partial class RemoteConnections
             }
         }
 
-        return samples.FindDifference(others);
+        return others;
     }
 }

@@ -37,6 +37,21 @@ internal sealed partial class RemoteConnections
         };
     }
 
+    /// <summary>Records another server than the last one, before anything is read from it.</summary>
+    /// <exception cref="RemoteException">That failed; the connection is closed.</exception>
+    private void Record(RemoteAddress address, RemoteConnection connection)
+    {
+        try
+        {
+            _record(address);
+        }
+        catch (DiskException failure)
+        {
+            connection.Dispose();
+            throw new RemoteException($"{address}: it cannot be recorded: {failure.Message}");
+        }
+    }
+
     /// <summary>Uses a connection, and keeps to the limits of its server. The lock is held.</summary>
     private void Adopt(RemoteConnection connection)
     {
@@ -180,21 +195,30 @@ internal sealed partial class RemoteConnections
                 RemoteConnection? connection
                     = isFirst ? OpenFirst(address, isRequired: address != last) : Open(address);
                 bool isSoon, isOther = false;
-                lock (_lock)
+                lock (_believing)
                 {
-                    // Meanwhile the remote may have been changed.
-                    bool isStale = _isClosed || connection.IsBroken || last != _lastServer
-                        || (_connections.Count > 0 && address != _address);
-                    if (!isStale)
+                    bool isStale; // meanwhile the remote may have been changed
+                    lock (_lock)
                     {
-                        isOther = address != _address;
-                        Believe(address);
-                        Adopt(connection); // the server may have been started anew, with other limits
-                        connection = null;
-                        Monitor.PulseAll(_lock);
+                        isStale = _isClosed || connection.IsBroken || last != _lastServer
+                            || (_connections.Count > 0 && address != _address);
                     }
 
-                    isSoon = _lastBreak is { } broken && _time.GetElapsedTime(broken) <= s_stableTime;
+                    if (!isStale && address != last)
+                        Record(address, connection);
+                    lock (_lock)
+                    {
+                        if (!isStale && !_isClosed)
+                        {
+                            isOther = address != _address;
+                            Believe(address);
+                            Adopt(connection); // the server may have been started anew, with other limits
+                            connection = null;
+                            Monitor.PulseAll(_lock);
+                        }
+
+                        isSoon = _lastBreak is { } broken && _time.GetElapsedTime(broken) <= s_stableTime;
+                    }
                 }
 
                 connection?.Dispose();

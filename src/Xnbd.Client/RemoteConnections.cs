@@ -19,8 +19,9 @@ namespace Xnbd.Client;
 /// for silence. Each connection's receiving thread tells of room, and of its end.
 /// </para>
 /// <para>
-/// Locks: <c>_lock</c>, then a connection's own lock. While they are held, requests are only added to connections;
-/// they are sent, and completed, afterwards.
+/// Locks: <c>_believing</c>, under which a server is recorded and taken into use; then <c>_lock</c>, then a
+/// connection's own lock. While they are held, requests are only added to connections; they are sent, and completed,
+/// afterwards.
 /// </para>
 /// The type's other files: <c>RemoteConnections.Keeping.cs</c> (the two threads, and what they do),
 /// <c>RemoteConnections.Believing.cs</c> (what is asked of a server before it is used).
@@ -41,6 +42,8 @@ internal sealed partial class RemoteConnections
     private readonly int _maxConnections;
     private readonly ulong _proxyId;
     private readonly Func<DiskSamples> _takeSamples;
+    private readonly Action<RemoteAddress> _record;
+    private readonly Lock _believing = new(); // held while another server is recorded and taken into use
     private readonly List<RemoteAddress> _servers; // those that are tried in turn
     private int _turn; // the one whose turn it is, when there is no connection
     private RemoteAddress? _lastServer; // the one that was believed last
@@ -66,7 +69,8 @@ internal sealed partial class RemoteConnections
         if (options.LastServer is { } last && _servers.IndexOf(last) is var index and >= 0)
             _turn = index;
         (_address, _lastServer) = (_servers[_turn], options.LastServer);
-        (_takeSamples, _proxyId, _maxConnections) = (options.TakeSamples, options.ProxyId, options.MaxConnections);
+        (_takeSamples, _record, _length) = (options.TakeSamples, options.Record, options.ExpectedLength);
+        (_proxyId, _maxConnections) = (options.ProxyId, options.MaxConnections);
         (_patience, _silence) = (options.Patience, options.Silence);
         (_log, _time, _changed) = (options.Log, options.Time, options.Changed);
     }
@@ -111,7 +115,7 @@ internal sealed partial class RemoteConnections
     /// <exception cref="RemoteException">The server cannot be used, or there is no thread to spare.</exception>
     public void Start(long? length)
     {
-        _length = length;
+        _length = length ?? _length;
         if (length is null)
         {
             (RemoteConnection first, RemoteAddress address) = OpenAny();
@@ -133,13 +137,11 @@ internal sealed partial class RemoteConnections
 
     /// <summary>Uses another server from now on. Requests that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>
-    /// <param name="record">
-    /// Records the address, when the server can be used. If it throws, nothing has changed.
-    /// </param>
     /// <exception cref="RemoteException">
     /// It cannot be used, or has another disk; nothing has changed.
     /// </exception>
-    public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record)
+    /// <exception cref="DiskException">It cannot be recorded; nothing has changed.</exception>
+    public void SwitchTo(RemoteAddress address)
     {
         RemoteConnection fresh = OpenFirst(address, isRequired: true);
         List<RemoteConnection> old;
@@ -147,18 +149,21 @@ internal sealed partial class RemoteConnections
         {
             if (fresh.IsBroken)
                 throw new RemoteException($"{address}: the server has closed the connection");
-            record?.Invoke(address);
-            lock (_lock)
+            lock (_believing)
             {
-                if (_isClosed)
-                    throw new RemoteException("the remote is not needed any more");
-                if (!_servers.Contains(address))
-                    _servers[_servers.IndexOf(_address)] = address;
-                Believe(address);
-                old = [.. _connections];
-                _connections.Clear();
-                Adopt(fresh);
-                Monitor.PulseAll(_lock);
+                _record(address);
+                lock (_lock)
+                {
+                    if (_isClosed)
+                        throw new RemoteException("the remote is not needed any more");
+                    if (!_servers.Contains(address))
+                        _servers[_servers.IndexOf(_address)] = address;
+                    Believe(address);
+                    old = [.. _connections];
+                    _connections.Clear();
+                    Adopt(fresh);
+                    Monitor.PulseAll(_lock);
+                }
             }
         }
         catch

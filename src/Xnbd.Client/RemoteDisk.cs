@@ -69,14 +69,11 @@ public sealed class RemoteDisk : Disk
 
     /// <summary>Reads from another server from now on. Reads that are under way go there, too.</summary>
     /// <param name="address">The server and its export.</param>
-    /// <param name="record">
-    /// Records the address, when the server can be used. If it throws, nothing has changed.
-    /// </param>
     /// <exception cref="RemoteException">
     /// It cannot be used, or has another disk; nothing has changed.
     /// </exception>
-    public void SwitchTo(RemoteAddress address, Action<RemoteAddress>? record = null)
-        => _connections.SwitchTo(address, record);
+    /// <exception cref="DiskException">It cannot be recorded; nothing has changed.</exception>
+    public void SwitchTo(RemoteAddress address) => _connections.SwitchTo(address);
 
     /// <inheritdoc/>
     public override bool TryRead(long offset, Span<byte> buffer) => false; // there is a network between

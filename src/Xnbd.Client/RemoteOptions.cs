@@ -29,6 +29,17 @@ public sealed record RemoteOptions
     /// </summary>
     public Func<DiskSamples> TakeSamples { get; init; } = () => DiskSamples.None;
 
+    /// <summary>
+    /// Records the server that is believed from now on, before anything is read from it. If it throws a
+    /// <see cref="DiskException"/>, the server is not used. It waits for no server.
+    /// </summary>
+    public Action<RemoteAddress> Record { get; init; } = _ => { };
+
+    /// <summary>
+    /// Length of the disk in bytes: a server with another one is passed over. Null if it is not known.
+    /// </summary>
+    public long? ExpectedLength { get; init; }
+
     /// <summary>The id of this proxy, by which a circle of proxies is recognized; see <c>NbdProxyTrail</c>.</summary>
     public ulong ProxyId { get; init; }
 

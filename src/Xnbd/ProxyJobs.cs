@@ -86,15 +86,15 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     {
         if (kind != VerifyKind)
             _cache.RefuseIfIncoming();
+        if (_last is { IsRunning: true } part && replaces.Contains(part.Kind))
+            part.Cancel(); // this may take a while
         lock (_lock)
         {
             if (_last is { IsRunning: true } running)
             {
                 if (running.Kind == kind || joins.Contains(running.Kind))
                     return running;
-                if (!replaces.Contains(running.Kind))
-                    throw Busy(running);
-                running.Cancel();
+                throw Busy(running);
             }
 
             return _last = new ProxyJob(++_count, kind, _cache, _log, steps);

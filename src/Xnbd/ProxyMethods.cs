@@ -138,7 +138,7 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
         if (_cache.Image is not null)
             return Query(); // its mode says that there is no remote any more
         lock (_reconnecting)
-            _remote!.SwitchTo(address, known => _cache.Rebind(known.ToString()));
+            _remote!.SwitchTo(address);
 
         return Query();
     }

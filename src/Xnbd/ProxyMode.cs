@@ -51,7 +51,7 @@ internal sealed class ProxyMode : IDisposable
             _remote = Connect(saved, stop);
             _cache = OriginCache.Open(
                 _remote,
-                options.RemoteNames,
+                [_remote.Address.ToString(), .. options.RemoteNames],
                 options.CacheImage,
                 options.Map,
                 options.Opening,
@@ -149,6 +149,8 @@ internal sealed class ProxyMode : IDisposable
             Servers = _options.Remotes,
             LastServer = _options.Remotes.FirstOrDefault(server => server.ToString() == saved?.OriginName),
             TakeSamples = () => _opened?.TakeSamples() ?? samples,
+            Record = Record,
+            ExpectedLength = saved?.Length,
             ProxyId = BitConverter.ToUInt64(RandomNumberGenerator.GetBytes(sizeof(ulong))),
             MaxConnections = _options.Connections,
             Patience = _options.RemoteTimeout,
@@ -176,6 +178,15 @@ internal sealed class ProxyMode : IDisposable
                     throw new OperationCanceledException(stop);
             }
         }
+    }
+
+    /// <summary>Records the server that is used from now on.</summary>
+    /// <exception cref="DiskException">That failed, or the cache is still being opened, which records it.</exception>
+    private void Record(RemoteAddress server)
+    {
+        if (_opened is not { } cache)
+            throw new DiskException(DiskError.InUse, "the cache is still being opened");
+        cache.Rebind(server.ToString());
     }
 
     /// <summary>Whether clients can be served although the remote is away; it is logged why.</summary>

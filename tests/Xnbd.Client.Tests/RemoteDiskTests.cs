@@ -719,14 +719,19 @@ public sealed class RemoteDiskTests : IDisposable
     public async Task A_remote_whose_address_cannot_be_recorded_is_not_used()
     {
         using FakeServer old = new FakeServer(SocketPath, _image).Start();
-        using RemoteDisk disk = Connect();
+        bool isFull = true;
+        RemoteAddress? recorded = null;
+        using RemoteDisk disk = RemoteDisk.Connect(Options() with
+        {
+            Record = address => recorded = isFull ? throw new DiskException(DiskError.NoSpace, "full") : address,
+        });
         using FakeServer next = new FakeServer(_folder.File("next"), new byte[_image.Length]).Start();
         RemoteAddress before = disk.Address, after = RemoteAddress.Parse("unix:" + next.Path, "-", "");
-        Assert.Throws<IOException>(() => disk.SwitchTo(after, _ => throw new IOException("full")));
+        Assert.Throws<DiskException>(() => disk.SwitchTo(after));
         Assert.Equal(before, disk.Address);
         Assert.Equal(_image[..4096], await Read(disk, 0, 4096));
-        RemoteAddress? recorded = null;
-        disk.SwitchTo(after, address => recorded = address);
+        isFull = false;
+        disk.SwitchTo(after);
         Assert.Equal((after, after), (recorded, disk.Address));
         Assert.Equal(new byte[4096], await Read(disk, 0, 4096));
     }

@@ -15,7 +15,9 @@ public sealed class RemoteServersTests : IDisposable
     private readonly byte[] _other = new byte[Size];
     private readonly ConcurrentQueue<string> _lines = new();
     private readonly TestLog _log;
+    private readonly ConcurrentQueue<RemoteAddress> _recorded = new();
     private DiskSamples _samples = DiskSamples.None;
+    private bool _isFull;
 
     public RemoteServersTests()
     {
@@ -51,6 +53,12 @@ public sealed class RemoteServersTests : IDisposable
         Servers = [.. names.Select(Address)],
         Log = _log,
         TakeSamples = () => _samples,
+        Record = server =>
+        {
+            if (_isFull)
+                throw new DiskException(DiskError.NoSpace, "full");
+            _recorded.Enqueue(server);
+        },
         ProxyId = 7,
     };
 
@@ -85,6 +93,32 @@ public sealed class RemoteServersTests : IDisposable
         Assert.Equal(2, LogText.Split("is not the one that was fetched").Length); // logged once
     }
 
+    /// <summary>After a restart, the server that was used last is the one that need not prove itself.</summary>
+    [Fact]
+    public async Task Another_server_is_recorded_before_anything_is_read_from_it()
+    {
+        FakeServer first = Serve("a");
+        using FakeServer second = Serve("b");
+        using RemoteDisk disk = Connect("a", "b");
+        _isFull = true;
+        End(first);
+        Task<byte[]> read = Read(disk, 0, Block);
+        Wait.Until(() => LogText.Contains("it cannot be recorded: full", StringComparison.Ordinal), "it is refused");
+        Assert.False(read.IsCompleted);
+        _isFull = false;
+        Assert.Equal(_image[..Block], await read);
+        Assert.Equal([Address("b")], _recorded);
+    }
+
+    [Fact]
+    public void A_server_with_another_length_than_the_known_one_is_passed_over()
+    {
+        using FakeServer other = Serve("a", new byte[2 * Size]), right = Serve("b");
+        using RemoteDisk disk = RemoteDisk.Connect(
+            Options("a", "b") with { LastServer = Address("a"), ExpectedLength = Size });
+        Assert.Equal((Address("b"), Size), (disk.Address, disk.Length));
+    }
+
     [Fact]
     public async Task The_server_of_last_time_is_believed_although_its_disk_has_changed()
     {
@@ -106,15 +140,16 @@ public sealed class RemoteServersTests : IDisposable
         using FakeServer server = Serve("a"), wrong = Serve("b", _other), right = Serve("c");
         using RemoteDisk disk = Connect("a");
         Know(1, 2, 3);
-        Assert.Throws<RemoteException>(() => disk.SwitchTo(Address("b"), _ => Assert.Fail("it was recorded")));
+        Assert.Throws<RemoteException>(() => disk.SwitchTo(Address("b")));
         Assert.Equal(Address("a"), disk.Address);
+        Assert.Empty(_recorded);
         Assert.Equal(_image[..Block], await Read(disk, 0, Block));
         disk.SwitchTo(Address("c"));
         Assert.Equal(_image[..Block], await Read(disk, 0, Block));
         Assert.Equal(1, right.Count);
     }
 
-    public static TheoryData<string> Faults => ["silent", "gone", "bad sector"];
+    public static TheoryData<string> Faults => ["silent", "gone", "bad sector", "bad disk"];
 
     [Theory]
     [MemberData(nameof(Faults))]
@@ -127,9 +162,9 @@ public sealed class RemoteServersTests : IDisposable
             {
                 if (fault == "gone")
                     peer.Close();
-                if (fault != "bad sector")
+                if (fault is "silent" or "gone")
                     return true;
-                if (request.Offset != 0)
+                if (fault == "bad sector" && request.Offset != 0)
                     return false;
                 peer.SendError(request.Cookie, NbdError.Io, "a bad sector");
                 return true;

@@ -154,6 +154,24 @@ public sealed class ProxyRemoteTests : IDisposable
     }
 
     [Fact]
+    public void After_a_restart_only_the_server_that_was_used_last_need_not_have_the_same_blocks()
+    {
+        string[] options = ["--remote", $"nbd+unix:///?socket={_folder.File("second")}"];
+        using (ServerProcess second = Serve("second"))
+        using (ServerProcess proxy = Start("first", options))
+        using (NbdTestClient client = proxy.Open())
+        {
+            Assert.Equal(_bytes[..65536], client.Read(0, 65536));
+            client.Dispose();
+            Assert.Equal(0, proxy.Stop());
+        }
+
+        File.Delete(_folder.File("second"));
+        using ServerProcess another = Serve("first", _folder.Random("another.img", Size, seed: 2));
+        Assert.Contains("it is another disk", Refused("first", options), StringComparison.Ordinal);
+    }
+
+    [Fact]
     public async Task A_job_that_waits_for_a_lost_remote_can_be_cancelled_or_goes_on_when_it_is_back()
     {
         string socket = Proxies.Socket(_folder);

@@ -234,7 +234,7 @@ public sealed class ProxyTests : IDisposable
         using ServerProcess other = ServerProcess.Start(_folder, otherImage);
         using ServerProcess long_ = ServerProcess.Start(_folder, longer);
         Assert.Contains("--rebind", Refused(other), StringComparison.Ordinal);
-        Assert.Contains($"the remote has {Size + 4096} bytes", Refused(long_), StringComparison.Ordinal);
+        Assert.Contains($"the export has {Size + 4096} bytes, not {Size}", Refused(long_), StringComparison.Ordinal);
         Assert.Equal(map, File.ReadAllBytes(_folder.File("cache.map")));
         Proxies.Start(_folder, other, "--rebind").Dispose();
 

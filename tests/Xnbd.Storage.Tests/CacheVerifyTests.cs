@@ -111,6 +111,16 @@ public sealed class CacheVerifyTests
     }
 
     [Fact]
+    public async Task A_switch_that_overtakes_it_fails_it()
+    {
+        _map.Seal(); // from now on clients write to the image, and the map does not know
+        Differ(0);
+        DiskException failure = await Assert.ThrowsAsync<DiskException>(() => Verify());
+        Assert.Contains("was switched before", failure.Message, StringComparison.Ordinal);
+        Assert.Equal(0, _result.DifferentBlocks);
+    }
+
+    [Fact]
     public async Task A_silent_origin_does_not_keep_it_from_being_cancelled()
     {
         _origin.Before = (operation, _, _)

@@ -80,6 +80,36 @@ public sealed class CachingDiskTests : IDisposable
         }
     }
 
+    /// <summary>
+    /// A comparison, and the samples by which a server is recognized, rely on what counts as fetched.
+    /// </summary>
+    [Theory]
+    [InlineData("write")]
+    [InlineData("partial write")]
+    [InlineData("zero")]
+    [InlineData("trim")]
+    public async Task A_block_that_a_failed_write_may_have_changed_does_not_count_as_fetched(string what)
+    {
+        FaultDisk? file = null;
+        using CachingDisk disk = Open(image => file = new FaultDisk(image));
+        Assert.Equal(_bytes[..8192], await Read(disk, 0, 8192));
+        await disk.FlushAll();
+        Assert.True(disk.Map.IsAll(new BlockRange(0, 2), BlockState.Fetched));
+        file!.Before = (operation, _, _)
+            => operation == "read" ? Task.CompletedTask : throw new DiskException(DiskError.NoSpace, "full");
+        await Assert.ThrowsAsync<DiskException>(async () =>
+        {
+            byte[] data = new byte[what == "write" ? 8192 : 5000];
+            if (what == "zero")
+                await disk.ZeroAsync(0, 8192, ZeroMode.None, durable: false);
+            else if (what == "trim")
+                await disk.TrimAsync(0, 8192, durable: false);
+            else if (!disk.TryWrite(0, data))
+                await disk.WriteAsync(0, data, durable: false);
+        });
+        Assert.True(disk.Map.IsAll(new BlockRange(0, 2), BlockState.Written));
+    }
+
     /// <summary>The file takes nothing before this is set.</summary>
     private static FaultDisk HoldWrites(Disk image, ManualResetEventSlim until)
         => new(image)

@@ -60,10 +60,11 @@ public sealed class DiskSamplesTests
             Assert.Equal(Block, block.LengthOn(length));
             read.Add(block.First);
             return read.Count % 3 > 0 ? Sample((int)block.First, 1).Data : null; // the others are held
-        });
+        }, mayHoldWrites: false);
         Assert.InRange(read.Count, 200, DiskSamples.MaxCandidates);
         Assert.Equal(read.Order().Distinct(), read);
         Assert.Equal(DiskSamples.MaxCount, samples.Blocks.Count);
-        Assert.Empty(CacheSamples.Take(MemoryMap.Create(length), _ => throw new InvalidOperationException()).Blocks);
+        BlockMap empty = MemoryMap.Create(length);
+        Assert.Empty(CacheSamples.Take(empty, _ => throw new InvalidOperationException(), false).Blocks);
     }
 }

@@ -62,6 +62,25 @@ public sealed class SwitchTests : IDisposable
         await Task.Yield();
     }
 
+    /// <summary>
+    /// The thread that makes connections takes samples, and records the server. A command that waits for a connection
+    /// must not keep it from that.
+    /// </summary>
+    [Fact]
+    public async Task Samples_and_the_remotes_address_wait_for_no_command_that_waits_for_the_remote()
+    {
+        using OriginCache cache = Open();
+        await Read(cache, 0, 3 * 4096);
+        Wait.Until(() => cache.Statistics.FetchedBlocks >= 3, "it is stored");
+        BeSilent();
+        Task invalidating = Task.Run(cache.Invalidate);
+        Wait.Until(() => cache.Statistics.FetchedBlocks >= 3 && invalidating.Status == TaskStatus.Running, "it runs");
+        Assert.NotEmpty((await Soon(Task.Run(cache.TakeSamples))).Blocks);
+        await Soon(Task.Run(() => cache.Rebind("another name")));
+        _silence.TrySetResult();
+        await Soon(invalidating);
+    }
+
     private static Task Soon(Task task) => Soon(task.ContinueWith(
         t => { t.GetAwaiter().GetResult(); return true; },
         CancellationToken.None,

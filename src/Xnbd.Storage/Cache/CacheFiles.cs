@@ -59,8 +59,6 @@ internal static class CacheFiles
         {
             long size = 0;
             BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, others ?? [], opening, out size);
-            if (map is not null && others?.Contains(map.Header.Source.Path) == true)
-                source = source with { Path = map.Header.Source.Path };
             bool[]? imported = null;
             if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
                 imported = size > 0

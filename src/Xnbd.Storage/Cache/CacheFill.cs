@@ -70,7 +70,7 @@ internal sealed class CacheFill(
             {
                 for (; done < zeroes.First; done = Math.Min(done + maxBlocks, zeroes.First))
                     yield return new BlockRange(done, Math.Min(maxBlocks, zeroes.First - done));
-                await KeepZeroes(zeroes, answer.OriginChanges);
+                await KeepZeroes(zeroes, answer.OriginChanges, cancel);
                 done = zeroes.End;
             }
         }
@@ -106,7 +106,7 @@ internal sealed class CacheFill(
         return new Answer(range with { Count = Math.Max(1, answered) }, zeroes, originChanges);
     }
 
-    private Task KeepZeroes(BlockRange zeroes, int originChanges)
+    private Task KeepZeroes(BlockRange zeroes, int originChanges, CancellationToken cancel)
         => changing.ForEachAsync(map, zeroes, state => state == BlockState.Absent, async part =>
         {
             if (Volatile.Read(ref _originChanges) != originChanges)
@@ -114,7 +114,7 @@ internal sealed class CacheFill(
             await local.ZeroAsync(part.Offset, part.LengthOn(Length), ZeroMode.MayPunch, durable: false);
             map.SetFetched(part);
             Interlocked.Add(ref _zeroBytes, part.LengthOn(Length));
-        });
+        }, cancel: cancel);
 
     /// <summary>What the origin has said.</summary>
     /// <param name="Range">The absent blocks that it speaks of; at least one.</param>

@@ -10,8 +10,9 @@ internal static class CacheSamples
     /// <summary>Takes samples.</summary>
     /// <param name="map">Which blocks the cache holds.</param>
     /// <param name="read">Reads one block; null if it is not a copy any more, or cannot be read.</param>
+    /// <param name="mayHoldWrites">See <see cref="DiskSamples.MayHoldWrites"/>.</param>
     /// <exception cref="DiskException"><paramref name="read"/> has failed.</exception>
-    public static DiskSamples Take(BlockMap map, Func<BlockRange, byte[]?> read)
+    public static DiskSamples Take(BlockMap map, Func<BlockRange, byte[]?> read, bool mayHoldWrites)
     {
         long count = map.Count(BlockState.Fetched), passed = 0, next = 0;
         // An odd step: file systems put the same structures at round offsets.
@@ -32,6 +33,6 @@ internal static class CacheSamples
             passed += run.Count;
         }
 
-        return DiskSamples.Choose(candidates, (map.Header.Flags & MapFlags.MayHoldWrites) != 0);
+        return DiskSamples.Choose(candidates, mayHoldWrites);
     }
 }

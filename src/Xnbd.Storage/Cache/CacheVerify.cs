@@ -117,6 +117,9 @@ internal sealed class CacheVerify(
                 state => state == BlockState.Fetched,
                 async part =>
                 {
+                    if (map.IsSealed) // clients write to the image alone, and the map does not know
+                        throw new DiskException(
+                            DiskError.Permission, "the proxy was switched before all of it was compared");
                     int length = (int)part.LengthOn(Length);
                     await local.ReadAsync(part.Offset, ours.AsMemory(0, length));
                     ReadOnlyMemory<byte> expected = isZero

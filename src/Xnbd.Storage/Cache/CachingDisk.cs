@@ -201,16 +201,20 @@ internal sealed class CachingDisk : OverlayDisk
         => new CacheVerify(_origin, Local, Map, Changing, ReadOriginAfterOthers).RunAsync(result, cancel);
 
     /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
-    public DiskSamples TakeSamples() => CacheSamples.Take(Map, range =>
+    public DiskSamples TakeSamples()
+        => CacheSamples.Take(Map, TryCopy, (Map.Header.Flags & MapFlags.MayHoldWrites) != 0);
+
+    /// <returns>A block; null if it is not as the origin has it, or if somebody holds it.</returns>
+    private byte[]? TryCopy(BlockRange block)
     {
-        if (!Changing.TryEnter(range))
+        if (!Changing.TryEnter(block))
             return null; // its holder may wait for the origin
         try
         {
-            if (!Map.IsAll(range, BlockState.Fetched))
+            if (!Map.IsAll(block, BlockState.Fetched))
                 return null;
-            byte[] data = new byte[range.LengthOn(Length)];
-            Local.ReadAsync(range.Offset, data).AsTask().GetAwaiter().GetResult();
+            byte[] data = new byte[block.LengthOn(Length)];
+            Local.ReadAsync(block.Offset, data).AsTask().GetAwaiter().GetResult();
             return data;
         }
         catch (DiskException)
@@ -219,9 +223,9 @@ internal sealed class CachingDisk : OverlayDisk
         }
         finally
         {
-            Changing.Leave(range);
+            Changing.Leave(block);
         }
-    });
+    }
 
     /// <summary>
     /// Gives up what was fetched, because the origin has changed. All is absent again, durably; what is being fetched
@@ -257,11 +261,27 @@ internal sealed class CachingDisk : OverlayDisk
         _fill.Forget();
 
         // Absent blocks, too: one of them may be being stored, by a thread that has looked at its fetch before.
-        await Changing.ForEachAsync(Map, All, state => state is BlockState.Fetched or BlockState.Absent, part =>
+        using var late = new CancellationTokenSource(s_maxOriginTime);
+        try
         {
-            Map.Set(part, BlockState.Absent);
-            return ValueTask.CompletedTask;
-        });
+            await Changing.ForEachAsync(
+                Map,
+                All,
+                state => state is BlockState.Fetched or BlockState.Absent,
+                part =>
+                {
+                    Map.Set(part, BlockState.Absent);
+                    return ValueTask.CompletedTask;
+                },
+                cancel: late.Token);
+        }
+        catch (OperationCanceledException)
+        {
+            throw new DiskException(
+                DiskError.TimedOut,
+                "a client's write waits for the remote: only a part of what was fetched was given up");
+        }
+
         await FlushAll();
         RefuseIfWritten();
     }

@@ -11,7 +11,8 @@ namespace Xnbd.Storage.Cache;
 /// States: cache; target, after a switch, or from the start if an earlier process has switched it; closed.
 /// <c>_switching</c> is held while the disk is switched, while the origin's address or contents change, and while all
 /// is closed. Clients' operations take no lock here. It is the first lock in the order: blocks, and the locks of the
-/// cache's parts, are taken inside it.
+/// cache's parts, are taken inside it. <c>_files</c> is held while a file is used for the remote's sake, and while the
+/// files are closed. Nobody who holds it waits for the remote: the thread that makes connections takes it.
 /// </para>
 /// <para>What survives: the map's header notes the switch durably, before the disk is replaced.</para>
 /// </summary>
@@ -26,6 +27,7 @@ public sealed class OriginCache : IDisposable
     private readonly SafeFileHandle _mapFile;
     private readonly Disk _origin;
     private readonly Lock _switching = new();
+    private readonly Lock _files = new();
     private readonly CancellationTokenSource _closing = new();
     private bool _isClosed;
 
@@ -57,7 +59,7 @@ public sealed class OriginCache : IDisposable
     /// <summary>Opens the cache's files, or makes them.</summary>
     /// <param name="origin">The far disk; owned from now on, also when this fails.</param>
     /// <param name="originNames">
-    /// The origin's addresses, by which it is recognized; the first one is recorded, unless another one is already.
+    /// The origin's addresses, by which it is recognized; the first one is that in use, and is recorded.
     /// </param>
     /// <param name="imagePath">Path of the cache image.</param>
     /// <param name="mapPath">Path of its map.</param>
@@ -99,7 +101,7 @@ public sealed class OriginCache : IDisposable
     /// <summary>Takes blocks that are as the origin has them, by which another server of it is recognized.</summary>
     public DiskSamples TakeSamples()
     {
-        lock (_switching) // the files stay open
+        lock (_files)
             return _isClosed || Image is not null ? DiskSamples.None : _cache.TakeSamples();
     }
 
@@ -175,7 +177,7 @@ public sealed class OriginCache : IDisposable
     /// <exception cref="DiskException">The map cannot be written, or the image alone is the disk now.</exception>
     public void Rebind(string originName)
     {
-        lock (_switching)
+        lock (_files)
         {
             ThrowIfClosed();
             if (Image is not null)
@@ -258,12 +260,19 @@ public sealed class OriginCache : IDisposable
             return;
         try
         {
-            if (_isClosed)
+            if (_isClosed || !_files.TryEnter(s_maxSwitch))
                 return;
-            _isClosed = true;
-            _cache.StopStoring();
-            _image.Dispose();
-            LockedFile.Close(_mapFile);
+            try
+            {
+                _isClosed = true;
+                _cache.StopStoring();
+                _image.Dispose();
+                LockedFile.Close(_mapFile);
+            }
+            finally
+            {
+                _files.Exit();
+            }
         }
         finally
         {

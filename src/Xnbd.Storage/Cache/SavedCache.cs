@@ -75,12 +75,18 @@ public sealed class SavedCache
                 return DiskSamples.None;
             BlockMap map = Load(file);
             using ImageFile image = ImageFile.Open(imagePath, readOnly: true);
-            return CacheSamples.Take(map, range =>
-            {
-                byte[] data = new byte[range.LengthOn(Length)];
-                image.ReadAsync(range.Offset, data).AsTask().GetAwaiter().GetResult();
-                return data;
-            });
+            // The machine may have died since; this is noted only when the map is opened to be changed.
+            bool mayHoldWrites = (map.Header.Flags & MapFlags.MayHoldWrites) != 0
+                || map.Header.BootId != LinuxProcess.BootId;
+            return CacheSamples.Take(
+                map,
+                range =>
+                {
+                    byte[] data = new byte[range.LengthOn(Length)];
+                    image.ReadAsync(range.Offset, data).AsTask().GetAwaiter().GetResult();
+                    return data;
+                },
+                mayHoldWrites);
         }
         catch (DiskException)
         {

@@ -96,7 +96,7 @@ internal sealed class BlockLocks
             {
                 if (skipsHeld)
                     continue;
-                await EnterAsync(run);
+                await EnterAsync(run, cancel);
             }
 
             try
@@ -113,6 +113,21 @@ internal sealed class BlockLocks
             {
                 Leave(run);
             }
+        }
+    }
+
+    /// <summary>Waits for a range, and gives the wait up if it is told to.</summary>
+    private async Task EnterAsync(BlockRange range, CancellationToken cancel)
+    {
+        Task entered = EnterAsync(range).AsTask();
+        try
+        {
+            await entered.WaitAsync(cancel);
+        }
+        catch (OperationCanceledException)
+        {
+            _ = entered.ContinueWith(_ => Leave(range), TaskScheduler.Default); // it is its turn some day
+            throw;
         }
     }
 

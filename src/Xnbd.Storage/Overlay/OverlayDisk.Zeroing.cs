@@ -72,6 +72,7 @@ internal abstract partial class OverlayDisk
     /// <summary>Marks blocks as zero; the caller holds them.</summary>
     private async ValueTask Discard(BlockRange range)
     {
+        OwnFetched(range);
         // The space is given back first: once a block is marked, a write may come and fill it.
         for (BlockRange left = range; left.Count > 0;)
         {
@@ -92,6 +93,7 @@ internal abstract partial class OverlayDisk
     /// <summary>Makes blocks zero and gives them space, so that later writes find it; the caller holds them.</summary>
     private async ValueTask Allocate(BlockRange range, ZeroMode mode)
     {
+        OwnFetched(range);
         await _local.ZeroAsync(range.Offset, range.LengthOn(Length), mode, durable: false);
         _map.Set(range, BlockState.Written);
     }

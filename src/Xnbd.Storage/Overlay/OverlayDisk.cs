@@ -121,9 +121,11 @@ internal abstract partial class OverlayDisk : Disk
             return false;
         try
         {
+            OwnFetched(range);
             if (!_local.TryWrite(offset, data))
                 return false;
-            _map.Set(range, BlockState.Written);
+            if (!_map.IsAll(range, BlockState.Written))
+                _map.Set(range, BlockState.Written);
             return true;
         }
         finally
@@ -278,6 +280,7 @@ internal abstract partial class OverlayDisk : Disk
     private async ValueTask WriteChanging(long offset, ReadOnlyMemory<byte> data)
     {
         var range = BlockRange.Touching(offset, data.Length);
+        OwnFetched(range);
         long end = offset + data.Length, whole = offset, wholeEnd = end;
         if (offset % BlockSize != 0 && !IsLocal(_map[range.First]))
         {
@@ -293,7 +296,24 @@ internal abstract partial class OverlayDisk : Disk
 
         if (whole < wholeEnd)
             await WriteLocal(whole, data[(int)(whole - offset)..(int)(wholeEnd - offset)]);
-        _map.Set(range, BlockState.Written);
+        if (!_map.IsAll(range, BlockState.Written))
+            _map.Set(range, BlockState.Written);
+    }
+
+    /// <summary>
+    /// Blocks that are as the source has them are about to change; the caller holds them. They count as written from
+    /// now on: if the process dies, or the disk is full, before all of it is done, a block must not count as fetched
+    /// that holds something else.
+    /// </summary>
+    private void OwnFetched(BlockRange range)
+    {
+        for (BlockRange left = range; left.Count > 0;)
+        {
+            BlockRange run = _map.Run(left, out BlockState state);
+            if (state == BlockState.Fetched)
+                _map.Set(run, BlockState.Written);
+            left = left.After(run);
+        }
     }
 
     /// <summary>Writes a whole block to the file: a part that is new, and the rest as it is.</summary>
