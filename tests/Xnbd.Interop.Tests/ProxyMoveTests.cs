@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Text.Json;
 using Xnbd.Protocol;
 using Xnbd.TestKit;
@@ -239,6 +240,46 @@ public sealed class ProxyMoveTests : IDisposable
         Wait.Until(() => Query().Result.GetProperty("cached-blocks").GetInt64() > 0, "it is kept");
         await Tool.Succeed(Proxies.Control, "--move", Socket);
         Assert.Equal("target", await Mode());
+    }
+
+    /// <summary>The remote answers one read after the other, and each takes its time.</summary>
+    [Fact]
+    public async Task Clients_that_miss_come_before_the_comparison()
+    {
+        using var isSlow = new ManualResetEventSlim();
+        using FakeServer remote = new FakeServer(_folder.File("slow"), _bytes)
+        {
+            Answer = (_, _, _) =>
+            {
+                if (isSlow.IsSet)
+                    Thread.Sleep(50);
+                return false;
+            },
+        }.Start();
+        using ServerProcess proxy = Proxies.Start(_folder, "unix:" + remote.Path, "-");
+        using NbdTestClient client = proxy.Open();
+        const int half = 4 << 20;
+        Assert.Equal(_bytes[..half], client.Read(0, half));
+        Wait.Until(() => Query().Result.GetProperty("cached-bytes").GetInt64() >= half, "half of it is kept");
+        isSlow.Set();
+        await Tool.Succeed(Proxies.Control, "--verify", "--detach", Socket);
+        var times = new List<double>();
+        for (int i = 0; i < 9; i++)
+        {
+            int offset = (Size - ((i + 1) * 100_000)) / Block * Block;
+            long start = Stopwatch.GetTimestamp();
+            Assert.Equal(_bytes[offset..(offset + Block)], client.Read((ulong)offset, Block));
+            times.Add(Stopwatch.GetElapsedTime(start).TotalMilliseconds);
+        }
+
+        // The comparison has some 16 reads to make. A miss waits for those on the wire, and not for all of them.
+        times.Sort();
+        Assert.InRange(times[4], 50, 450);
+        isSlow.Reset();
+        JsonElement job = (await Query()).GetProperty("job");
+        Assert.Equal("verify", job.GetProperty("kind").GetString());
+        Wait.Until(
+            () => Query().Result.GetProperty("job").GetProperty("state").GetString() == "done", "it is done");
     }
 
     /// <summary>A proxy whose cache is complete and whose remote is away.</summary>

@@ -21,7 +21,7 @@ public sealed class CacheFillTests
     public CacheFillTests()
     {
         _local.TryWrite(0, [.. Enumerable.Repeat((byte)9, Length)]);
-        _fill = new CacheFill(_origin, _local, _map, _changing, Fetch);
+        _fill = new CacheFill(_origin, _local, _map, _changing, _ => Task.FromResult(256), Fetch);
     }
 
     private Task Fetch(BlockRange range)
@@ -137,7 +137,12 @@ public sealed class CacheFillTests
         await cancel.CancelAsync();
         await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Run(cancel: cancel.Token));
         var failing = new CacheFill(
-            _origin, _local, _map, _changing, _ => throw new DiskException(DiskError.NoSpace, "full"));
+            _origin,
+            _local,
+            _map,
+            _changing,
+            _ => Task.FromResult(256),
+            _ => throw new DiskException(DiskError.NoSpace, "full"));
         await Assert.ThrowsAsync<DiskException>(() => failing.RunAsync(256, 4, CancellationToken.None));
     }
 }

@@ -19,9 +19,9 @@ public sealed class FetchQueueTests : IDisposable
 
     public void Dispose() => _queue?.Dispose();
 
-    private FetchQueue Open(int requests = 64, long bytes = 32 << 20)
+    private FetchQueue Open(int requests = 64, long bytes = 32 << 20, TimeProvider? time = null)
     {
-        return _queue = new FetchQueue(_origin, _map, new CacheLimits(requests, bytes), ReadLocal, _arrived.Add);
+        return _queue = new FetchQueue(_origin, _map, new CacheLimits(requests, bytes), ReadLocal, _arrived.Add, time);
 
         ValueTask ReadLocal(long offset, Memory<byte> buffer)
         {
@@ -93,7 +93,7 @@ public sealed class FetchQueueTests : IDisposable
         Task<byte[]> read = Read(5000, 100);
         _origin.Answer(0);
         Assert.Equal(Expected(5000, 100), await read);
-        Task<(BlockRange, bool)> fetched = queue.FetchAsync(new BlockRange(9, 1));
+        Task<(BlockRange, bool)> fetched = queue.FetchAsync(new BlockRange(9, 1), FetchPurpose.Copy);
         _origin.Answer(1);
         DiskException failure = await Assert.ThrowsAsync<DiskException>(() => fetched);
         Assert.Equal(DiskError.NoSpace, failure.Error);
@@ -181,12 +181,40 @@ public sealed class FetchQueueTests : IDisposable
     }
 
     [Fact]
+    public async Task A_miss_overtakes_the_rest_of_which_one_of_each_kind_goes_on()
+    {
+        var clock = new TestClock();
+        FetchQueue queue = Open(time: clock);
+        Task<byte[]> first = Read(0, Block);
+        clock.Turn(TimeSpan.FromMilliseconds(50)); // a slow line: it takes two blocks at a time
+        _origin.Answer(0);
+        await first;
+        StoreArrived();
+
+        _ = Read(100 * Block, Block); // it is not answered
+        for (int i = 0; i < 3; i++)
+        {
+            queue.Start(new BlockRange(1000 + (i * 100), 16));
+            _ = queue.FetchAsync(new BlockRange(2000 + (i * 100), 16), FetchPurpose.Copy);
+        }
+
+        Assert.Equal([0, 100, 1000, 2000], _origin.Asked.Select(range => range.First));
+        _ = Read(2101 * Block, Block); // a piece of the copy that waits
+        _ = Read(200 * Block, Block);
+        Assert.Equal([2100, 200], _origin.Asked[4..].Select(range => range.First));
+        clock.Turn(TimeSpan.FromSeconds(1));
+        _origin.Answer(2);
+        _origin.Answer(3);
+        Assert.Equal([1100, 2200], _origin.Asked[6..].Select(range => range.First));
+    }
+
+    [Fact]
     public async Task A_failure_fails_those_who_need_the_block_and_the_others_read_alone()
     {
         Open();
         DeferredWork.Begin();
         Task<byte[]> bad = Read(8 * Block, Block), good = Read(9 * Block, 100);
-        Task stored = _queue!.FetchAsync(new BlockRange(8, 2));
+        Task stored = _queue!.FetchAsync(new BlockRange(8, 2), FetchPurpose.Copy);
         DeferredWork.End();
         Assert.Single(_origin.Asked);
         _origin.Fail(0, DiskError.Io);

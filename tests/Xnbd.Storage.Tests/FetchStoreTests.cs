@@ -50,7 +50,7 @@ public sealed class FetchStoreTests : IDisposable
         var buffer = new NativeBuffer(count * Block);
         _buffers.Add(buffer);
         buffer.GetSpan().Fill(value);
-        return new Fetch(new BlockRange(first, count), mayGrow: false) { Buffer = buffer, IsCounted = true };
+        return new Fetch(new BlockRange(first, count), FetchPurpose.Copy) { Buffer = buffer, IsCounted = true };
     }
 
     /// <summary>Adds fetches as the thread of a connection does, and runs what it deferred.</summary>

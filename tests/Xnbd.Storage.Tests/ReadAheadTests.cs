@@ -107,8 +107,9 @@ public sealed class ReadAheadTests
     [Fact]
     public void Pieces_end_at_multiples_of_their_size()
     {
-        Assert.Equal(new BlockRange(100, 28), ReadAhead.FirstPiece(new BlockRange(100, 1000)));
-        Assert.Equal(new BlockRange(128, 64), ReadAhead.FirstPiece(new BlockRange(128, 972)));
-        Assert.Equal(new BlockRange(1088, 12), ReadAhead.FirstPiece(new BlockRange(1088, 12)));
+        Assert.Equal(new BlockRange(100, 28), ReadAhead.FirstPiece(new BlockRange(100, 1000), 64));
+        Assert.Equal(new BlockRange(128, 64), ReadAhead.FirstPiece(new BlockRange(128, 972), 64));
+        Assert.Equal(new BlockRange(1088, 12), ReadAhead.FirstPiece(new BlockRange(1088, 12), 64));
+        Assert.Equal(new BlockRange(100, 4), ReadAhead.FirstPiece(new BlockRange(100, 1000), 8));
     }
 }

@@ -19,9 +19,15 @@ namespace Xnbd.Storage.Cache;
 /// <param name="local">The cache's file.</param>
 /// <param name="map">Which blocks the file holds.</param>
 /// <param name="changing">Blocks whose state is being changed.</param>
+/// <param name="turn">Completes when another piece should be fetched, and tells its size in blocks.</param>
 /// <param name="fetch">Fetches what is absent of a range, until it is stored.</param>
 internal sealed class CacheFill(
-    Disk origin, Disk local, BlockMap map, BlockLocks changing, Func<BlockRange, Task> fetch)
+    Disk origin,
+    Disk local,
+    BlockMap map,
+    BlockLocks changing,
+    Func<CancellationToken, Task<int>> turn,
+    Func<BlockRange, Task> fetch)
 {
     /// <summary>How much the origin is asked about at once, in blocks: 1 GiB.</summary>
     internal const int AskedBlocks = (1 << 30) / BlockRange.BlockSize;
@@ -45,20 +51,35 @@ internal sealed class CacheFill(
 
     /// <summary>Fetches all that is missing, and keeps the zeroes that the origin knows of.</summary>
     /// <param name="maxBlocks">How many blocks one request fetches at most; 1 to <see cref="Fetch.MaxBlocks"/>.</param>
-    /// <param name="parallel">How many requests are under way at once.</param>
+    /// <param name="parallel">How many requests are under way, or being stored, at once.</param>
     /// <param name="cancel">Ends the work; what was fetched stays.</param>
     /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
     public async Task RunAsync(int maxBlocks, int parallel, CancellationToken cancel)
     {
         var options = new ParallelOptions { MaxDegreeOfParallelism = parallel, CancellationToken = cancel };
         await Parallel.ForEachAsync(
-            Missing(maxBlocks), options, async (range, _) => await fetch(range).WaitAsync(cancel));
+            Pieces(maxBlocks), options, async (range, _) => await fetch(range).WaitAsync(cancel));
         map.WriteBehind(); // also what others have just stored
     }
 
-    /// <summary>What is to be fetched, in order. Zeroes on the way are kept.</summary>
-    private async IAsyncEnumerable<BlockRange> Missing(
+    /// <summary>What is to be fetched, in order, each piece when it is its turn.</summary>
+    private async IAsyncEnumerable<BlockRange> Pieces(
         int maxBlocks, [EnumeratorCancellation] CancellationToken cancel = default)
+    {
+        await foreach (BlockRange range in Missing(cancel))
+        {
+            for (BlockRange left = range; left.Count > 0;)
+            {
+                int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
+                BlockRange piece = left with { Count = Math.Min(blocks, left.Count) };
+                yield return piece;
+                left = left.After(piece);
+            }
+        }
+    }
+
+    /// <summary>What is missing, in order. Zeroes on the way are kept.</summary>
+    private async IAsyncEnumerable<BlockRange> Missing([EnumeratorCancellation] CancellationToken cancel = default)
     {
         Task<Answer?> next = AskForZeroes(0);
         while (await next is { } answer)
@@ -68,8 +89,8 @@ internal sealed class CacheFill(
             long done = answer.Range.First;
             foreach (BlockRange zeroes in answer.Zeroes.Append(new BlockRange(answer.Range.End, 0)))
             {
-                for (; done < zeroes.First; done = Math.Min(done + maxBlocks, zeroes.First))
-                    yield return new BlockRange(done, Math.Min(maxBlocks, zeroes.First - done));
+                if (done < zeroes.First)
+                    yield return new BlockRange(done, zeroes.First - done);
                 await KeepZeroes(zeroes, answer.OriginChanges, cancel);
                 done = zeroes.End;
             }

@@ -17,18 +17,22 @@ namespace Xnbd.Storage.Cache;
 /// <param name="local">The cache's file.</param>
 /// <param name="map">Which blocks the file holds.</param>
 /// <param name="changing">Blocks whose state is being changed.</param>
-/// <param name="readOrigin">Reads the origin, when those who wait for it leave room.</param>
+/// <param name="turn">Completes when another piece should be read, and tells its size in blocks.</param>
+/// <param name="readAgain">Reads blocks of the origin once more, behind those that clients wait for.</param>
 internal sealed class CacheVerify(
-    Disk origin, Disk local, BlockMap map, BlockLocks changing, Func<long, Memory<byte>, Task> readOrigin)
+    Disk origin,
+    Disk local,
+    BlockMap map,
+    BlockLocks changing,
+    Func<CancellationToken, Task<int>> turn,
+    Func<BlockRange, Memory<byte>, Task> readAgain)
 {
-    /// <summary>How much is read and compared at once, in blocks.</summary>
-    private const int PieceBlocks = (256 << 10) / BlockRange.BlockSize;
 
     /// <summary>How many blocks are held at once.</summary>
     private const int HeldBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
 
-    /// <summary>How many pieces are compared at once.</summary>
-    private const int MaxPieces = 16;
+/// <summary>How many pieces are read or compared at once: more than the pace of the line lets out.</summary>
+    private const int MaxPieces = 256;
 
     private static readonly byte[] s_zeroes = new byte[FetchStore.UnitBytes];
 
@@ -53,8 +57,24 @@ internal sealed class CacheVerify(
         result.NoteDone(written);
     }
 
-    /// <summary>What is to be compared, in order.</summary>
+    /// <summary>What is to be compared, in order, each piece when it is its turn.</summary>
     private async IAsyncEnumerable<(BlockRange Range, bool IsZero)> Pieces(
+        [EnumeratorCancellation] CancellationToken cancel = default)
+    {
+        await foreach ((BlockRange range, bool isZero) in Ranges(cancel))
+        {
+            for (BlockRange left = range; left.Count > 0;)
+            {
+                int blocks = isZero ? Fetch.MaxBlocks : Math.Clamp(await turn(cancel), 1, Fetch.MaxBlocks);
+                BlockRange piece = left with { Count = Math.Min(blocks, left.Count) };
+                yield return (piece, isZero);
+                left = left.After(piece);
+            }
+        }
+    }
+
+    /// <summary>What is to be compared, in order, and what the origin says of it.</summary>
+    private async IAsyncEnumerable<(BlockRange Range, bool IsZero)> Ranges(
         [EnumeratorCancellation] CancellationToken cancel = default)
     {
         for (long block = 0; block < map.BlockCount;)
@@ -74,25 +94,16 @@ internal sealed class CacheVerify(
                 offset += extent.Length;
                 if (!extent.IsHole || zeroes.Count == 0 || zeroes.LengthOn(Length) < FetchStore.UnitBytes)
                     continue;
-                foreach (BlockRange piece in Cut(new BlockRange(done, zeroes.First - done)))
-                    yield return (piece, false);
-                foreach (BlockRange piece in Cut(zeroes))
-                    yield return (piece, true);
+                yield return (new BlockRange(done, zeroes.First - done), false);
+                yield return (zeroes, true);
                 done = zeroes.End;
             }
 
             block = Math.Max(done, Math.Min(block, BlockRange.Inside(0, offset, Length).End));
             if (block == run.First)
                 block = run.End; // an answer of no use
-            foreach (BlockRange piece in Cut(new BlockRange(done, block - done)))
-                yield return (piece, false);
+            yield return (new BlockRange(done, block - done), false);
         }
-    }
-
-    private static IEnumerable<BlockRange> Cut(BlockRange range)
-    {
-        for (; range.Count > 0; range = new BlockRange(range.First + PieceBlocks, range.Count - PieceBlocks))
-            yield return range with { Count = Math.Min(range.Count, PieceBlocks) };
     }
 
     private async Task Compare(BlockRange piece, bool isZero, CacheVerification result, CancellationToken cancel)
@@ -101,7 +112,7 @@ internal sealed class CacheVerify(
         if (!isZero)
         {
             theirs = new byte[piece.LengthOn(Length)]; // given up with the read if this is cancelled
-            await readOrigin(piece.Offset, theirs).WaitAsync(cancel);
+            await readAgain(piece, theirs).WaitAsync(cancel);
             result.NoteRead(theirs.Length);
         }
 

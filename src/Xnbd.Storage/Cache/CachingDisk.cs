@@ -56,14 +56,9 @@ internal sealed class CachingDisk : OverlayDisk
     /// <summary>How long a command waits for the origin, before it is refused.</summary>
     private static readonly TimeSpan s_maxOriginTime = TimeSpan.FromSeconds(20);
 
-    /// <summary>How many reads for work that nobody waits for are under way at once.</summary>
-    private const int MaxTurns = 4;
+    /// <summary>How many pieces of a client's prefetch are under way, or being stored, at once.</summary>
+    private const int MaxPrefetchPieces = 16;
 
-    /// <summary>How often such a read gives way to those who wait for the origin, and how long each time.</summary>
-    private const int MaxTurnWaits = 50;
-    private static readonly TimeSpan s_turnTime = TimeSpan.FromMilliseconds(20);
-
-    private readonly SemaphoreSlim _originTurns = new(MaxTurns);
     private readonly Disk _origin;
     private readonly FetchQueue _fetches;
     private readonly FetchStore _store;
@@ -104,7 +99,8 @@ internal sealed class CachingDisk : OverlayDisk
             RunLater = storeLater ?? DiskThreads.Writers.Enqueue,
         };
         _fetches = new FetchQueue(origin, map, limits, readLocal: ReadAsync, arrived: _store.Add);
-        _fill = new CacheFill(origin, cache, map, Changing, FetchAsync);
+        _fill = new CacheFill(
+            origin, cache, map, Changing, CopyTurnAsync, range => FetchAsync(range, FetchPurpose.Copy));
     }
 
     /// <summary>What it has done so far, and is doing.</summary>
@@ -198,7 +194,8 @@ internal sealed class CachingDisk : OverlayDisk
 
     /// <summary>Compares what was fetched with the origin; see <see cref="CacheVerify.RunAsync"/>.</summary>
     public Task Verify(CacheVerification result, CancellationToken cancel)
-        => new CacheVerify(_origin, Local, Map, Changing, ReadOriginAfterOthers).RunAsync(result, cancel);
+        => new CacheVerify(_origin, Local, Map, Changing, _fetches.TurnAsync, _fetches.ReadAgainAsync)
+            .RunAsync(result, cancel);
 
     /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
     public DiskSamples TakeSamples()
@@ -368,12 +365,21 @@ internal sealed class CachingDisk : OverlayDisk
     {
         if (_isIncoming)
             return; // nothing is kept
-        // A request of any length must not fill the room: it is worked off piece by piece.
-        for (BlockRange left = BlockRange.Touching(offset, length); left.Count > 0;)
+        // A request of any length must not fill the room: it is worked off in pieces, a few at a time.
+        var options = new ParallelOptions { MaxDegreeOfParallelism = MaxPrefetchPieces };
+        await Parallel.ForEachAsync(
+            Pieces(BlockRange.Touching(offset, length), _fetches.AheadBlocks),
+            options,
+            async (piece, _) => await FetchAsync(piece, FetchPurpose.ReadAhead));
+    }
+
+    private static IEnumerable<BlockRange> Pieces(BlockRange range, int pieceBlocks)
+    {
+        for (BlockRange left = range; left.Count > 0;)
         {
-            BlockRange part = left with { Count = Math.Min(left.Count, Fetch.MaxBlocks) };
-            await FetchAsync(part);
-            left = left.After(part);
+            BlockRange piece = ReadAhead.FirstPiece(left, pieceBlocks);
+            yield return piece;
+            left = left.After(piece);
         }
     }
 
@@ -424,8 +430,8 @@ internal sealed class CachingDisk : OverlayDisk
     {
         try
         {
-            while (ahead.Count > 0)
-                ahead = ahead.After(_fetches.Start(ReadAhead.FirstPiece(ahead)));
+            for (int pieceBlocks = ahead.Count > 0 ? _fetches.AheadBlocks : 0; ahead.Count > 0;)
+                ahead = ahead.After(_fetches.Start(ReadAhead.FirstPiece(ahead, pieceBlocks)));
         }
         catch (OutOfMemoryException)
         {
@@ -434,11 +440,11 @@ internal sealed class CachingDisk : OverlayDisk
     }
 
     /// <summary>Fetches what is absent of a range, until it is in the file, and fails if it cannot be.</summary>
-    private async Task FetchAsync(BlockRange range)
+    private async Task FetchAsync(BlockRange range, FetchPurpose purpose)
     {
         while (range.Count > 0)
         {
-            (BlockRange covered, bool isStored) = await _fetches.FetchAsync(range);
+            (BlockRange covered, bool isStored) = await _fetches.FetchAsync(range, purpose);
             if (isStored)
             {
                 range = range.After(covered);
@@ -453,20 +459,15 @@ internal sealed class CachingDisk : OverlayDisk
             await step;
     }
 
-    /// <summary>Reads the origin, for work that nobody waits for: readers come first.</summary>
-    private async Task ReadOriginAfterOthers(long offset, Memory<byte> buffer)
+    /// <summary>
+    /// Waits until the copy should fetch another piece: what was stored is durable, and the line is free.
+    /// </summary>
+    /// <returns>How many blocks the piece should have at most.</returns>
+    private async Task<int> CopyTurnAsync(CancellationToken cancel)
     {
-        await _originTurns.WaitAsync();
-        try
-        {
-            for (int waits = 0; waits < MaxTurnWaits && _fetches.InFlight.Requests > 0; waits++)
-                await Task.Delay(s_turnTime);
-            await _origin.ReadAsync(offset, buffer);
-        }
-        finally
-        {
-            _originTurns.Release();
-        }
+        while (_store.StepToWaitFor() is { } step)
+            await step;
+        return await _fetches.TurnAsync(cancel);
     }
 
     private void RefuseIfWritten()

@@ -2,16 +2,30 @@ using Xnbd.Linux;
 
 namespace Xnbd.Storage.Cache;
 
+/// <summary>Who wants a fetch; in the order in which fetches are let in.</summary>
+internal enum FetchPurpose
+{
+    /// <summary>A client waits for it.</summary>
+    Miss,
+
+    /// <summary>A client will want it.</summary>
+    ReadAhead,
+
+    /// <summary>The background copy.</summary>
+    Copy,
+}
+
 /// <summary>
 /// One read of the origin, and all who wait for it.
 /// <para>
-/// States: waiting for room; let in, and to be sent; sent; arrived, and to be stored; ended. Until it is sent, its
-/// range may grow. <see cref="FetchQueue"/> changes these states under its lock. <see cref="FetchStore"/> alone touches
-/// <see cref="IsHeldUp"/>. Everybody who waits for a fetch holds a reference, and so does the fetch itself until it has
-/// ended; the last one who leaves gives the buffer back.
+/// States: waiting for room; let in, and to be sent; sent; arrived, and to be stored; ended. Until it is sent, the
+/// range of a miss may grow, and whatever a client misses becomes a miss. <see cref="FetchQueue"/> changes these states
+/// under its lock. <see cref="FetchStore"/> alone touches <see cref="IsHeldUp"/>. Everybody who
+/// waits for a fetch holds a reference, and so does the fetch itself until it has ended; the last one who leaves gives
+/// the buffer back.
 /// </para>
 /// </summary>
-internal sealed class Fetch(BlockRange range, bool mayGrow)
+internal sealed class Fetch(BlockRange range, FetchPurpose purpose)
 {
     /// <summary>How much one fetch reads at most, in bytes.</summary>
     public const int MaxBytes = 1 << 20;
@@ -30,8 +44,17 @@ internal sealed class Fetch(BlockRange range, bool mayGrow)
     /// <summary>The blocks that are fetched.</summary>
     public BlockRange Range { get; set; } = range;
 
+    /// <summary>Who wants it.</summary>
+    public FetchPurpose Purpose { get; set; } = purpose;
+
+    /// <summary>It does not wait for room any more.</summary>
+    public bool IsLetIn { get; set; }
+
     /// <summary>The fetch has not been sent, and blocks next to it may be added.</summary>
-    public bool MayGrow { get; set; } = mayGrow;
+    public bool MayGrow { get; set; } = purpose == FetchPurpose.Miss;
+
+    /// <summary>What the pace remembers of its sending.</summary>
+    public FetchPace.Mark Mark { get; set; }
 
     /// <summary>The data, from when the fetch is sent until the last reference has gone.</summary>
     public NativeBuffer? Buffer { get; set; }

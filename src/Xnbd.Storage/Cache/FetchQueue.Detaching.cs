@@ -48,6 +48,9 @@ internal sealed partial class FetchQueue
                 _fetches.Remove(fetch);
             }
 
+            foreach (TaskCompletionSource<int> turn in _turns)
+                turn.TrySetResult(1); // the fetch will say why there is none
+            _turns.Clear();
             detaching = _detaching;
         }
 

@@ -15,16 +15,18 @@ namespace Xnbd.Storage.Cache;
 /// <para>
 /// Invariants. A block that is absent and in no fetch of the list may be fetched; so a fetch leaves the list only after
 /// the map was changed. At most <c>limits.Requests</c> fetches are in flight. Bytes in flight and bytes that have
-/// arrived and are not stored are at most <c>limits.Bytes</c> together. Fetches are let in in the order in which they
-/// were made.
+/// arrived and are not stored are at most <c>limits.Bytes</c> together. Fetches of one purpose are let in in the order
+/// in which they were made: first all misses, then what is read ahead, then the copy. What is no miss also waits for
+/// its turn: <see cref="FetchPace"/> tells how much may be in flight.
 /// </para>
 /// <para>
 /// Threads and locks: any thread may call anything. <c>_lock</c> guards the lists, the counts and the states of the
 /// fetches. While it is held, nothing is sent, nobody's continuation runs, and no other lock is taken; the map is only
 /// read, which takes none. Callers may hold blocks in <c>BlockLocks</c>.
 /// </para>
-/// Nothing here survives the process: what was not stored is fetched again. The type's other file:
-/// <c>FetchQueue.Detaching.cs</c> (the end of fetches when the origin changes, or is not needed any more).
+/// Nothing here survives the process: what was not stored is fetched again. The type's other
+/// files: <c>FetchQueue.Order.cs</c> (who is let in next), <c>FetchQueue.Detaching.cs</c> (the end of fetches when the
+/// origin changes, or is not needed any more).
 /// </summary>
 internal sealed partial class FetchQueue : IDisposable
 {
@@ -35,12 +37,12 @@ internal sealed partial class FetchQueue : IDisposable
     private readonly int _maxRequests;
     private readonly Func<long, Memory<byte>, ValueTask> _readLocal;
     private readonly Action<Fetch> _arrived;
+    private readonly TimeProvider _time;
     private readonly Action _send;
     private readonly BufferPool _buffers = new(Fetch.MaxBytes * 8);
 
     private readonly Lock _lock = new();
     private readonly List<Fetch> _fetches = []; // those that may be joined
-    private readonly Queue<Fetch> _waiting = new(); // for room
     private readonly Queue<Fetch> _toSend = new();
     private int _requestsInFlight; // let in, and not answered by the origin
     private long _bytesInFlight; // of those; other threads read it without the lock, as an estimate
@@ -63,12 +65,14 @@ internal sealed partial class FetchQueue : IDisposable
     /// <param name="arrived">
     /// Takes a fetch whose data have arrived; <see cref="End"/> is called when it is over.
     /// </param>
+    /// <param name="time">The clock of the pace; the system's unless given.</param>
     public FetchQueue(
         Disk origin,
         BlockMap map,
         CacheLimits limits,
         Func<long, Memory<byte>, ValueTask> readLocal,
-        Action<Fetch> arrived)
+        Action<Fetch> arrived,
+        TimeProvider? time = null)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(limits.Requests, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(limits.Bytes, Fetch.MaxBytes);
@@ -79,6 +83,7 @@ internal sealed partial class FetchQueue : IDisposable
         _maxBytes = limits.Bytes;
         _readLocal = readLocal;
         _arrived = arrived;
+        _time = time ?? TimeProvider.System;
         _send = Send;
     }
 
@@ -95,13 +100,6 @@ internal sealed partial class FetchQueue : IDisposable
         }
     }
 
-    /// <summary>
-    /// Whether there is room to read ahead. Half of the room belongs to those who wait. And nothing is read ahead while
-    /// much is to be stored: what is stored late has left the processor's cache. An estimate.
-    /// </summary>
-    public bool HasRoomAhead
-        => Volatile.Read(ref _bytesInFlight) < _maxBytes / 2 && Volatile.Read(ref _bytesArrived) <= Fetch.MaxBytes;
-
     /// <summary>Reads blocks that were absent. All fetches have been asked for when this returns.</summary>
     /// <param name="offset">Offset in bytes.</param>
     /// <param name="buffer">At least one byte.</param>
@@ -109,7 +107,7 @@ internal sealed partial class FetchQueue : IDisposable
     public async ValueTask ReadAsync(long offset, Memory<byte> buffer)
     {
         BlockRange left = BlockRange.Touching(offset, buffer.Length);
-        Fetch? first = Join(left, mayGrow: true, out BlockRange covered);
+        Fetch? first = Join(left, FetchPurpose.Miss, out BlockRange covered);
         left = left.After(covered);
         if (left.Count == 0)
         {
@@ -121,7 +119,7 @@ internal sealed partial class FetchQueue : IDisposable
         var parts = new List<(Fetch? Fetch, BlockRange Range)> { (first, covered) };
         while (left.Count > 0)
         {
-            Fetch? next = Join(left, mayGrow: true, out covered);
+            Fetch? next = Join(left, FetchPurpose.Miss, out covered);
             parts.Add((next, covered));
             left = left.After(covered);
         }
@@ -146,14 +144,16 @@ internal sealed partial class FetchQueue : IDisposable
     }
 
     /// <summary>Fetches the start of a range, until it is in the file and in the map.</summary>
+    /// <param name="range">At least one block.</param>
+    /// <param name="purpose">Who wants it.</param>
     /// <returns>
     /// The start of the range; and false if some of it was not stored, because writers hold it: then it is to be asked
     /// for again when they have left.
     /// </returns>
     /// <exception cref="DiskException">The origin failed, or the data cannot be stored.</exception>
-    public async Task<(BlockRange Covered, bool IsStored)> FetchAsync(BlockRange range)
+    public async Task<(BlockRange Covered, bool IsStored)> FetchAsync(BlockRange range, FetchPurpose purpose)
     {
-        if (Join(range, mayGrow: false, out BlockRange covered) is not { } fetch)
+        if (Join(range, purpose, out BlockRange covered) is not { } fetch)
             return (covered, true);
         try
         {
@@ -166,21 +166,23 @@ internal sealed partial class FetchQueue : IDisposable
         }
     }
 
-    /// <summary>Starts to fetch the start of a range, and waits for nothing.</summary>
+    /// <summary>Starts to read ahead the start of a range, and waits for nothing.</summary>
     /// <returns>The start of the range.</returns>
     public BlockRange Start(BlockRange range)
     {
-        if (Join(range, mayGrow: false, out BlockRange covered) is { } fetch)
+        if (Join(range, FetchPurpose.ReadAhead, out BlockRange covered) is { } fetch)
             Release(fetch);
         return covered;
     }
 
     /// <summary>Joins the fetch of a range's first block, or makes one.</summary>
     /// <param name="range">At least one block.</param>
-    /// <param name="mayGrow">A reader misses it: what is missed next to it at the same time goes out with it.</param>
+    /// <param name="purpose">
+    /// Who wants it. What is missed next to a miss at the same time goes out with it.
+    /// </param>
     /// <param name="covered">The start of the range, as far as the fetch has it, or as it is local.</param>
     /// <returns>A fetch, to be released; null when the blocks are local by now.</returns>
-    private Fetch? Join(BlockRange range, bool mayGrow, out BlockRange covered)
+    private Fetch? Join(BlockRange range, FetchPurpose purpose, out BlockRange covered)
     {
         Fetch fetch;
         lock (_lock)
@@ -194,38 +196,46 @@ internal sealed partial class FetchQueue : IDisposable
             }
 
             long end = Math.Min(run.End, run.First + Fetch.MaxBlocks);
-            Fetch? before = null, behind = null;
+            Fetch? before = null, behind = null, present = null;
             foreach (Fetch other in _fetches)
             {
                 if (other.Range.First <= range.First && range.First < other.Range.End)
-                {
-                    covered = range with { Count = Math.Min(run.End, other.Range.End) - range.First };
-                    other.References++;
-                    return other;
-                }
-
-                if (other.Range.First > range.First && other.Range.First <= end)
+                    (end, present) = (Math.Min(run.End, other.Range.End), other);
+                else if (other.Range.First > range.First && other.Range.First <= end)
                     (end, behind) = (other.Range.First, other);
                 else if (other.Range.End == range.First)
                     before = other;
+                if (present is not null)
+                    break;
             }
 
             covered = range with { Count = end - range.First };
-            if (mayGrow && before is not null && TryGrow(before, covered, before.Range.First))
-                return before;
-            if (mayGrow && behind is not null && TryGrow(behind, covered, range.First))
-                return behind;
-
-            fetch = new Fetch(covered, mayGrow);
-            if (_isDetached)
+            if (present is not null)
             {
-                fetch.References = 1; // nobody will end it
-                fetch.Fail(Replaced());
-                return fetch;
+                present.References++;
+                if (present.IsLetIn || purpose >= present.Purpose)
+                    return present;
+                fetch = present;
+                Promote(fetch, purpose);
+            }
+            else
+            {
+                if (purpose == FetchPurpose.Miss && before is not null && TryGrow(before, covered, before.Range.First))
+                    return before;
+                if (purpose == FetchPurpose.Miss && behind is not null && TryGrow(behind, covered, range.First))
+                    return behind;
+                fetch = new Fetch(covered, purpose);
+                if (_isDetached)
+                {
+                    fetch.References = 1; // nobody will end it
+                    fetch.Fail(Replaced());
+                    return fetch;
+                }
+
+                _fetches.Add(fetch);
+                Enqueue(fetch);
             }
 
-            _fetches.Add(fetch);
-            _waiting.Enqueue(fetch);
             LetIn();
             if (_toSend.Count == 0)
                 return fetch; // it is sent when others have made room
@@ -252,21 +262,6 @@ internal sealed partial class FetchQueue : IDisposable
     private bool HasRoom(long bytes) => _bytesInFlight + _bytesArrived + bytes <= _maxBytes;
 
     private long BytesOf(Fetch fetch) => fetch.Range.LengthOn(_length);
-
-    /// <summary>
-    /// Lets in the fetches that wait, as far as there is room. The lock is held; they are to be sent.
-    /// </summary>
-    private void LetIn()
-    {
-        while (_waiting.TryPeek(out Fetch? next) && _requestsInFlight < _maxRequests && HasRoom(BytesOf(next)))
-        {
-            _waiting.Dequeue();
-            _requestsInFlight++;
-            _bytesInFlight += BytesOf(next);
-            next.IsCounted = true;
-            _toSend.Enqueue(next);
-        }
-    }
 
     /// <summary>Sends fetches at the end of this thread's batch: until then their neighbours may be added.</summary>
     private void SendSoon()
@@ -322,8 +317,7 @@ internal sealed partial class FetchQueue : IDisposable
 
         lock (_lock)
         {
-            _requestsInFlight--;
-            _bytesInFlight -= length;
+            Answered(fetch, length, isSuccess: failure is null);
             if (failure is null)
                 _bytesArrived += length;
             else

@@ -139,7 +139,7 @@ public sealed class OriginCache : IDisposable
     public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
     {
         RefuseIfIncoming();
-        const int parallel = 16; // enough for 1 GB/s and 10 ms with requests of 1 MiB
+        const int parallel = 256; // more than the pace lets out at once: a piece takes the line a few milliseconds
         await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), parallel, cancel);
     }
 

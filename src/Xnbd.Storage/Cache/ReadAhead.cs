@@ -22,11 +22,6 @@ internal sealed class ReadAhead(long blockCount)
     /// <summary>How far is read ahead at most, in blocks: 4 MiB.</summary>
     private const long MaxAheadBlocks = 1024;
 
-    /// <summary>
-    /// Read-ahead is fetched in pieces of this many blocks (256 KiB), so no reader waits for a whole MiB.
-    /// </summary>
-    private const int PieceBlocks = 64;
-
     private const int BlocksPerMiB = (1 << 20) / BlockRange.BlockSize;
 
     private readonly Lock _lock = new();
@@ -95,9 +90,10 @@ internal sealed class ReadAhead(long blockCount)
 
     /// <summary>The first piece of what is read ahead. Pieces begin at multiples of their size.</summary>
     /// <param name="ahead">At least one block.</param>
-    public static BlockRange FirstPiece(BlockRange ahead)
+    /// <param name="pieceBlocks">The size of a piece, in blocks; at least 1.</param>
+    public static BlockRange FirstPiece(BlockRange ahead, int pieceBlocks)
     {
-        long end = (ahead.First / PieceBlocks * PieceBlocks) + PieceBlocks;
+        long end = (ahead.First / pieceBlocks * pieceBlocks) + pieceBlocks;
         return ahead with { Count = Math.Min(ahead.End, end) - ahead.First };
     }
 }
