@@ -33,6 +33,9 @@ internal sealed class RemoteConnection : IDisposable
     /// </summary>
     private const int MaxGathered = 16;
 
+    private static int s_lastId;
+
+    private readonly int _id = Interlocked.Increment(ref s_lastId);
     private readonly Socket _socket;
     private readonly RemoteAddress _address;
     private readonly RemoteAgreement _agreement;
@@ -91,6 +94,19 @@ internal sealed class RemoteConnection : IDisposable
 
     /// <summary>Requests under way.</summary>
     public int UnderWay => MaxUnderWay - Volatile.Read(ref _freeCount);
+
+    /// <summary>How it is at this moment.</summary>
+    public RemoteConnectionState State
+    {
+        get
+        {
+            int requests = UnderWay;
+            TimeSpan silence = TimeSpan.Zero;
+            if (requests > 0 && _replies.WaitsSince is var since and not RemoteReplyReader.Never)
+                silence = _time.GetElapsedTime(Math.Max(since, Volatile.Read(ref _busySince)));
+            return new RemoteConnectionState(_id, requests, silence, _replies.ReceivedBytes);
+        }
+    }
 
     /// <summary>A thread is about to send requests, and another one may go out with the same call.</summary>
     public bool IsGathering => Volatile.Read(ref _outputLength) is > 0 and < MaxGathered * NbdSize.Request;

@@ -107,6 +107,25 @@ internal sealed partial class RemoteConnections
         }
     }
 
+    /// <summary>How the remote is at this moment.</summary>
+    public RemoteState State
+    {
+        get
+        {
+            lock (_lock)
+            {
+                bool isLost = _connections.Count == 0;
+                TimeSpan away = _lostAt is { } since ? _time.GetElapsedTime(since) : TimeSpan.Zero;
+                return new RemoteState(
+                    _wanted,
+                    _connections.ConvertAll(connection => connection.State),
+                    _waiting.Count,
+                    isLost ? away : null,
+                    !isLost ? null : _down is null && _lostReason.Length > 0 ? _lostReason : DownMessage);
+            }
+        }
+    }
+
     /// <summary>Length of the export in bytes; known after <see cref="Start"/>.</summary>
     public long Length => _length!.Value;
 

@@ -47,6 +47,9 @@ public sealed class RemoteDisk : Disk
     /// <summary>Connections that are open.</summary>
     public int ConnectionCount => _connections.Count;
 
+    /// <summary>How the remote is at this moment.</summary>
+    public RemoteState State => _connections.State;
+
     /// <summary>Connects.</summary>
     /// <param name="options">Where to, and how.</param>
     /// <exception cref="RemoteException">The server cannot be used.</exception>

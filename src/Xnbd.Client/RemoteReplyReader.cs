@@ -10,7 +10,8 @@ namespace Xnbd.Client;
 /// Receives the replies of one connection, and puts their data into the buffers of the requests. It believes nothing
 /// that a server says: whatever breaks the protocol is a <see cref="RemoteException"/> that names the server.
 /// <para>
-/// All of it belongs to the connection's receiving thread. Other threads read only <see cref="WaitsSince"/>.
+/// All of it belongs to the connection's receiving thread. Other threads read only <see cref="WaitsSince"/> and
+/// <see cref="ReceivedBytes"/>.
 /// </para>
 /// </summary>
 internal sealed class RemoteReplyReader : IDisposable
@@ -37,12 +38,16 @@ internal sealed class RemoteReplyReader : IDisposable
     private int _head;
     private int _tail;
     private long _waitsSince = Never;
+    private long _receivedBytes;
 
     public RemoteReplyReader(Socket socket, RemoteAddress address, RemoteAgreement agreement, TimeProvider time)
         => (_socket, _address, _agreement, _time) = (socket, address, agreement, time);
 
     /// <summary>The time stamp at which the receiver began to wait for the server, or <see cref="Never"/>.</summary>
     public long WaitsSince => Volatile.Read(ref _waitsSince);
+
+    /// <summary>Bytes that were received since the handshake.</summary>
+    public long ReceivedBytes => Volatile.Read(ref _receivedBytes);
 
     /// <summary>
     /// The connection broke because the other end's kernel did not even acknowledge what was sent: the fault may be the
@@ -207,7 +212,11 @@ internal sealed class RemoteReplyReader : IDisposable
         long count = LinuxSocket.Receive(_socket.SafeHandle, buffer);
         Volatile.Write(ref _waitsSince, Never);
         if (count > 0)
+        {
+            Volatile.Write(ref _receivedBytes, _receivedBytes + count);
             return (int)count;
+        }
+
         HasTimedOut = Errno.Of(count) == Errno.ETIMEDOUT;
         string reason = count == 0 ? "the server has closed the connection" : Errno.Of(count).Describe();
         throw new RemoteException($"{_address}: {reason}");

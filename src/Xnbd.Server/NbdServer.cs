@@ -45,10 +45,31 @@ public sealed class NbdServer(
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Connection, Session> _sessions = [];
     private int _connectionCount;
+    private long _endedRead; // of sessions that have ended; _connections guards these two, too
+    private long _endedWritten;
     private volatile bool _isStopping;
 
     /// <summary>The number of connections.</summary>
     public int ConnectionCount => Volatile.Read(ref _connectionCount);
+
+    /// <summary>What clients have moved so far.</summary>
+    public ServerTraffic Traffic
+    {
+        get
+        {
+            lock (_connections)
+            {
+                (long read, long written) = (_endedRead, _endedWritten);
+                foreach (Session session in _sessions.Values)
+                {
+                    read += session.BytesRead;
+                    written += session.BytesWritten;
+                }
+
+                return new ServerTraffic(ConnectionCount, read, written);
+            }
+        }
+    }
 
     /// <summary>Opens a listening socket; connections queue up until <see cref="Start"/>.</summary>
     /// <param name="address">The address and port. The IPv6 wildcard address means all IPv4 and IPv6 addresses.</param>
@@ -309,6 +330,8 @@ public sealed class NbdServer(
             lock (_connections)
             {
                 _sessions.Remove(connection);
+                _endedRead += session.BytesRead;
+                _endedWritten += session.BytesWritten;
                 Monitor.PulseAll(_connections);
             }
         }

@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
+using Xnbd.Programs.Watch;
 using Xnbd.Storage;
 using Xnbd.Storage.Cache;
 
@@ -80,6 +81,21 @@ internal sealed class ProxyJob
             ["zero-bytes"] = figures.ZeroBytes,
             ["verification"] = _verification is { } verification ? Describe(verification) : null,
         };
+    }
+
+    /// <summary>Reports the state at once, in short.</summary>
+    public WatchJob Report()
+    {
+        bool isRunning = IsRunning;
+        CacheVerification? verification = _verification;
+        return new WatchJob(
+            Kind,
+            _phase,
+            isRunning ? "running" : _state,
+            isRunning ? null : _error,
+            verification?.Blocks ?? 0,
+            verification?.DoneBlocks ?? 0,
+            verification?.DifferentBlocks ?? 0);
     }
 
     private JsonObject Describe(CacheVerification verification) => new()

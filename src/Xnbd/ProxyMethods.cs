@@ -1,7 +1,9 @@
+using System.Text.Json;
 using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
 using Xnbd.Client;
 using Xnbd.Control;
+using Xnbd.Programs.Watch;
 using Xnbd.Storage;
 using Xnbd.Storage.Cache;
 
@@ -11,14 +13,22 @@ namespace Xnbd.Programs;
 /// The methods of a proxy's control channel (docs/control.md). Each client of the channel calls them on a thread of its
 /// own.
 /// </summary>
-internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk? remote, ILogger log)
+internal sealed class ProxyMethods
 {
-    private readonly ProxyMode _proxy = proxy;
-    private readonly OriginCache _cache = cache;
-    private readonly RemoteDisk? _remote = remote; // null if this was a target from the start
-    private readonly ILogger _log = log;
-    private readonly ProxyJobs _jobs = new(proxy, cache, log);
+    private readonly ProxyMode _proxy;
+    private readonly OriginCache _cache;
+    private readonly RemoteDisk? _remote; // null if this was a target from the start
+    private readonly ILogger _log;
+    private readonly ProxyJobs _jobs;
+    private readonly ProxyWatch _watch;
     private readonly Lock _reconnecting = new();
+
+    public ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDisk? remote, ILogger log)
+    {
+        (_proxy, _cache, _remote, _log) = (proxy, cache, remote, log);
+        _jobs = new ProxyJobs(proxy, cache, log);
+        _watch = new ProxyWatch(proxy, cache, remote, _jobs);
+    }
 
     /// <summary>Carries out a method.</summary>
     /// <exception cref="ControlException">It failed; the message says why.</exception>
@@ -30,6 +40,10 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             {
                 case "query":
                     return Query();
+                case "watch":
+                    return JsonSerializer.SerializeToNode(
+                        _watch.Report(Number(parameters, "cells", OriginCache.MaxCells) ?? ProxyWatch.DefaultCells),
+                        WatchJson.Default.WatchReport);
                 case "cache-all":
                     return _jobs.CacheAll(BlocksPerRequest(parameters)).Status(0);
                 case "verify":
@@ -90,16 +104,19 @@ internal sealed class ProxyMethods(ProxyMode proxy, OriginCache cache, RemoteDis
             ["requests-in-flight"] = figures.FetchesInFlight,
             ["bytes-in-flight"] = figures.BytesInFlight,
             ["store-failures"] = _proxy.StoreFailures,
-            ["clients"] = _proxy.CountClients(),
+            ["clients"] = _proxy.Traffic().Connections,
             ["job"] = _jobs.Last?.Status(0),
         };
     }
 
     private static int BlocksPerRequest(JsonObject parameters)
-        => (parameters["blocks-per-request"]?.GetValue<int>() ?? 256) is var count and >= 1 and <= 256
-            ? count
-            : throw new ControlException(
-                ControlException.InvalidParameters, "blocks-per-request: not a number from 1 to 256");
+        => Number(parameters, "blocks-per-request", 256) ?? 256;
+
+    /// <returns>A parameter that is a number from 1 to <paramref name="max"/>; null if it was not given.</returns>
+    private static int? Number(JsonObject parameters, string name, int max)
+        => parameters[name]?.GetValue<int>() is not { } number ? null
+            : number >= 1 && number <= max ? number
+            : throw new ControlException(ControlException.InvalidParameters, $"{name}: not a number from 1 to {max}");
 
     private ProxyJob FindJob(JsonObject parameters)
         => _jobs.Find(parameters["job"]?.GetValue<int>()

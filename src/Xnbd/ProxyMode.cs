@@ -3,6 +3,7 @@ using System.Security.Cryptography;
 using Microsoft.Extensions.Logging;
 using Xnbd.Client;
 using Xnbd.Control;
+using Xnbd.Server;
 using Xnbd.Storage;
 using Xnbd.Storage.Cache;
 using Xnbd.Storage.Images;
@@ -97,8 +98,8 @@ internal sealed class ProxyMode : IDisposable
     /// <summary>How often fetched data could not be cached.</summary>
     public long StoreFailures => Interlocked.Read(ref _storeFailures);
 
-    /// <summary>Counts the connections of clients, for the query.</summary>
-    public Func<int> CountClients { get; set; } = () => 0;
+    /// <summary>Tells what clients have moved, for the query.</summary>
+    public Func<ServerTraffic> Traffic { get; set; } = () => default;
 
     /// <summary>Opens the control channel.</summary>
     public void StartControl()

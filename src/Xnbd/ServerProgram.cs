@@ -138,7 +138,7 @@ internal sealed class ServerProgram
         var snapshots = new SnapshotSignal(() => proxy is null ? disk as ImageFile : proxy.Image, _log, _stop.Token);
         if (proxy is not null)
         {
-            proxy.CountClients = () => server.ConnectionCount;
+            proxy.Traffic = () => server.Traffic;
             proxy.StartControl();
         }
 

@@ -111,6 +111,43 @@ public sealed class RemoteServersTests : IDisposable
     }
 
     [Fact]
+    public async Task The_state_of_the_remote_tells_its_connections_and_why_it_is_lost()
+    {
+        using var hold = new ManualResetEventSlim();
+        FakeServer server = new FakeServer(_folder.File("a"), _image)
+        {
+            Answer = (_, _, _) =>
+            {
+                hold.Wait();
+                return false;
+            },
+        }.Start();
+        using RemoteDisk disk = Connect("a");
+        RemoteState state = disk.State;
+        RemoteConnectionState connection = Assert.Single(state.Connections);
+        Assert.Equal((1, 0, null, null), (state.WantedConnections, state.WaitingReads, state.Lost, state.Reason));
+        Assert.Equal((0, TimeSpan.Zero, 0L), (connection.Requests, connection.Silence, connection.ReceivedBytes));
+
+        Task<byte[]> read = Read(disk, 0, Block);
+        Wait.Until(() => disk.State.Connections[0] is { Requests: 1, Silence.TotalMilliseconds: > 20 }, "it is silent");
+        hold.Set();
+        Assert.Equal(_image[..Block], await read);
+        connection = Assert.Single(disk.State.Connections);
+        Assert.Equal((0, TimeSpan.Zero), (connection.Requests, connection.Silence));
+        Assert.InRange(connection.ReceivedBytes, Block, Block + 100);
+
+        End(server);
+        Wait.Until(() => disk.ConnectionCount == 0, "it is gone");
+        Task<byte[]> waiting = Read(disk, Block, Block);
+        Wait.Until(() => disk.State is { WaitingReads: 1, Lost.TotalMilliseconds: > 0 }, "a read waits");
+        Assert.Contains(Address("a").ToString(), disk.State.Reason, StringComparison.Ordinal);
+        using FakeServer back = Serve("a");
+        await waiting;
+        Wait.Until(() => disk.State is { Lost: null, Reason: null, WaitingReads: 0 }, "it is back");
+        Assert.NotEqual(connection.Id, Assert.Single(disk.State.Connections).Id);
+    }
+
+    [Fact]
     public void A_server_with_another_length_than_the_known_one_is_passed_over()
     {
         using FakeServer other = Serve("a", new byte[2 * Size]), right = Serve("b");

@@ -110,6 +110,36 @@ public sealed class CachingDiskTests : IDisposable
         Assert.True(disk.Map.IsAll(new BlockRange(0, 2), BlockState.Written));
     }
 
+    [Fact]
+    public async Task What_is_being_fetched_is_drawn_and_the_wait_of_a_miss_is_counted()
+    {
+        using CachingDisk disk = Open();
+        var answer = new TaskCompletionSource();
+        Hold(answer.Task);
+        Assert.Equal(new string('.', 4), disk.DrawMap(4));
+        Task<byte[]> miss = Read(disk, 0, 4096);
+        Wait.Until(() => Asked.Count == 1, "the origin is asked");
+        Assert.Equal("*...", disk.DrawMap(4));
+        Assert.Empty(disk.MissLatency);
+        await Task.Delay(20);
+        answer.SetResult();
+        await miss;
+        await disk.WaitUntilStored();
+        Assert.Equal("f...", disk.DrawMap(4));
+        LatencyBucket counted = Assert.Single(disk.MissLatency);
+        Assert.Equal(1, counted.Count);
+        Assert.InRange(counted.MaxMicroseconds, 20_000, 60_000_000);
+        await Read(disk, 0, 4096); // a hit
+        Assert.Equal(counted, Assert.Single(disk.MissLatency));
+
+        // A miss of several fetches counts once; one that fails, not at all.
+        await Read(disk, 4 << 20, 2 * Fetch.MaxBytes);
+        Assert.Equal(2, disk.MissLatency.Sum(bucket => bucket.Count));
+        _origin.Before = (_, _, _) => throw new DiskException(DiskError.Io, "broken");
+        await Assert.ThrowsAsync<DiskException>(() => Read(disk, 8 << 20, 4096));
+        Assert.Equal(2, disk.MissLatency.Sum(bucket => bucket.Count));
+    }
+
     /// <summary>The file takes nothing before this is set.</summary>
     private static FaultDisk HoldWrites(Disk image, ManualResetEventSlim until)
         => new(image)

@@ -8,6 +8,7 @@ namespace Xnbd.Storage.Cache;
 /// <param name="AbsentBlocks">Blocks that are not local yet.</param>
 /// <param name="FetchedBlocks">Blocks that are local and as the origin has them.</param>
 /// <param name="WrittenBlocks">Blocks that were written or zeroed here.</param>
+/// <param name="ZeroedBlocks">Those of them that were zeroed.</param>
 /// <param name="Hits">Reads, or pieces of reads, that were answered at once from here.</param>
 /// <param name="Misses">Reads, or pieces of reads, that had to wait for the origin.</param>
 /// <param name="FetchedBytes">Bytes that were read from the origin since the start.</param>
@@ -20,6 +21,7 @@ public readonly record struct CacheStatistics(
     long AbsentBlocks,
     long FetchedBlocks,
     long WrittenBlocks,
+    long ZeroedBlocks,
     long Hits,
     long Misses,
     long FetchedBytes,
@@ -114,6 +116,7 @@ internal sealed class CachingDisk : OverlayDisk
                 blocks[(int)BlockState.Absent],
                 blocks[(int)BlockState.Fetched],
                 blocks[(int)BlockState.Written] + blocks[(int)BlockState.Zero],
+                blocks[(int)BlockState.Zero],
                 Interlocked.Read(ref _hits),
                 Interlocked.Read(ref _misses),
                 _fetches.FetchedBytes,
@@ -122,6 +125,12 @@ internal sealed class CachingDisk : OverlayDisk
                 bytes);
         }
     }
+
+    /// <summary>How long clients have waited for the origin.</summary>
+    public List<LatencyBucket> MissLatency => _fetches.Latency.Buckets;
+
+    /// <summary>Draws what is local, and what is being fetched; see <see cref="MapCells"/>.</summary>
+    public string DrawMap(int cells) => MapCells.Draw(Map, cells, _fetches.Ranges);
 
     /// <inheritdoc/>
     public override bool TryRead(long offset, Span<byte> buffer)

@@ -1,3 +1,5 @@
+using System.Diagnostics;
+
 namespace Xnbd.Storage.Cache;
 
 /// <content>The end of fetches when the origin changes, or is not needed any more.</content>
@@ -74,6 +76,7 @@ internal sealed partial class FetchQueue
     /// <exception cref="DiskException">The origin failed, or is detached.</exception>
     public async ValueTask ReadThroughAsync(long offset, Memory<byte> buffer)
     {
+        long since = Stopwatch.GetTimestamp();
         byte[] own = new byte[buffer.Length]; // the read may still be under way when the queue is detached
         try
         {
@@ -86,6 +89,7 @@ internal sealed partial class FetchQueue
 
         Interlocked.Add(ref _fetchedBytes, own.Length);
         own.CopyTo(buffer);
+        Latency.Note(since);
     }
 
     private CancellationToken Detaching

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using Xnbd.Linux;
 using Xnbd.Storage.Maps;
 using Xnbd.Storage.Threads;
@@ -87,6 +88,19 @@ internal sealed partial class FetchQueue : IDisposable
         _send = Send;
     }
 
+    /// <summary>How long readers have waited.</summary>
+    public MissLatency Latency { get; } = new();
+
+    /// <summary>The ranges that are being fetched, up to the moment when they are stored.</summary>
+    public List<BlockRange> Ranges
+    {
+        get
+        {
+            lock (_lock)
+                return _fetches.ConvertAll(static fetch => fetch.Range);
+        }
+    }
+
     /// <summary>Bytes that were read from the origin so far.</summary>
     public long FetchedBytes => Interlocked.Read(ref _fetchedBytes);
 
@@ -106,12 +120,14 @@ internal sealed partial class FetchQueue : IDisposable
     /// <exception cref="DiskException">The origin failed, or is detached.</exception>
     public async ValueTask ReadAsync(long offset, Memory<byte> buffer)
     {
+        long since = Stopwatch.GetTimestamp();
         BlockRange left = BlockRange.Touching(offset, buffer.Length);
         Fetch? first = Join(left, FetchPurpose.Miss, out BlockRange covered);
         left = left.After(covered);
         if (left.Count == 0)
         {
             await ReadPart(first, offset, buffer);
+            Latency.Note(since);
             return;
         }
 
@@ -141,6 +157,7 @@ internal sealed partial class FetchQueue : IDisposable
 
         if (failure is not null)
             throw failure;
+        Latency.Note(since);
     }
 
     /// <summary>Fetches the start of a range, until it is in the file and in the map.</summary>

@@ -56,6 +56,19 @@ public sealed class OriginCache : IDisposable
     /// <summary>What has been done so far.</summary>
     public CacheStatistics Statistics => _cache.Statistics;
 
+    /// <summary>How long clients have waited for the origin since the start.</summary>
+    public List<LatencyBucket> MissLatency => _cache.MissLatency;
+
+    /// <summary>The largest number of cells of a drawn map.</summary>
+    public const int MaxCells = MapCells.Max;
+
+    /// <summary>
+    /// Draws which blocks are local, and which are being fetched: a sign for each cell (docs/control.md, method
+    /// <c>watch</c>). No request waits for that.
+    /// </summary>
+    /// <param name="cells">How many cells, 1 to <see cref="MaxCells"/>; fewer if the disk has fewer blocks.</param>
+    public string DrawMap(int cells) => _cache.DrawMap(cells);
+
     /// <summary>Opens the cache's files, or makes them.</summary>
     /// <param name="origin">The far disk; owned from now on, also when this fails.</param>
     /// <param name="originNames">

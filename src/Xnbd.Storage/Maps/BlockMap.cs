@@ -39,8 +39,9 @@ public enum BlockState
 /// The header has a lock of its own (<see cref="MapFile"/>), which is taken with none of these held, and is the last of
 /// all.
 /// </para>
+/// The type's other file: <c>BlockMap.Counting.cs</c> (how many blocks are in each state).
 /// </summary>
-internal sealed class BlockMap
+internal sealed partial class BlockMap
 {
     private const int BlocksPerWord = MapLayout.BlocksPerWord;
     private const int WordsPerPage = MapLayout.WordsPerPage;
@@ -50,6 +51,7 @@ internal sealed class BlockMap
 
     private readonly MapFile _file;
     private readonly ulong[] _words;
+    private readonly MapCounts _counts; // of each page; changed under the page's lock
     private readonly bool[] _isDirty; // pages that differ from their newest durable copy
     private readonly Lock[] _pageLocks = new Lock[LockCount];
     private readonly bool[] _isBehind; // pages whose live map in the file lacks copies that were made since
@@ -62,6 +64,7 @@ internal sealed class BlockMap
     {
         _file = file;
         _words = new ulong[file.PageCount * WordsPerPage];
+        _counts = new MapCounts(file.PageCount);
         _isDirty = new bool[file.PageCount];
         _isBehind = new bool[file.PageCount];
         for (int i = 0; i < LockCount; i++)
@@ -162,30 +165,6 @@ internal sealed class BlockMap
             yield return (run, state);
             left = left.After(run);
         }
-    }
-
-    /// <summary>How many blocks are in a state.</summary>
-    public long Count(BlockState state) => CountAll()[(int)state];
-
-    /// <summary>
-    /// How many blocks are in each state, by the state's number. If the map changes meanwhile, the numbers are
-    /// approximate.
-    /// </summary>
-    public long[] CountAll()
-    {
-        long fetched = 0, zero = 0, written = 0;
-        for (int i = 0; i < _words.Length; i++)
-        {
-            ulong word = Volatile.Read(ref _words[i]);
-            if (word == 0)
-                continue;
-            ulong low = word & EachBlock, high = (word >> 1) & EachBlock;
-            fetched += BitOperations.PopCount(low & ~high);
-            zero += BitOperations.PopCount(high & ~low);
-            written += BitOperations.PopCount(high & low);
-        }
-
-        return [BlockCount - fetched - zero - written, fetched, zero, written];
     }
 
     /// <summary>Changes the state of blocks. The file already holds what the new state promises.</summary>
@@ -332,6 +311,7 @@ internal sealed class BlockMap
         else if (!_isBehind[page])
             NoteBehind((int)page);
         Volatile.Write(ref _isDirty[page], true); // before the state is seen: whoever sees it can commit it
+        _counts.Change(page, MapCounts.Of(present), MapCounts.Of(changed)); // before, too: nothing is seen uncounted
         for (int i = 0; i < changed.Length; i++)
             Volatile.Write(ref present[i], changed[i]);
     }
@@ -390,7 +370,10 @@ internal sealed class BlockMap
 
             ulong[] words = isLive ? live : durable;
             if (words.AsSpan().ContainsAnyExcept(0UL)) // memory that is never written takes no space
+            {
                 words.CopyTo(_words, page * WordsPerPage);
+                _counts.Change(page, 0, MapCounts.Of(words));
+            }
         }
 
         for (long block = BlockCount; block < (long)_words.Length * BlocksPerWord; block++)
