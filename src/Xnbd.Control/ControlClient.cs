@@ -4,11 +4,18 @@ using System.Text.Json.Nodes;
 
 namespace Xnbd.Control;
 
-/// <summary>The client's end of the control channel (docs/control.md): one call at a time.</summary>
+/// <summary>
+/// The client's end of the control channel (docs/control.md): one call at a time. What answers may be something else
+/// than a control channel: it is believed nothing.
+/// </summary>
 public sealed class ControlClient : IDisposable
 {
+    /// <summary>The longest answer in bytes: one of <c>job.status</c> may list a thousand differences.</summary>
+    internal const int MaxAnswer = 1 << 20;
+
     private readonly Socket _socket;
-    private readonly StreamReader _reader;
+    private byte[] _received = new byte[4096]; // the start of it, _length bytes, is received and not used
+    private int _length;
     private int _id;
 
     /// <summary>Connects.</summary>
@@ -19,7 +26,6 @@ public sealed class ControlClient : IDisposable
         try
         {
             _socket.Connect(new UnixDomainSocketEndPoint(path));
-            _reader = new StreamReader(new NetworkStream(_socket), Encoding.UTF8);
         }
         catch
         {
@@ -29,7 +35,9 @@ public sealed class ControlClient : IDisposable
     }
 
     /// <summary>Calls a method and waits for its result.</summary>
-    /// <exception cref="ControlException">The server says that it failed.</exception>
+    /// <exception cref="ControlException">
+    /// The server says that it failed, or what it says is no answer of the control channel.
+    /// </exception>
     /// <exception cref="IOException">The server has gone.</exception>
     public JsonNode? Call(string method, JsonObject? parameters = null)
     {
@@ -43,23 +51,57 @@ public sealed class ControlClient : IDisposable
         try
         {
             _socket.Send(Encoding.UTF8.GetBytes(request.ToJsonString() + "\n"));
+            return ResultOf(ReceiveLine());
         }
-        catch (SocketException failure)
+        catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
         {
             throw new IOException(failure.Message);
         }
-
-        string line = _reader.ReadLine() ?? throw new IOException("the server has closed the control channel");
-        JsonObject answer = JsonNode.Parse(line)!.AsObject();
-        if (answer["error"] is JsonObject error)
-            throw new ControlException(error["code"]!.GetValue<int>(), error["message"]!.GetValue<string>());
-        return answer["result"];
     }
 
     /// <inheritdoc/>
-    public void Dispose()
+    public void Dispose() => _socket.Dispose();
+
+    private static JsonNode? ResultOf(byte[] line)
     {
-        _reader.Dispose();
-        _socket.Dispose();
+        try
+        {
+            JsonObject answer = JsonNode.Parse(line)!.AsObject();
+            if (answer["error"] is not { } error)
+                return answer["result"];
+            throw new ControlException(error["code"]!.GetValue<int>(), error["message"]!.GetValue<string>());
+        }
+        catch (Exception failure) when (failure is not ControlException)
+        {
+            throw NoChannel("an answer that is none of JSON-RPC");
+        }
     }
+
+    private byte[] ReceiveLine()
+    {
+        for (int searched = 0; ;)
+        {
+            int end = _received.AsSpan(searched, _length - searched).IndexOf((byte)'\n');
+            if (end >= 0)
+            {
+                byte[] line = _received[..(searched + end)];
+                _length -= line.Length + 1;
+                Buffer.BlockCopy(_received, line.Length + 1, _received, 0, _length);
+                return line;
+            }
+
+            searched = _length;
+            if (_length == MaxAnswer)
+                throw NoChannel($"an answer of more than {MaxAnswer} bytes");
+            if (_length == _received.Length)
+                Array.Resize(ref _received, 2 * _received.Length);
+            int count = _socket.Receive(_received.AsSpan(_length));
+            if (count == 0)
+                throw new IOException("the server has closed the control channel");
+            _length += count;
+        }
+    }
+
+    private static ControlException NoChannel(string what)
+        => new(ControlException.ParseError, $"this is no control channel of a proxy: it sends {what}");
 }

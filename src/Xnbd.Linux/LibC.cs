@@ -55,6 +55,12 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "ioctl", SetLastError = true)]
     internal static partial int IoCtl(SafeHandle file, nuint request, nint argument);
 
+    [LibraryImport(Name, EntryPoint = "tcgetattr", SetLastError = true)]
+    internal static partial int TcGetAttr(SafeHandle terminal, byte* settings);
+
+    [LibraryImport(Name, EntryPoint = "tcsetattr", SetLastError = true)]
+    internal static partial int TcSetAttr(SafeHandle terminal, int when, byte* settings);
+
     [LibraryImport(Name, EntryPoint = "renameat2", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int RenameAt2(
         int oldDirectory, string oldPath, int newDirectory, string newPath, uint flags);
@@ -127,6 +133,12 @@ internal static unsafe partial class LibC
 
     [LibraryImport(Name, EntryPoint = "setrlimit64", SetLastError = true)]
     internal static partial int SetRLimit(int resource, ResourceLimit* limit);
+
+    [LibraryImport(Name, EntryPoint = "sigaction", SetLastError = true)]
+    internal static partial int SigAction(int signal, byte* action, byte* before);
+
+    [LibraryImport(Name, EntryPoint = "raise", SetLastError = true)]
+    internal static partial int Raise(int signal);
 
     [LibraryImport(Name, EntryPoint = "sigprocmask", SetLastError = true)]
     internal static partial int SigProcMask(int how, SignalSet* set, SignalSet* old);

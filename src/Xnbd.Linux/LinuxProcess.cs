@@ -10,6 +10,22 @@ public static class LinuxProcess
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
 
     /// <summary>
+    /// Stops the process as Ctrl-Z does, until it is continued. If nobody could continue it, nothing happens, as with
+    /// Ctrl-Z.
+    /// </summary>
+    public static unsafe void Stop()
+    {
+        const int stop = 20; // SIGTSTP
+        const int actionBytes = 256; // more than any C library's struct sigaction; all zeroes mean the default
+        byte* byDefault = stackalloc byte[actionBytes], before = stackalloc byte[actionBytes];
+        new Span<byte>(byDefault, actionBytes).Clear();
+        if (LibC.SigAction(stop, byDefault, before) != 0)
+            return;
+        _ = LibC.Raise(stop);
+        _ = LibC.SigAction(stop, before, null);
+    }
+
+    /// <summary>
     /// Sets the process's name, by which <c>pidof</c> and <c>ps</c> find it; the kernel keeps 15 bytes. It must be
     /// called on the first thread.
     /// </summary>

@@ -5,6 +5,7 @@ using System.Text.Json;
 using System.Text.Json.Nodes;
 using Xnbd.Client;
 using Xnbd.Control;
+using Xnbd.Programs.Watch;
 using Xnbd.Storage;
 
 namespace Xnbd.Programs;
@@ -88,6 +89,15 @@ internal static class ControlProgram
                 + "[default: 256]",
             HelpName = "NUMBER",
         };
+        var watch = new Option<bool>("--watch")
+        {
+            Description = "Show on a live screen what the proxy does, until q, Ctrl-C, the switch or its end",
+        };
+        var interval = new Option<string?>("--interval")
+        {
+            Description = "With --watch: seconds from one look to the next, 1 to 3600 [default: 1]",
+            HelpName = "SECONDS",
+        };
         var force = new Option<bool>("--force")
         {
             Description = "With --switch: blocks that are missing become zeroes",
@@ -105,13 +115,13 @@ internal static class ControlProgram
         };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, begin, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate,
-            progress, detach, blocks, noVerify, force, exportName, json, words,
+            query, watch, begin, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate,
+            interval, progress, detach, blocks, noVerify, force, exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
-        Option<bool>[] actions = [query, begin, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
+        Option<bool>[] actions = [query, watch, begin, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
         bool IsGiven(Option<bool> action) => result.GetValue(action)
             || (action == cacheAll && result.GetValue(cacheAll2))
             || (action == switches && result.GetValue(shutdown));
@@ -131,6 +141,7 @@ internal static class ControlProgram
             (noVerify, [move]),
             (force, [switches]),
             (exportName, [reconnect]),
+            (interval, [watch]),
         ])
         {
             if (result.GetResult(option) is { Implicit: false } && !of.Contains(given[0]))
@@ -142,6 +153,8 @@ internal static class ControlProgram
 
         if (result.GetValue(progress) && result.GetValue(detach))
             throw new UsageException("--progress shows what --detach does not wait for");
+        if (given[0] == watch && result.GetValue(json))
+            throw new UsageException("--watch shows a screen: for programs there is --query --json");
         int blocksPerRequest = CommandLine.Number(blocks.Name, result.GetValue(blocks), 1, 256) ?? 256;
         string[] arguments = result.GetValue(words) ?? [];
         bool takesOptions = !args.Contains("--");
@@ -152,6 +165,12 @@ internal static class ControlProgram
         JsonObject? remote = given[0] == reconnect ? RemoteOf(arguments, result.GetValue(exportName)) : null;
         if (remote is null && arguments.Length != 1)
             throw new UsageException("the only argument is the path of the control socket");
+
+        if (given[0] == watch)
+        {
+            int seconds = CommandLine.Number(interval.Name, result.GetValue(interval), 1, 3600) ?? 1;
+            return WatchProgram.Run(() => Connect(arguments[0]), TimeSpan.FromSeconds(seconds));
+        }
 
         using ControlClient client = Connect(arguments[0]);
         bool isJson = result.GetValue(json);

@@ -128,6 +128,9 @@ public sealed class ProxyControlTests : IDisposable
         2, "--blocks-per-request abc: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "abc", "s")]
     [InlineData(
         2, "--blocks-per-request 257: not a number from 1 to 256", "--cache-all", "--blocks-per-request", "257", "s")]
+    [InlineData(2, "--interval goes with --watch only", "--query", "--interval", "2", "s")]
+    [InlineData(2, "--interval 0: not a number from 1 to 3600", "--watch", "--interval", "0", "s")]
+    [InlineData(2, "--query --json", "--watch", "--json", "s")]
     [InlineData(1, "there is no control socket", "--query", "/nonexistent/s")]
     [InlineData(1, "nobody listens", "--query", "/dev/null")]
     public async Task A_wrong_call_of_the_control_program_gets_one_clear_line(

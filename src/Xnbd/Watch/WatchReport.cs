@@ -1,3 +1,5 @@
+using System.Text.Json;
+using System.Text.Json.Nodes;
 using System.Text.Json.Serialization;
 
 namespace Xnbd.Programs.Watch;
@@ -8,6 +10,26 @@ namespace Xnbd.Programs.Watch;
 /// </summary>
 internal sealed record WatchReport
 {
+    /// <summary>Reads a report, of which nothing is believed but that it is one.</summary>
+    /// <param name="answer">What the proxy has answered.</param>
+    /// <returns>Null if it is no report.</returns>
+    public static WatchReport? TryRead(JsonNode? answer)
+    {
+        try
+        {
+            WatchReport? report = answer.Deserialize(WatchJson.Default.WatchReport);
+            return report is not null
+                && Array.TrueForAll(report.RemoteConnections, connection => connection is not null)
+                && Array.TrueForAll(report.MissLatency, bucket => bucket is not null)
+                ? report
+                : null;
+        }
+        catch (Exception failure) when (failure is JsonException or InvalidOperationException)
+        {
+            return null;
+        }
+    }
+
     /// <summary>Milliseconds since the start of the proxy.</summary>
     public required long UptimeMs { get; init; }
 
