@@ -205,7 +205,7 @@ public sealed partial class WatchTests : IDisposable
             StringComparison.Ordinal);
     }
 
-    /// <summary>For a moment it may be away; it is another process afterwards.</summary>
+    /// <summary>The proxy is stopped, and goes on.</summary>
     [Fact]
     public void A_proxy_that_hangs_is_told_and_can_be_left()
     {
@@ -241,7 +241,7 @@ public sealed partial class WatchTests : IDisposable
         terminal.End(0);
     }
 
-    /// <summary>A program that nobody can let go on is not stopped: so the kernel has it.</summary>
+    /// <summary>The kernel does not stop a program that nobody could continue.</summary>
     [Fact]
     public void Ctrl_Z_without_job_control_changes_nothing()
     {
@@ -298,7 +298,7 @@ public sealed partial class WatchTests : IDisposable
         Assert.DoesNotContain("   at ", terminal.Text, StringComparison.Ordinal);
     }
 
-    /// <summary>Each has a screen, and the one who works is not pushed out.</summary>
+    /// <summary>Each has a screen, and the client that works is not pushed out.</summary>
     [Fact]
     public async Task Ten_watch_at_once_and_the_proxy_works_on()
     {

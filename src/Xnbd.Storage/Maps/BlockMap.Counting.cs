@@ -22,14 +22,25 @@ internal sealed partial class BlockMap
     /// </summary>
     public BlockCounts CountIn(BlockRange range)
     {
-        var sum = default(BlockCounts);
+        long first = (range.First + BlocksPerPage - 1) / BlocksPerPage; // the pages that are in the range as a whole
+        long end = range.End == BlockCount ? _isDirty.Length : range.End / BlocksPerPage;
+        if (first >= end)
+            return CountPartly(default, range);
+        var before = new BlockRange(range.First, (first * BlocksPerPage) - range.First);
+        long wholeEnd = Math.Min(end * BlocksPerPage, range.End);
+        BlockCounts sum = _counts.Sum(first, end, wholeEnd - (first * BlocksPerPage));
+        return CountPartly(CountPartly(sum, before), new BlockRange(wholeEnd, range.End - wholeEnd));
+    }
+
+    /// <summary>Adds the counts of a range that is shorter than two pages.</summary>
+    private BlockCounts CountPartly(BlockCounts sum, BlockRange range)
+    {
         while (range.Count > 0)
         {
-            long page = range.First / BlocksPerPage, end = Math.Min((page + 1) * BlocksPerPage, BlockCount);
-            var inPage = new BlockRange(range.First, Math.Min(range.End, end) - range.First);
-            ulong counts = _counts[page];
-            bool isWhole = inPage.First == page * BlocksPerPage && inPage.End == end;
-            sum = MapCounts.Add(sum, isWhole || counts == 0 ? counts : CountWords(inPage), inPage.Count);
+            long page = range.First / BlocksPerPage;
+            var inPage = new BlockRange(range.First, Math.Min(range.End, (page + 1) * BlocksPerPage) - range.First);
+            ulong counts = _counts[page] == 0 ? 0 : CountWords(inPage); // words that were never written stay untouched
+            sum = MapCounts.Add(sum, counts, inPage.Count);
             range = range.After(inPage);
         }
 

@@ -60,6 +60,26 @@ internal sealed class MapCounts(int pageCount)
     public void Change(long page, ulong before, ulong after)
         => Volatile.Write(ref _pages[page], _pages[page] + after - before);
 
+    /// <summary>The counts of consecutive pages.</summary>
+    /// <param name="first">The first page.</param>
+    /// <param name="end">The page behind the last one.</param>
+    /// <param name="blocks">How many blocks they have.</param>
+    public BlockCounts Sum(long first, long end, long blocks)
+    {
+        long fetched = 0, zero = 0, written = 0;
+        for (long page = first; page < end; page++)
+        {
+            ulong counts = Volatile.Read(ref _pages[page]);
+            if (counts == 0)
+                continue;
+            fetched += (long)(counts & Mask);
+            zero += (long)((counts >> ZeroShift) & Mask);
+            written += (long)(counts >> WrittenShift);
+        }
+
+        return new BlockCounts(blocks - fetched - zero - written, fetched, zero, written);
+    }
+
     /// <summary>Adds counts that are one number; the absent blocks are those that are left of all.</summary>
     /// <param name="sum">The sum so far.</param>
     /// <param name="counts">The counts of some blocks.</param>

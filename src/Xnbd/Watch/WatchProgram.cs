@@ -22,6 +22,9 @@ internal sealed class WatchProgram
     /// <summary>From this time on the screen says that the proxy does not answer.</summary>
     private static readonly TimeSpan s_maxAnswer = TimeSpan.FromSeconds(3);
 
+    /// <summary>How often in a row the channel may be lost while there is a proxy.</summary>
+    private const int MaxLosses = 10;
+
     private readonly Func<ControlClient> _connect;
     private readonly TimeSpan _interval;
     private readonly object _gate = new();
@@ -146,7 +149,7 @@ internal sealed class WatchProgram
     /// <summary>A thread: asks for reports.</summary>
     private void AskAgain(ControlClient client)
     {
-        bool isFresh = false; // connected anew, and not answered since
+        int losses = 0; // of the channel, since the last report
         while (true)
         {
             lock (_gate)
@@ -160,7 +163,7 @@ internal sealed class WatchProgram
             try
             {
                 WatchReport report = Ask(client);
-                isFresh = false;
+                losses = 0;
                 lock (_gate)
                 {
                     _reports.Enqueue(report);
@@ -169,10 +172,11 @@ internal sealed class WatchProgram
             }
             catch (Exception failure)
             {
-                // The channel may have pushed this client out, or the proxy was started anew: it is tried once more.
+                // The channel may have pushed this client out, or the proxy was started anew.
                 client.Dispose();
-                Exception? end = isFresh || failure is not IOException ? failure : Reconnect(ref client);
-                isFresh = true;
+                Exception? end = failure is not IOException ? failure
+                    : ++losses > MaxLosses ? new FailureException("too many use its control channel at once")
+                    : Reconnect(ref client);
                 if (end is null)
                     continue;
                 lock (_gate)

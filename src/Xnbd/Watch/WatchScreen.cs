@@ -19,7 +19,8 @@ internal sealed class WatchScreen(
     WatchHistory history, int columns, int rows, TimeSpan unanswered, WatchSigns signs) : Renderable
 {
     private const int LabelColumns = 14;
-    private const int RateColumns = 11;
+    private const int RateColumns = 12; // as many as '1023.9 KiB/s' has
+    private const int MaxColumns = 18;
     private const int ConnectionColumns = 38;
 
     private static readonly Style s_label = new(decoration: Decoration.Dim);
@@ -210,14 +211,15 @@ internal sealed class WatchScreen(
     private IEnumerable<List<Segment>> Chart(string label, Func<WatchHistory.Sample, double> what)
     {
         int height = Math.Clamp((rows - 20) / 8, 1, 4);
-        int width = columns - LabelColumns - RateColumns - 1 - 15;
+        int width = columns - LabelColumns - RateColumns - 1 - MaxColumns;
         double?[] rates = width > 0 ? history.Rates(what, width) : [];
         double max = rates.Max() is { } highest and > 0 ? highest : 1;
+        double top = max * 8 / 7; // a gap stays between this chart and the one above
         for (int row = 0; row < height; row++)
         {
             bool isLast = row == height - 1;
             string text = isLast ? Bytes(history.Rate(what)).PadLeft(RateColumns) : new string(' ', RateColumns);
-            char[] drawn = Array.ConvertAll(rates, rate => signs.Level(rate, max, height - 1 - row, height));
+            char[] drawn = Array.ConvertAll(rates, rate => signs.Level(rate, top, height - 1 - row, height));
             yield return
             [
                 new Segment((isLast ? label : "").PadRight(LabelColumns), s_label),
@@ -255,7 +257,7 @@ internal sealed class WatchScreen(
     {
         if (_report.Remote is null)
             return Labelled("remote", "none: this is a target");
-        string waiting = _report.RemoteWaitingReads == 0 ? "" : $", {_report.RemoteWaitingReads} wait for room";
+        string waiting = _report.RemoteWaitingReads == 0 ? "" : $", {_report.RemoteWaitingReads} wait";
         return Labelled(
             "remote",
             $"{_report.RemoteConnections.Length} of {_report.RemoteWanted} connections, {_report.RequestsInFlight} "
