@@ -38,6 +38,8 @@ internal sealed class CacheFill(
     /// <summary>Shorter zeroes are fetched with what surrounds them.</summary>
     private const int MinZeroBytes = FetchStore.UnitBytes;
 
+    private const int UnitBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
+
     private int _originChanges; // how often the answers have become stale
     private long _zeroBytes;
 
@@ -71,6 +73,8 @@ internal sealed class CacheFill(
             for (BlockRange left = range; left.Count > 0;)
             {
                 int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
+                if (blocks > UnitBlocks)
+                    blocks -= (int)((left.First + blocks) % UnitBlocks); // zeroes are looked for in whole units
                 BlockRange piece = left with { Count = Math.Min(blocks, left.Count) };
                 yield return piece;
                 left = left.After(piece);

@@ -27,11 +27,10 @@ internal sealed class CacheVerify(
     Func<CancellationToken, Task<int>> turn,
     Func<BlockRange, Memory<byte>, Task> readAgain)
 {
-
     /// <summary>How many blocks are held at once.</summary>
     private const int HeldBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
 
-/// <summary>How many pieces are read or compared at once: more than the pace of the line lets out.</summary>
+    /// <summary>How many pieces are read or compared at once: more than the pace of the line lets out.</summary>
     private const int MaxPieces = 256;
 
     private static readonly byte[] s_zeroes = new byte[FetchStore.UnitBytes];
