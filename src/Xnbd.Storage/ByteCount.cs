@@ -26,4 +26,19 @@ public static class ByteCount
         => bytes < 1024
             ? Describe(bytes)
             : string.Create(CultureInfo.InvariantCulture, $"{Describe(bytes)} ({bytes} bytes)");
+
+    /// <summary>Reads a count: a number, or one with a unit, such as "50M". K, M, G and T are powers of 1024.</summary>
+    /// <param name="text">The text.</param>
+    /// <param name="bytes">The count; at least 0.</param>
+    /// <returns>Whether it is a count that fits in 63 bits.</returns>
+    public static bool TryParse(string text, out long bytes)
+    {
+        int unit = text.Length == 0 ? -1 : "KMGT".IndexOf(char.ToUpperInvariant(text[^1]), StringComparison.Ordinal);
+        string digits = unit < 0 ? text : text[..^1];
+        int shift = 10 * (unit + 1);
+        bool isCount = long.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture, out bytes)
+            && bytes <= long.MaxValue >> shift;
+        bytes = isCount ? bytes << shift : 0;
+        return isCount;
+    }
 }

@@ -1,6 +1,7 @@
 using System.CommandLine;
 using System.CommandLine.Help;
 using System.Globalization;
+using Xnbd.Storage;
 
 namespace Xnbd.Programs;
 
@@ -54,4 +55,12 @@ internal static class CommandLine
             ? number
             : throw new UsageException($"{option} {word}: not a number from {min} to {max}");
     }
+
+    /// <summary>Reads an option's rate, in bytes per second; 0 for no limit.</summary>
+    /// <returns>Null when the option was not given.</returns>
+    /// <exception cref="UsageException">It is not a rate.</exception>
+    public static long? Rate(string option, string? word)
+        => word is null ? null
+            : ByteCount.TryParse(word, out long rate) ? rate
+            : throw new UsageException($"{option} {word}: not a number of bytes per second, such as 50M");
 }

@@ -56,7 +56,7 @@ internal static class ControlProgram
         };
         var cancel = new Option<bool>("--cancel")
         {
-            Description = "Stop a --cache-all that is under way; what was fetched stays",
+            Description = "Stop what is being cached, verified or moved; what was fetched stays",
         };
         var invalidate = new Option<bool>("--invalidate")
         {
@@ -75,13 +75,25 @@ internal static class ControlProgram
             Description = "Fetch all that is missing, verify it, and switch; then the remote can be switched off",
         };
         var noVerify = new Option<bool>("--no-verify") { Description = "With --move: do not verify" };
+        var prefetch = new Option<string?>("--prefetch")
+        {
+            Description = "Fetch what a record lists (see xnbd-server --record), before anything else",
+            HelpName = "FILE",
+        };
+        var setRate = new Option<string?>("--set-rate")
+        {
+            Description = "How fast the background copy may be, such as 50M; 0: as fast as the line",
+            HelpName = "BYTES/S",
+        };
+        var pause = new Option<bool>("--pause") { Description = "Stop copying in the background for a while" };
+        var resume = new Option<bool>("--resume") { Description = "Go on copying" };
         var progress = new Option<bool>("--progress")
         {
-            Description = "With --cache-all, --verify and --move: show the progress",
+            Description = "With --cache-all, --prefetch, --verify and --move: show the progress",
         };
         var detach = new Option<bool>("--detach")
         {
-            Description = "With --cache-all, --verify and --move: start it, and return at once",
+            Description = "With --cache-all, --prefetch, --verify and --move: start it, and return at once",
         };
         var blocks = new Option<string?>("--blocks-per-request")
         {
@@ -115,17 +127,24 @@ internal static class ControlProgram
         };
         var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
         {
-            query, watch, begin, cacheAll, cacheAll2, verify, switches, shutdown, move, reconnect, cancel, invalidate,
-            interval, progress, detach, blocks, noVerify, force, exportName, json, words,
+            query, watch, begin, cacheAll, cacheAll2, prefetch, verify, switches, shutdown, move, reconnect, cancel,
+            setRate, pause, resume, invalidate, interval, progress, detach, blocks, noVerify, force, exportName, json,
+            words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
 
-        Option<bool>[] actions = [query, watch, begin, cacheAll, verify, switches, move, reconnect, cancel, invalidate];
-        bool IsGiven(Option<bool> action) => result.GetValue(action)
+        Option[] actions =
+        [
+            query, watch, begin, cacheAll, prefetch, verify, switches, move, reconnect, cancel, setRate, pause, resume,
+            invalidate,
+        ];
+        bool IsGiven(Option action) => (action is Option<bool> flag
+            ? result.GetValue(flag)
+            : result.GetResult(action) is { Implicit: false })
             || (action == cacheAll && result.GetValue(cacheAll2))
             || (action == switches && result.GetValue(shutdown));
-        Option<bool>[] given = [.. actions.Where(IsGiven)];
+        Option[] given = [.. actions.Where(IsGiven)];
         if (given.Length != 1)
         {
             throw new UsageException(given.Length > 0 ? "only one thing can be done at a time"
@@ -135,8 +154,8 @@ internal static class ControlProgram
 
         foreach ((Option option, Option[] of) in ((Option, Option[])[])
         [
-            (progress, [cacheAll, verify, move]),
-            (detach, [cacheAll, verify, move]),
+            (progress, [cacheAll, prefetch, verify, move]),
+            (detach, [cacheAll, prefetch, verify, move]),
             (blocks, [cacheAll, move]),
             (noVerify, [move]),
             (force, [switches]),
@@ -166,6 +185,8 @@ internal static class ControlProgram
         if (remote is null && arguments.Length != 1)
             throw new UsageException("the only argument is the path of the control socket");
 
+        long? rate = CommandLine.Rate(setRate.Name, result.GetValue(setRate));
+
         if (given[0] == watch)
         {
             int seconds = CommandLine.Number(interval.Name, result.GetValue(interval), 1, 3600) ?? 1;
@@ -192,22 +213,38 @@ internal static class ControlProgram
 
         if (given[0] == begin)
             return Say(client.Call("begin")!, isJson, "what is read from now on is kept");
+        if (given[0] == pause)
+            return Say(client.Call("pause")!, isJson, "paused: nothing is copied in the background until --resume");
+        if (given[0] == resume)
+            return Say(client.Call("resume")!, isJson, "what is to be copied in the background goes on");
+        if (rate is not null)
+        {
+            return Say(
+                client.Call("set-rate", new JsonObject { ["bytes-per-second"] = rate })!,
+                isJson,
+                rate == 0 ? "the background copy is not limited"
+                    : $"the background copy is limited to {ByteCount.Describe(rate.Value)} per second");
+        }
+
         if (given[0] == invalidate)
             return Say(client.Call("invalidate")!, isJson, "invalidated: what was fetched will be fetched again");
         if (given[0] == cancel)
         {
             if (client.Call("query")!["job"] is not { } running || running["state"]!.GetValue<string>() != "running")
-                throw new FailureException("nothing is being cached, verified or moved");
+                throw new FailureException("nothing is being cached, fetched, verified or moved");
             JsonNode status = client.Call("job.cancel", new JsonObject { ["job"] = running["job"]!.GetValue<int>() })!;
             return Say(status, isJson, $"{ControlProgress.Doing(status)}: {status["state"]!.GetValue<string>()}");
         }
 
-        var parameters = new JsonObject { ["blocks-per-request"] = blocksPerRequest };
+        (string method, JsonObject parameters) = given[0] == verify ? (ProxyJobs.VerifyKind, [])
+            : given[0] == prefetch
+                ? (ProxyJobs.PrefetchKind, new JsonObject { ["file"] = Path.GetFullPath(result.GetValue(prefetch)!) })
+                : (ProxyJobs.CacheAllKind, new JsonObject { ["blocks-per-request"] = blocksPerRequest });
         if (given[0] == move)
-            parameters["verify"] = !result.GetValue(noVerify);
-        string method = given[0] == verify ? ProxyJobs.VerifyKind
-            : given[0] == move ? ProxyJobs.MoveKind : ProxyJobs.CacheAllKind;
+            (method, parameters["verify"]) = (ProxyJobs.MoveKind, !result.GetValue(noVerify));
         JsonNode job = client.Call(method, parameters)!;
+        if (given[0] == prefetch && job["kind"]!.GetValue<string>() != ProxyJobs.PrefetchKind)
+            return Say(job, isJson, $"{ControlProgress.Doing(job)} already: what the list names comes first now");
         if (result.GetValue(detach))
             return Say(job, isJson, $"{ControlProgress.Doing(job)}: job {job["job"]!.GetValue<int>()} is running");
         return Follow(client, job, result.GetValue(progress), isJson);
@@ -280,6 +317,7 @@ internal static class ControlProgram
                 ProxyJobs.MoveKind
                     => "moved: the cache image is served as a target now; the remote can be switched off\n"
                         + $"verified: {Compared(comparison)}",
+                ProxyJobs.PrefetchKind => "what the list names is cached",
                 _ => "all is cached",
             });
         }
@@ -347,6 +385,10 @@ internal static class ControlProgram
         Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
         Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
         Console.WriteLine($"clients:      {Number("clients")} connections");
+        if (answer["copy-paused"]?.GetValue<bool>() == true)
+            Console.WriteLine("copy:         paused (--resume)");
+        else if (answer["max-copy-rate"] is { } limit)
+            Console.WriteLine($"copy:         at most {Bytes(limit.GetValue<long>())} per second");
         long failures = Number("store-failures");
         if (failures > 0)
             Console.WriteLine($"NOT CACHED:   {failures} times fetched data could not be kept: see the proxy's log");

@@ -44,6 +44,7 @@ internal sealed class ControlProgress
     {
         ProxyJobs.VerifyKind => "verifying",
         ProxyJobs.MoveKind => "moving",
+        ProxyJobs.PrefetchKind => "fetching the list",
         _ => "caching all",
     };
 
@@ -85,6 +86,7 @@ internal sealed class ControlProgress
         {
             ProxyJobs.VerifyKind => ("the comparison", "Stop verifying?"),
             ProxyJobs.MoveKind => ("the move", "Stop moving?"),
+            ProxyJobs.PrefetchKind => ("the fetching", "Stop fetching?"),
             _ => ("the caching", "Stop caching?"),
         };
         if (_isTerminal && !Console.IsInputRedirected)
@@ -153,7 +155,9 @@ internal sealed class ControlProgress
         string holes = zeroes == 0 ? "" : $", zeroes {ByteCount.Describe(zeroes)}";
         double seconds = Math.Min(
             Math.Ceiling(left * (double)BlockRange.BlockSize / rate), TimeSpan.FromDays(9999).TotalSeconds);
-        string rest = left <= 0 ? "" : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
+        string rest = left <= 0 ? ""
+            : status["paused"]?.GetValue<bool>() == true ? ", paused (--resume)"
+            : rate < 1 ? ", ETA unknown" : $", ETA {TimeSpan.FromSeconds(seconds):c}";
         string text = string.Create(
             CultureInfo.InvariantCulture,
             $"{Percent(total - left, total)} %, {verb} {ByteCount.Describe(read)}, "

@@ -23,6 +23,7 @@ internal sealed class ProxyJob
     private readonly CancellationTokenSource _cancel = new();
     private readonly Task _task;
     private readonly long _start = Stopwatch.GetTimestamp();
+    private readonly long _preferredBlocks; // when it began
     private volatile string _phase;
     private volatile CacheVerification? _verification;
     private string _state = "running";
@@ -37,6 +38,7 @@ internal sealed class ProxyJob
     public ProxyJob(int id, string kind, OriginCache cache, ILogger log, params ProxyJobStep[] steps)
     {
         (Id, Kind, _cache, _phase) = (id, kind, cache, steps[0].Phase);
+        _preferredBlocks = cache.PreferredBlocks;
         log.LogInformation("{Job} begins", kind);
         _task = Task.Run(() => Run(steps, log));
     }
@@ -68,6 +70,7 @@ internal sealed class ProxyJob
     {
         _task.Wait(TimeSpan.FromMilliseconds(Math.Clamp(waitMilliseconds, 0, s_maxWait.TotalMilliseconds)));
         CacheStatistics figures = _cache.Statistics;
+        bool isList = Kind == ProxyJobs.PrefetchKind;
         return new JsonObject
         {
             ["job"] = Id,
@@ -75,8 +78,11 @@ internal sealed class ProxyJob
             ["state"] = IsRunning ? "running" : _state,
             ["phase"] = _phase,
             ["error"] = IsRunning ? null : _error,
-            ["blocks"] = figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks,
-            ["missing-blocks"] = figures.AbsentBlocks,
+            ["blocks"] = isList
+                ? _preferredBlocks
+                : figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks,
+            ["missing-blocks"] = isList ? Math.Min(_cache.PreferredBlocks, _preferredBlocks) : figures.AbsentBlocks,
+            ["paused"] = IsRunning && _cache.IsCopyPaused,
             ["fetched-bytes"] = figures.FetchedBytes,
             ["zero-bytes"] = figures.ZeroBytes,
             ["verification"] = _verification is { } verification ? Describe(verification) : null,

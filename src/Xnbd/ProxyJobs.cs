@@ -12,7 +12,9 @@ namespace Xnbd.Programs;
 /// </summary>
 internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
 {
-    public const string CacheAllKind = "cache-all", VerifyKind = "verify", MoveKind = "move";
+    public const string CacheAllKind = "cache-all", VerifyKind = "verify", MoveKind = "move", PrefetchKind = "prefetch";
+
+    private const string FetchPhase = "fetch";
 
     private readonly ProxyMode _proxy = proxy;
     private readonly OriginCache _cache = cache;
@@ -29,7 +31,38 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// </summary>
     /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
     public ProxyJob CacheAll(int blocksPerRequest)
-        => Start(CacheAllKind, joins: [MoveKind], replaces: [], FetchStep(blocksPerRequest));
+        => Start(CacheAllKind, joins: [MoveKind], replaces: [PrefetchKind], FetchStep(blocksPerRequest));
+
+    /// <summary>
+    /// Fetches what is missing of some ranges, in their order. A copy of all, or a move, that is under way, or is
+    /// started before these are fetched, fetches them before the rest.
+    /// </summary>
+    /// <param name="ranges">Ranges inside the disk.</param>
+    /// <returns>The job that fetches them; its kind tells which.</returns>
+    /// <exception cref="ControlException">The disk is being compared with the remote.</exception>
+    public ProxyJob Prefetch(IReadOnlyList<BlockRange> ranges)
+    {
+        if (_last is { IsRunning: true, Kind: VerifyKind } verifying)
+            throw Busy(verifying);
+        _cache.Prefer(ranges);
+        try
+        {
+            return Start(
+                PrefetchKind,
+                joins: [CacheAllKind, MoveKind],
+                replaces: [],
+                new ProxyJobStep(FetchPhase, async (_, cancel) =>
+                {
+                    await _cache.CachePreferred(cancel);
+                    return null;
+                }));
+        }
+        catch
+        {
+            _cache.PreferNothing();
+            throw;
+        }
+    }
 
     /// <summary>Compares what was fetched with the remote.</summary>
     /// <exception cref="ControlException">This is a target, or another job is under way.</exception>
@@ -53,7 +86,10 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             return Task.FromResult<string?>(null);
         });
         return Start(
-            MoveKind, joins: [], replaces: [CacheAllKind], isVerified ? [fetch, VerifyStep(), end] : [fetch, end]);
+            MoveKind,
+            joins: [],
+            replaces: [CacheAllKind, PrefetchKind],
+            isVerified ? [fetch, VerifyStep(), end] : [fetch, end]);
     }
 
     /// <summary>Finds a job.</summary>
@@ -104,11 +140,12 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     private static ControlException Busy(ProxyJob job)
     {
         string work = job.Kind == CacheAllKind ? "all is being cached"
+            : job.Kind == PrefetchKind ? "a list is being fetched"
             : job.Kind == VerifyKind ? "what was fetched is being verified" : "the disk is being moved";
         return new ControlException(ControlException.Failed, $"{work}: stop that first (xnbd-bgctl --cancel)");
     }
 
-    private ProxyJobStep FetchStep(int blocksPerRequest) => new("fetch", async (_, cancel) =>
+    private ProxyJobStep FetchStep(int blocksPerRequest) => new(FetchPhase, async (_, cancel) =>
     {
         long start = Stopwatch.GetTimestamp();
         CacheStatistics before = _cache.Statistics;

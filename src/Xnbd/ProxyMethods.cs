@@ -5,6 +5,7 @@ using Xnbd.Client;
 using Xnbd.Control;
 using Xnbd.Programs.Watch;
 using Xnbd.Storage;
+using Xnbd.Storage.Access;
 using Xnbd.Storage.Cache;
 
 namespace Xnbd.Programs;
@@ -56,7 +57,16 @@ internal sealed class ProxyMethods
                 case "job.cancel":
                     ProxyJob job = FindJob(parameters);
                     job.Cancel();
+                    _cache.PreferNothing();
                     return job.Status(0);
+                case "prefetch":
+                    return _jobs.Prefetch(ReadList(parameters)).Status(0);
+                case "set-rate":
+                    return SetRate(parameters);
+                case "pause":
+                    return Pause(true);
+                case "resume":
+                    return Pause(false);
                 case "switch":
                     _proxy.Switch(parameters["force"]?.GetValue<bool>() ?? false);
                     return Query();
@@ -103,6 +113,9 @@ internal sealed class ProxyMethods
             ["zero-bytes"] = figures.ZeroBytes,
             ["requests-in-flight"] = figures.FetchesInFlight,
             ["bytes-in-flight"] = figures.BytesInFlight,
+            ["max-copy-rate"] = _cache.MaxCopyRate is > 0 and var rate ? rate : null,
+            ["copy-paused"] = _cache.IsCopyPaused,
+            ["line-rate"] = _cache.LineRate,
             ["store-failures"] = _proxy.StoreFailures,
             ["clients"] = _proxy.Traffic().Connections,
             ["job"] = _jobs.Last?.Status(0),
@@ -117,6 +130,35 @@ internal sealed class ProxyMethods
         => parameters[name]?.GetValue<int>() is not { } number ? null
             : number >= 1 && number <= max ? number
             : throw new ControlException(ControlException.InvalidParameters, $"{name}: not a number from 1 to {max}");
+
+    private IReadOnlyList<BlockRange> ReadList(JsonObject parameters)
+        => parameters["file"]?.GetValue<string>() is { } path && Path.IsPathFullyQualified(path)
+            ? AccessList.Read(path, _proxy.Disk.Length)
+            : throw new ControlException(ControlException.InvalidParameters, "file: its full path is wanted");
+
+    private JsonObject SetRate(JsonObject parameters)
+    {
+        if (parameters["bytes-per-second"]?.GetValue<long>() is not (>= 0 and var rate))
+        {
+            throw new ControlException(
+                ControlException.InvalidParameters, "bytes-per-second: not a number, or less than 0");
+        }
+
+        _cache.MaxCopyRate = rate;
+        if (rate == 0)
+            _log.LogInformation("the background copy is not limited any more");
+        else
+            _log.LogInformation("the background copy is limited to {Rate} bytes per second", rate);
+        return Query();
+    }
+
+    private JsonObject Pause(bool isPaused)
+    {
+        if (_cache.IsCopyPaused != isPaused)
+            _log.LogInformation("the background copy {Act}", isPaused ? "is paused" : "goes on");
+        _cache.IsCopyPaused = isPaused;
+        return Query();
+    }
 
     private ProxyJob FindJob(JsonObject parameters)
         => _jobs.Find(parameters["job"]?.GetValue<int>()

@@ -64,6 +64,7 @@ internal sealed class ProxyMode : IDisposable
                 WaitForTheMachine();
         }
 
+        _cache.MaxCopyRate = options.MaxCopyRate;
         _methods = new ProxyMethods(this, _cache, _remote, log);
     }
 

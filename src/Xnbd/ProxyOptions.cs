@@ -31,6 +31,9 @@ internal sealed record ProxyOptions
     /// <summary>Until the first write of a client, reads pass through, and nothing is kept.</summary>
     public bool Incoming { get; init; }
 
+    /// <summary>How fast the background copy may be, in bytes per second; 0 for no limit.</summary>
+    public long MaxCopyRate { get; init; }
+
     /// <summary>The program that is told of events; null for none.</summary>
     public string? OnEvent { get; init; }
     public int MaxRequests { get; init; }

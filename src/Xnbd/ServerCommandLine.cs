@@ -51,6 +51,12 @@ internal sealed class ServerCommandLine
             + "[default: as long as it takes]",
         HelpName = "SECONDS",
     };
+    private readonly Option<string?> _rate = new("--rate")
+    {
+        Description = "With --proxy: how fast the background copy may be, such as 50M; clients are not limited "
+            + "[default: as fast as the line]",
+        HelpName = "BYTES/S",
+    };
     private readonly Option<string?> _onEvent = new("--on-event")
     {
         Description = "With --proxy: a program that is run when the remote is lost or back, "
@@ -138,6 +144,11 @@ internal sealed class ServerCommandLine
         Description = "Write the process's number to this file; refused while another server holds it",
         HelpName = "FILE",
     };
+    private readonly Option<string?> _record = new("--record")
+    {
+        Description = "Record what clients touch, in order; see xnbd-bgctl --prefetch",
+        HelpName = "FILE",
+    };
     private readonly Option<string> _exportName = new("--export-name")
     {
         Description = "The export's name; clients that give no name get this export, too [default: none]",
@@ -187,9 +198,9 @@ internal sealed class ServerCommandLine
         var command = new Command(ServerProgram.Name, "Serves a disk image as a block device over the NBD protocol.")
         {
             _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remote,
-            _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _onEvent, _clearBitmap, _rebind,
+            _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _rate, _onEvent, _clearBitmap, _rebind,
             _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage,
-            _format, _oldstyle, _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _image,
+            _format, _oldstyle, _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _record, _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -222,6 +233,7 @@ internal sealed class ServerCommandLine
             LogPath = result.GetValue(_logPath),
             Syslog = result.GetValue(_syslog),
             PidFile = result.GetValue(_pidFile),
+            RecordPath = result.GetValue(_record),
             CowTarget = result.GetValue(_cowTarget),
             CowDirectory = result.GetValue(_cowDirectory),
             CowLayers = result.GetValue(_cowLayer) ?? [],
@@ -259,6 +271,7 @@ internal sealed class ServerCommandLine
                 | (result.GetValue(_rebind) ? CacheOpening.Rebind : 0)
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
             Incoming = result.GetValue(_incoming),
+            MaxCopyRate = CommandLine.Rate(_rate.Name, result.GetValue(_rate)) ?? 0,
             OnEvent = ReadOnEvent(result),
             MaxRequests = Number(_maxQueue, 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
             MaxBytes = Number(_maxBuffer, 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
@@ -294,7 +307,7 @@ internal sealed class ServerCommandLine
 
         Option[] ofProxy =
         [
-            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _onEvent,
+            _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _rate, _onEvent,
             _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer,
         ];
         if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)

@@ -25,6 +25,9 @@ internal sealed record ServerOptions
     public string? LogPath { get; init; }
     public bool Syslog { get; init; }
     public string? PidFile { get; init; }
+
+    /// <summary>The file that records what clients touch; null for none.</summary>
+    public string? RecordPath { get; init; }
     public bool CowTarget { get; init; }
     public string? CowDirectory { get; init; }
     public IReadOnlyList<string> CowLayers { get; init; } = [];
@@ -73,8 +76,8 @@ internal sealed record ServerOptions
             throw new UsageException("--connected-fd and --daemonize exclude each other");
         if (IsOneConnection && PidFile is not null)
             throw new UsageException("--pidfile is for servers that listen: not for --inetd and --connected-fd");
-        if (PidFile is "")
-            throw new UsageException("--pidfile: the name is empty");
+        if (PidFile is "" || RecordPath is "")
+            throw new UsageException("--pidfile and --record: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
             throw new UsageException(
                 "a server of one connection does not listen: --lport, --laddr and --unix make no sense here");

@@ -3,6 +3,7 @@ using Microsoft.Extensions.Logging;
 using Xnbd.Linux;
 using Xnbd.Server;
 using Xnbd.Storage;
+using Xnbd.Storage.Access;
 using Xnbd.Storage.Images;
 using Xnbd.Storage.Layers;
 
@@ -62,6 +63,7 @@ internal sealed class ServerProgram
                 LogPath = options.LogPath is null ? null : Path.GetFullPath(options.LogPath),
                 UnixPath = options.UnixPath is null ? null : Path.GetFullPath(options.UnixPath),
                 PidFile = options.PidFile is null ? null : Path.GetFullPath(options.PidFile),
+                RecordPath = options.RecordPath is null ? null : Path.GetFullPath(options.RecordPath),
                 CowDirectory = options.CowDirectory is null ? null : Path.GetFullPath(options.CowDirectory),
                 CowLayers = [.. options.CowLayers.Select(Path.GetFullPath)],
             };
@@ -127,8 +129,13 @@ internal sealed class ServerProgram
         using Disk? own = proxy is null ? OpenDisk() : null;
         Disk disk = proxy?.Disk ?? own!;
         _disk = disk;
+        using AccessRecord? record = OpenRecord(disk.Length);
         var exports = new ExportTable(
-            new Export(_options.ExportName, Path.GetFileName(_options.Image), disk, CanMultiConn)
+            new Export(
+                _options.ExportName,
+                Path.GetFileName(_options.Image),
+                record is null ? disk : new RecordingDisk(disk, record),
+                CanMultiConn)
             {
                 Trail = () => proxy?.Trail ?? [],
             });
@@ -197,6 +204,11 @@ internal sealed class ServerProgram
         if (_options.Daemonize)
             Daemon.SayReady();
     }
+
+    private AccessRecord? OpenRecord(long diskLength)
+        => _options.RecordPath is { } path
+            ? new AccessRecord(path, diskLength, why => _log.LogWarning("the record '{Path}' ends: {Why}", path, why))
+            : null;
 
     private static void StartThread(string name, Action work)
     {

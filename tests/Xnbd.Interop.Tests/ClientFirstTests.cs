@@ -144,6 +144,58 @@ public sealed class ClientFirstTests : IDisposable
         Assert.InRange(factor, 0.9, 1.05);
     }
 
+    /// <summary>
+    /// A trace like that of a boot: small reads far from each other, one after the other, and work between them.
+    /// </summary>
+    private static double Replay(NbdTestClient client, int mebibytes)
+    {
+        var random = new Random(3);
+        long start = Stopwatch.GetTimestamp();
+        for (int i = 0; i < 150; i++)
+        {
+            uint length = (uint)random.Next(1, 17) * Block;
+            client.Read((ulong)(random.NextInt64((mebibytes << 20) - length) / Block * Block), length);
+            Thread.Sleep(5);
+        }
+
+        return Stopwatch.GetElapsedTime(start).TotalSeconds;
+    }
+
+    [Fact]
+    public async Task A_recorded_boot_is_faster_the_next_time()
+    {
+        const int mebibytes = 96;
+        string record = _folder.File("record");
+        double cold, all, listed;
+        using (var setup = new Setup(_folder, mebibytes, 100 * Mbit, 20, 4, "--record", record))
+        {
+            using NbdTestClient client = setup.Proxy.Open();
+            cold = Replay(client, mebibytes);
+            client.Disconnect();
+            Assert.Equal(0, setup.Proxy.Stop()); // this writes the rest of the record
+        }
+
+        using (var setup = new Setup(_folder, mebibytes, 100 * Mbit, 20, 4, "--clear-bitmap"))
+        {
+            using NbdTestClient client = setup.Proxy.Open();
+            await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", setup.Control);
+            all = Replay(client, mebibytes);
+        }
+
+        using (var setup = new Setup(_folder, mebibytes, 100 * Mbit, 20, 4, "--clear-bitmap"))
+        {
+            using NbdTestClient client = setup.Proxy.Open();
+            await Tool.Succeed(Proxies.Control, "--prefetch", record, "--detach", setup.Control);
+            listed = Replay(client, mebibytes);
+        }
+
+        Say(string.Create(
+            CultureInfo.InvariantCulture,
+            $"cold {cold:0.00} s, with --cache-all {all:0.00} s, with --prefetch {listed:0.00} s"));
+        Assert.InRange(listed, 0, cold / 2);
+        Assert.InRange(listed, 0, all);
+    }
+
     /// <summary>Prints the table of docs/benchmarks.md; this takes minutes, and runs only if asked for.</summary>
     [Theory(Explicit = true)]
     [InlineData(100, 0)]

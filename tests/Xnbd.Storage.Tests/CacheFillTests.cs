@@ -33,7 +33,7 @@ public sealed class CacheFillTests
     }
 
     private Task Run(int maxBlocks = 256, int parallel = 1, CancellationToken cancel = default)
-        => _fill.RunAsync(maxBlocks, parallel, cancel).WaitAsync(
+        => _fill.RunAsync(all: true, maxBlocks, parallel, cancel).WaitAsync(
             TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
 
     [Fact]
@@ -68,6 +68,42 @@ public sealed class CacheFillTests
         _local.TryRead((1 << 20) + Block, zeroes);
         Assert.False(zeroes.AsSpan().ContainsAnyExcept((byte)0));
         Assert.DoesNotContain(_fetched, range => range.Overlaps(new BlockRange(257, 511)));
+    }
+
+    [Fact]
+    public async Task What_is_preferred_comes_first_and_each_block_once()
+    {
+        _map.Set(new BlockRange(1010, 10), BlockState.Written);
+        _fill.Prefer([new(1000, 30), new(5, 1), new(1000, 1)]);
+        await Run(maxBlocks: 16);
+        Assert.Equal([new(1000, 10), new(1020, 10), new(5, 1), new(0, 16)], _fetched[..4]);
+        Assert.Equal(_map.BlockCount - 10, _fetched.SelectMany(r => Enumerable.Range((int)r.First, (int)r.Count))
+            .Distinct().Count());
+        Assert.Equal(0, _fill.PreferredBlocks);
+    }
+
+    [Fact]
+    public async Task Nothing_but_what_is_preferred_can_be_fetched()
+    {
+        _fill.Prefer([new(1000, 300)]);
+        _fill.NoteMiss(3);
+        await _fill.RunAsync(all: false, 256, 1, CancellationToken.None);
+        Assert.Equal([new(1000, 256), new(1256, 44)], _fetched);
+        _fill.Prefer([new(1, 1)]);
+        _fill.PreferNothing();
+        await _fill.RunAsync(all: false, 256, 1, CancellationToken.None);
+        Assert.Equal(2, _fetched.Count);
+    }
+
+    [Fact]
+    public async Task What_lies_behind_a_miss_comes_next_to_the_end_of_its_unit()
+    {
+        _fill.Prefer([new(1500, 1)]);
+        _fill.NoteMiss(64 + 30); // units have 64 blocks
+        await Run(maxBlocks: 20);
+        Assert.Equal([new(95, 20), new(115, 13), new(1500, 1), new(0, 20)], _fetched[..4]);
+        _fill.NoteMiss(_map.BlockCount - 1); // nothing is behind it
+        await Run();
     }
 
     /// <summary>An answer of a few bytes only, of a part of a block, and of no block at all.</summary>
@@ -143,6 +179,6 @@ public sealed class CacheFillTests
             _changing,
             _ => Task.FromResult(256),
             _ => throw new DiskException(DiskError.NoSpace, "full"));
-        await Assert.ThrowsAsync<DiskException>(() => failing.RunAsync(256, 4, CancellationToken.None));
+        await Assert.ThrowsAsync<DiskException>(() => failing.RunAsync(all: true, 256, 4, CancellationToken.None));
     }
 }

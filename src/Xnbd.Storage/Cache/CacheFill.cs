@@ -12,8 +12,8 @@ namespace Xnbd.Storage.Cache;
 /// which is compared while the blocks are held. Whoever calls <see cref="Forget"/> looks at all
 /// blocks afterwards.
 /// </para>
-/// Threads: several may run at once. There is no lock here; blocks are held in <c>BlockLocks</c> while their zeroes are
-/// kept. What was kept survives like every copy: see <see cref="FetchStore"/>.
+/// Threads: several may run at once. Blocks are held in <c>BlockLocks</c> while their zeroes are kept. What was kept
+/// survives like every copy: see <see cref="FetchStore"/>.
 /// </summary>
 /// <param name="origin">Tells where zeroes are.</param>
 /// <param name="local">The cache's file.</param>
@@ -35,81 +35,205 @@ internal sealed class CacheFill(
     /// <summary>How many extents an answer has at most: this bounds the memory for it.</summary>
     internal const int MaxExtents = 4096;
 
+    /// <summary>What lies next to a miss is copied next, to the end of this unit, in blocks: 256 KiB.</summary>
+    private const int NeighbourBlocks = 64;
+
     /// <summary>Shorter zeroes are fetched with what surrounds them.</summary>
     private const int MinZeroBytes = FetchStore.UnitBytes;
 
-    private const int UnitBlocks = FetchStore.UnitBytes / BlockRange.BlockSize;
+    private const long NoMiss = -1;
 
     private int _originChanges; // how often the answers have become stale
     private long _zeroBytes;
+    private long _missed = NoMiss; // the block that a client missed last, if nobody has asked for what lies behind it
+    private readonly Lock _preferring = new(); // guards the list; a leaf
+    private readonly LinkedList<BlockRange> _preferred = [];
+    private long _preferredBlocks; // of the list; read without the lock
 
     private long Length => map.Header.Source.Length;
 
     /// <summary>Bytes that were made zero here, because the origin says that they are.</summary>
     public long ZeroBytes => Interlocked.Read(ref _zeroBytes);
 
+    /// <summary>A client has missed a block: what lies behind it is copied next.</summary>
+    /// <param name="block">The index of the block.</param>
+    public void NoteMiss(long block) => Volatile.Write(ref _missed, block);
+
     /// <summary>The origin has changed: what it has said so far is not used any more.</summary>
     public void Forget() => Interlocked.Increment(ref _originChanges);
 
-    /// <summary>Fetches all that is missing, and keeps the zeroes that the origin knows of.</summary>
+    /// <summary>
+    /// Adds ranges that are copied before the rest of the disk, by a run that is under way, or else by the next one.
+    /// </summary>
+    /// <param name="ranges">Ranges inside the disk, in the order in which they are copied.</param>
+    public void Prefer(IEnumerable<BlockRange> ranges)
+    {
+        lock (_preferring)
+        {
+            foreach (BlockRange range in ranges.Where(range => range.Count > 0))
+            {
+                _preferred.AddLast(range);
+                _preferredBlocks += range.Count;
+            }
+        }
+    }
+
+    /// <summary>The ranges of <see cref="Prefer"/> that are left are not copied before the rest.</summary>
+    public void PreferNothing()
+    {
+        lock (_preferring)
+        {
+            _preferred.Clear();
+            _preferredBlocks = 0;
+        }
+    }
+
+    /// <summary>
+    /// Fetches what is missing. The order: what lies next to a client's last miss, what is preferred, and then all,
+    /// from the start of the disk, where the zeroes that the origin knows of are kept.
+    /// </summary>
+    /// <param name="all">False: what is preferred, and nothing else.</param>
     /// <param name="maxBlocks">How many blocks one request fetches at most; 1 to <see cref="Fetch.MaxBlocks"/>.</param>
     /// <param name="parallel">How many requests are under way, or being stored, at once.</param>
     /// <param name="cancel">Ends the work; what was fetched stays.</param>
     /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
-    public async Task RunAsync(int maxBlocks, int parallel, CancellationToken cancel)
+    public async Task RunAsync(bool all, int maxBlocks, int parallel, CancellationToken cancel)
     {
         var options = new ParallelOptions { MaxDegreeOfParallelism = parallel, CancellationToken = cancel };
         await Parallel.ForEachAsync(
-            Pieces(maxBlocks), options, async (range, _) => await fetch(range).WaitAsync(cancel));
+            Pieces(all, maxBlocks), options, async (range, _) => await fetch(range).WaitAsync(cancel));
         map.WriteBehind(); // also what others have just stored
     }
 
     /// <summary>What is to be fetched, in order, each piece when it is its turn.</summary>
     private async IAsyncEnumerable<BlockRange> Pieces(
-        int maxBlocks, [EnumeratorCancellation] CancellationToken cancel = default)
+        bool all, int maxBlocks, [EnumeratorCancellation] CancellationToken cancel = default)
     {
-        await foreach (BlockRange range in Missing(cancel))
+        Task<Answer?>? asked = null; // about what lies behind a miss
+        var near = new LinkedList<BlockRange>();
+        await foreach (BlockRange range in all ? Missing(cancel) : AsyncEnumerable.Empty<BlockRange>())
         {
             for (BlockRange left = range; left.Count > 0;)
             {
                 int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
-                if (blocks > UnitBlocks)
-                    blocks -= (int)((left.First + blocks) % UnitBlocks); // zeroes are looked for in whole units
-                BlockRange piece = left with { Count = Math.Min(blocks, left.Count) };
+                asked ??= AskForZeroes(TakeNeighbours());
+                if (asked.IsCompleted)
+                {
+                    if (await asked is { } answer)
+                    {
+                        await foreach (BlockRange part in DataOf(answer, cancel))
+                            near.AddLast(part);
+                    }
+
+                    asked = null;
+                }
+
+                BlockRange piece = TakeFirst(near, blocks, out _);
+                if (piece.Count == 0)
+                    piece = TakePreferred(blocks);
+                if (piece.Count == 0)
+                {
+                    piece = left with { Count = Math.Min(blocks, left.Count) };
+                    left = left.After(piece);
+                }
+
                 yield return piece;
-                left = left.After(piece);
             }
         }
+
+        while (PreferredBlocks > 0)
+        {
+            int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
+            if (TakePreferred(blocks) is { Count: > 0 } piece)
+                yield return piece;
+        }
+    }
+
+    /// <summary>How many blocks are still preferred; some of them may be local.</summary>
+    public long PreferredBlocks => Volatile.Read(ref _preferredBlocks);
+
+    /// <summary>The next blocks that are preferred, and absent; none if there are none.</summary>
+    private BlockRange TakePreferred(int maxBlocks)
+    {
+        lock (_preferring)
+        {
+            BlockRange piece = TakeFirst(_preferred, maxBlocks, out long passed);
+            _preferredBlocks -= passed;
+            return piece;
+        }
+    }
+
+    /// <summary>What lies behind the block that a client missed last; often nothing.</summary>
+    private BlockRange TakeNeighbours()
+    {
+        long missed = Interlocked.Exchange(ref _missed, NoMiss);
+        if (missed == NoMiss)
+            return default;
+        long end = Math.Min((missed / NeighbourBlocks * NeighbourBlocks) + NeighbourBlocks, map.BlockCount);
+        return new BlockRange(missed + 1, end - missed - 1);
+    }
+
+    /// <summary>Takes the first blocks of some ranges that are absent; none if all are local.</summary>
+    /// <param name="ranges">Ranges of at least one block.</param>
+    /// <param name="maxBlocks">How many blocks are taken at most.</param>
+    /// <param name="passed">How many blocks the ranges have lost: those, and local ones.</param>
+    private BlockRange TakeFirst(LinkedList<BlockRange> ranges, int maxBlocks, out long passed)
+    {
+        passed = 0;
+        while (ranges.First is { } first)
+        {
+            BlockRange run = map.Run(first.Value, out BlockState state);
+            BlockRange piece = run with { Count = Math.Min(run.Count, maxBlocks) };
+            if (state != BlockState.Absent)
+                piece = run;
+            first.Value = first.Value.After(piece);
+            passed += piece.Count;
+            if (first.Value.Count == 0)
+                ranges.RemoveFirst();
+            if (state == BlockState.Absent)
+                return piece;
+        }
+
+        return default;
     }
 
     /// <summary>What is missing, in order. Zeroes on the way are kept.</summary>
     private async IAsyncEnumerable<BlockRange> Missing([EnumeratorCancellation] CancellationToken cancel = default)
     {
-        Task<Answer?> next = AskForZeroes(0);
+        var all = new BlockRange(0, map.BlockCount);
+        Task<Answer?> next = AskForZeroes(all);
         while (await next is { } answer)
         {
             cancel.ThrowIfCancellationRequested();
-            next = AskForZeroes(answer.Range.End); // while this answer is being worked off
-            long done = answer.Range.First;
-            foreach (BlockRange zeroes in answer.Zeroes.Append(new BlockRange(answer.Range.End, 0)))
-            {
-                if (done < zeroes.First)
-                    yield return new BlockRange(done, zeroes.First - done);
-                await KeepZeroes(zeroes, answer.OriginChanges, cancel);
-                done = zeroes.End;
-            }
+            next = AskForZeroes(all.After(answer.Range)); // while this answer is being worked off
+            await foreach (BlockRange range in DataOf(answer, cancel))
+                yield return range;
+        }
+    }
+
+    /// <summary>What an answer says is data, in order. Zeroes on the way are kept.</summary>
+    private async IAsyncEnumerable<BlockRange> DataOf(
+        Answer answer, [EnumeratorCancellation] CancellationToken cancel = default)
+    {
+        long done = answer.Range.First;
+        foreach (BlockRange zeroes in answer.Zeroes.Append(new BlockRange(answer.Range.End, 0)))
+        {
+            if (done < zeroes.First)
+                yield return new BlockRange(done, zeroes.First - done);
+            await KeepZeroes(zeroes, answer.OriginChanges, cancel);
+            done = zeroes.End;
         }
     }
 
     /// <summary>Looks for absent blocks, and asks the origin which of them are zeroes.</summary>
-    /// <param name="block">The first block that is looked at.</param>
-    /// <returns>What the origin says of the next absent blocks; null when there are none.</returns>
-    private async Task<Answer?> AskForZeroes(long block)
+    /// <param name="left">The blocks that are looked at.</param>
+    /// <returns>What the origin says of the first absent blocks; null when there are none.</returns>
+    private async Task<Answer?> AskForZeroes(BlockRange left)
     {
         BlockRange range = default;
         BlockState state = BlockState.Written;
-        for (; block < map.BlockCount && state != BlockState.Absent; block = range.End)
-            range = map.Run(new BlockRange(block, Math.Min(AskedBlocks, map.BlockCount - block)), out state);
+        for (; left.Count > 0 && state != BlockState.Absent; left = left.After(range))
+            range = map.Run(left with { Count = Math.Min(AskedBlocks, left.Count) }, out state);
         if (state != BlockState.Absent)
             return null;
 

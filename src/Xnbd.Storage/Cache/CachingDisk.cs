@@ -66,6 +66,7 @@ internal sealed class CachingDisk : OverlayDisk
     private readonly FetchStore _store;
     private readonly ReadAhead _readAhead;
     private readonly CacheFill _fill;
+    private readonly CopyThrottle _throttle = new(TimeProvider.System);
     private volatile bool _isIncoming;
     private long _hits;
     private long _misses;
@@ -101,8 +102,7 @@ internal sealed class CachingDisk : OverlayDisk
             RunLater = storeLater ?? DiskThreads.Writers.Enqueue,
         };
         _fetches = new FetchQueue(origin, map, limits, readLocal: ReadAsync, arrived: _store.Add);
-        _fill = new CacheFill(
-            origin, cache, map, Changing, CopyTurnAsync, range => FetchAsync(range, FetchPurpose.Copy));
+        _fill = new CacheFill(origin, cache, map, Changing, CopyTurnAsync, CopyAsync);
     }
 
     /// <summary>What it has done so far, and is doing.</summary>
@@ -197,14 +197,22 @@ internal sealed class CachingDisk : OverlayDisk
             Begun?.Invoke();
     }
 
+    /// <summary>Holds back the background copy and the comparison with the origin; clients never.</summary>
+    internal CopyThrottle Throttle => _throttle;
+
+    /// <summary>What the line to the origin delivers, in bytes per second; 0 while nothing is known.</summary>
+    public long LineRate => _fetches.Rate;
+
+    /// <summary>Fetches what is missing.</summary>
+    internal CacheFill Fill => _fill;
+
     /// <summary>Fetches all that is missing; see <see cref="CacheFill.RunAsync"/>.</summary>
     public Task CacheAll(int maxBlocks, int parallel, CancellationToken cancel)
-        => _fill.RunAsync(maxBlocks, parallel, cancel);
+        => _fill.RunAsync(all: true, maxBlocks, parallel, cancel);
 
     /// <summary>Compares what was fetched with the origin; see <see cref="CacheVerify.RunAsync"/>.</summary>
     public Task Verify(CacheVerification result, CancellationToken cancel)
-        => new CacheVerify(_origin, Local, Map, Changing, _fetches.TurnAsync, _fetches.ReadAgainAsync)
-            .RunAsync(result, cancel);
+        => new CacheVerify(_origin, Local, Map, Changing, CopyTurnAsync, ReadAgainAsync).RunAsync(result, cancel);
 
     /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
     public DiskSamples TakeSamples()
@@ -318,10 +326,18 @@ internal sealed class CachingDisk : OverlayDisk
             cancel);
 
     /// <summary>Nobody waits for the origin any more; see <see cref="FetchQueue.Detach"/>.</summary>
-    internal void Detach() => _fetches.Detach();
+    internal void Detach()
+    {
+        _fetches.Detach();
+        _throttle.IsOpen = true; // nothing is left for a copy that is held back
+    }
 
     /// <summary>The origin is needed again; see <see cref="FetchQueue.Reattach"/>.</summary>
-    internal void Reattach() => _fetches.Reattach();
+    internal void Reattach()
+    {
+        _fetches.Reattach();
+        _throttle.IsOpen = false;
+    }
 
     /// <summary>
     /// Waits until what has arrived by now is stored, or could not be. It waits for a short time, since storing may
@@ -362,6 +378,7 @@ internal sealed class CachingDisk : OverlayDisk
             return _fetches.ReadThroughAsync(offset, buffer);
         BlockRange ahead = _readAhead.Next(BlockRange.Touching(offset, buffer.Length), _fetches.HasRoomAhead);
         ValueTask read = _fetches.ReadAsync(offset, buffer); // first of all what is waited for
+        _fill.NoteMiss(offset / BlockRange.BlockSize);
         StartAhead(ahead);
         return read;
     }
@@ -468,15 +485,30 @@ internal sealed class CachingDisk : OverlayDisk
             await step;
     }
 
+    private Task CopyAsync(BlockRange range)
+    {
+        _throttle.Charge(range.LengthOn(Length));
+        return FetchAsync(range, FetchPurpose.Copy);
+    }
+
+    private Task ReadAgainAsync(BlockRange range, Memory<byte> buffer)
+    {
+        _throttle.Charge(buffer.Length);
+        return _fetches.ReadAgainAsync(range, buffer);
+    }
+
     /// <summary>
-    /// Waits until the copy should fetch another piece: what was stored is durable, and the line is free.
+    /// Waits until the copy, or the comparison, should read another piece of the origin: it is not held back, what was
+    /// stored is durable, and the line is free.
     /// </summary>
     /// <returns>How many blocks the piece should have at most.</returns>
     private async Task<int> CopyTurnAsync(CancellationToken cancel)
     {
+        await _throttle.WaitAsync(cancel);
         while (_store.StepToWaitFor() is { } step)
             await step;
-        return await _fetches.TurnAsync(cancel);
+        int blocks = await _fetches.TurnAsync(cancel);
+        return Math.Min(blocks, _throttle.MaxBlocks);
     }
 
     private void RefuseIfWritten()

@@ -21,6 +21,12 @@ public sealed class OriginCache : IDisposable
     /// <summary>How long the end of the program waits for a switch that is under way.</summary>
     private static readonly TimeSpan s_maxSwitch = TimeSpan.FromSeconds(5);
 
+    /// <summary>
+    /// How many pieces are being copied, or stored, at once: more than the pace lets out, since a piece takes the line
+    /// a few milliseconds.
+    /// </summary>
+    private const int MaxPieces = 256;
+
     private readonly SwitchableDisk _disk;
     private readonly CachingDisk _cache;
     private readonly ImageFile _image;
@@ -152,9 +158,49 @@ public sealed class OriginCache : IDisposable
     public async Task CacheAll(int blocksPerRequest, CancellationToken cancel)
     {
         RefuseIfIncoming();
-        const int parallel = 256; // more than the pace lets out at once: a piece takes the line a few milliseconds
-        await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), parallel, cancel);
+        await _cache.CacheAll(Math.Clamp(blocksPerRequest, 1, Fetch.MaxBlocks), MaxPieces, cancel);
     }
+
+    /// <summary>
+    /// Adds ranges that <see cref="CacheAll"/> copies first: one that is under way, or else the next one.
+    /// </summary>
+    /// <param name="ranges">Ranges inside the disk, in the order in which they are copied.</param>
+    public void Prefer(IEnumerable<BlockRange> ranges) => _cache.Fill.Prefer(ranges);
+
+    /// <summary>How many blocks those ranges still have; some of them may be local.</summary>
+    public long PreferredBlocks => _cache.Fill.PreferredBlocks;
+
+    /// <summary>What is left of those ranges has no place before others any more.</summary>
+    public void PreferNothing() => _cache.Fill.PreferNothing();
+
+    /// <summary>Fetches what is missing of the ranges of <see cref="Prefer"/>, and nothing else.</summary>
+    /// <param name="cancel">Ends the work; what was fetched stays.</param>
+    /// <exception cref="DiskException">The origin failed, or what was fetched cannot be kept.</exception>
+    public async Task CachePreferred(CancellationToken cancel)
+    {
+        RefuseIfIncoming();
+        await _cache.Fill.RunAsync(all: false, Fetch.MaxBlocks, MaxPieces, cancel);
+    }
+
+    /// <summary>
+    /// How fast the background copy may be, in bytes per second; 0 for as fast as the line allows. Clients' reads are
+    /// not limited.
+    /// </summary>
+    public long MaxCopyRate
+    {
+        get => _cache.Throttle.BytesPerSecond;
+        set => _cache.Throttle.BytesPerSecond = value;
+    }
+
+    /// <summary>Whether the background copy is paused: it waits until it is not. Clients go on.</summary>
+    public bool IsCopyPaused
+    {
+        get => _cache.Throttle.IsPaused;
+        set => _cache.Throttle.IsPaused = value;
+    }
+
+    /// <summary>What the line to the origin delivers, in bytes per second; 0 while nothing is known.</summary>
+    public long LineRate => _cache.LineRate;
 
     /// <summary>
     /// Compares what was fetched, and was not written here, with the origin; see <see cref="CacheVerify"/>.

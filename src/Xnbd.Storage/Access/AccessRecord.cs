@@ -1,0 +1,195 @@
+using System.Globalization;
+using System.Text;
+using Xnbd.Linux;
+
+namespace Xnbd.Storage.Access;
+
+/// <summary>
+/// A record of the blocks that clients touch, each block once, in order and with times: a text file
+/// (docs/formats.md), by which the same blocks can be fetched before they are asked for.
+/// <para>
+/// States: recording; then stopped, for good, since the record is full, the file cannot be written, or the server
+/// ends. <c>_lock</c> guards all of the fields, and is held for a moment; <c>_writing</c> is held while the file is
+/// written, which a timer does: clients never wait for the file. It is taken before <c>_lock</c>.
+/// </para>
+/// What survives: what was recorded a second before a death of the process.
+/// </summary>
+public sealed class AccessRecord : IDisposable
+{
+    /// <summary>The record ends after so many ranges, which bounds file and memory; some 30 MB.</summary>
+    internal const int MaxRanges = 1_000_000;
+
+    /// <summary>Ranges that follow each other become one, up to so many blocks: 1 MiB.</summary>
+    private const int MaxMergedBlocks = 256;
+
+    /// <summary>How many blocks a word of the set of touched blocks has.</summary>
+    private const int WordBlocks = 64;
+
+    private static readonly TimeSpan s_writeInterval = TimeSpan.FromSeconds(1);
+
+    private readonly Lock _lock = new();
+    private readonly Lock _writing = new();
+    private readonly Dictionary<long, ulong> _touched = []; // a bit for each block
+    private readonly StringBuilder _text = new(); // that is to be written
+    private readonly FileStream _file;
+    private readonly TimeProvider _time;
+    private readonly long _start;
+    private readonly Timer _timer;
+    private readonly Action<string> _stopped;
+    private readonly int _maxRanges;
+    private BlockRange _last; // not in the text yet; none if it is empty
+    private TimeSpan _lastAt;
+    private int _ranges;
+    private long _written; // length of the file before a write; guarded by _writing, as is the next one
+    private bool _isClosed;
+    private bool _isStopped;
+
+    /// <summary>Begins a record.</summary>
+    /// <param name="path">Path of the file. A record that exists is continued.</param>
+    /// <param name="diskLength">Length of the disk in bytes; a comment of the record names it.</param>
+    /// <param name="stopped">Told why the record ends before the server does.</param>
+    /// <param name="time">The clock; the system's unless given.</param>
+    /// <param name="maxRanges">The record ends after so many ranges.</param>
+    /// <exception cref="DiskException">The file cannot be written.</exception>
+    public AccessRecord(
+        string path,
+        long diskLength,
+        Action<string> stopped,
+        TimeProvider? time = null,
+        int maxRanges = MaxRanges)
+    {
+        (_stopped, _maxRanges, _time) = (stopped, maxRanges, time ?? TimeProvider.System);
+        _start = _time.GetTimestamp();
+        if (LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind != FileKind.Regular)
+            throw new DiskException(DiskError.Damaged, $"the record '{path}' is not a regular file");
+        try
+        {
+            _file = new FileStream(path, FileMode.Append, FileAccess.Write, FileShare.Read, bufferSize: 0);
+            _file.Write(Encoding.UTF8.GetBytes(
+                $"# what clients have read of a disk of {diskLength} bytes: seconds, offset, length\n"));
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            _file?.Dispose();
+            throw new DiskException(DiskError.Io, $"the record cannot be written: {failure.Message}");
+        }
+
+        _timer = new Timer(_ => Write(), null, s_writeInterval, s_writeInterval);
+    }
+
+    /// <summary>A client touches a range.</summary>
+    /// <param name="offset">Offset in bytes.</param>
+    /// <param name="length">Length in bytes.</param>
+    public void Note(long offset, long length)
+    {
+        BlockRange range = BlockRange.Touching(offset, length);
+        lock (_lock)
+        {
+            for (long block = range.First; block < range.End && !_isStopped; block++)
+            {
+                ulong bit = 1UL << (int)(block % WordBlocks);
+                ref ulong word = ref System.Runtime.InteropServices.CollectionsMarshal.GetValueRefOrAddDefault(
+                    _touched, block / WordBlocks, out _);
+                if ((word & bit) == 0)
+                    Add(block);
+                word |= bit;
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        _timer.Dispose();
+        Write();
+        lock (_writing)
+        {
+            lock (_lock)
+                _isStopped = true;
+            _isClosed = true;
+            _file.Dispose();
+        }
+    }
+
+    private void Add(long block)
+    {
+        if (_last.Count > 0 && block == _last.End && _last.Count < MaxMergedBlocks)
+        {
+            _last = _last with { Count = _last.Count + 1 };
+            return;
+        }
+
+        EndLast();
+        if (!_isStopped)
+            (_last, _lastAt) = (new BlockRange(block, 1), _time.GetElapsedTime(_start));
+    }
+
+    private void EndLast()
+    {
+        if (_last.Count == 0)
+            return;
+        _text.Append(
+            CultureInfo.InvariantCulture,
+            $"{_lastAt.TotalSeconds:0.000} {_last.Offset} {_last.Count * BlockRange.BlockSize}\n");
+        _last = default;
+        if (++_ranges < _maxRanges)
+            return;
+        _isStopped = true;
+        _touched.Clear();
+    }
+
+    private void Write()
+    {
+        string? why = null;
+        lock (_writing)
+        {
+            if (_isClosed)
+                return;
+            string text;
+            bool isFull;
+            lock (_lock)
+            {
+                bool wasStopped = _isStopped;
+                EndLast();
+                text = _text.ToString();
+                _text.Clear();
+                isFull = _isStopped && (!wasStopped || text.Length > 0);
+            }
+
+            _written = _file.Length;
+            try
+            {
+                if (text.Length > 0)
+                    _file.Write(Encoding.UTF8.GetBytes(text));
+                if (isFull)
+                    why = $"it has {_ranges} ranges";
+            }
+            catch (IOException failure)
+            {
+                why = failure.Message;
+                CutLine();
+                lock (_lock)
+                {
+                    _isStopped = true;
+                    _touched.Clear();
+                }
+            }
+        }
+
+        if (why is not null)
+            _stopped(why);
+    }
+
+    /// <summary>Takes back what a full disk has cut in the middle of a line.</summary>
+    private void CutLine()
+    {
+        try
+        {
+            _file.SetLength(_written);
+        }
+        catch (IOException)
+        {
+            // Then the line is wrong, and whoever reads the record is told which one it is.
+        }
+    }
+}
