@@ -112,7 +112,9 @@ internal sealed partial class RemoteConnections
             }
             catch (AggregateException failure)
             {
-                throw new RemoteException($"{address}: {failure.InnerException!.Message}");
+                string message = failure.InnerException!.Message;
+                bool namesServer = message.StartsWith($"{address}: ", StringComparison.Ordinal);
+                throw new RemoteException(namesServer ? message : $"{address}: {message}");
             }
         }
 

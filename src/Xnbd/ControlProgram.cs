@@ -212,7 +212,13 @@ internal static class ControlProgram
         }
 
         if (given[0] == begin)
-            return Say(client.Call("begin")!, isJson, "what is read from now on is kept");
+        {
+            JsonNode answer = client.Call("begin")!;
+            return Say(answer, isJson, answer["begun"]?.GetValue<bool>() == false
+                ? "nothing has changed: what is read is kept already"
+                : "what is read from now on is kept");
+        }
+
         if (given[0] == pause)
             return Say(client.Call("pause")!, isJson, "paused: nothing is copied in the background until --resume");
         if (given[0] == resume)

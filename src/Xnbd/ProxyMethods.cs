@@ -73,9 +73,12 @@ internal sealed class ProxyMethods
                 case "reconnect":
                     return Reconnect(parameters);
                 case "begin":
-                    if (_cache.Begin())
+                    bool hasBegun = _cache.Begin();
+                    if (hasBegun)
                         _log.LogInformation("what is read from now on is kept");
-                    return Query();
+                    JsonObject state = Query();
+                    state["begun"] = hasBegun;
+                    return state;
                 case "invalidate":
                     return Invalidate();
                 default:
