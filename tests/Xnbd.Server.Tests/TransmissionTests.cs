@@ -482,31 +482,43 @@ public sealed class TransmissionTests : IDisposable
     public void A_long_read_in_memory_of_a_client_that_needs_order_goes_to_no_other_thread()
     {
         int elsewhere = 0;
+        var slow = new TaskCompletionSource();
         var disk = new FaultDisk(new MemoryDisk(4 << 20)) { IsReaderIdle = true, SlowAt = offset => offset >= 2 << 20 };
         disk.After = (operation, offset, _) =>
         {
             elsewhere += operation == "read" && offset < 2 << 20 ? 1 : 0;
-            return Task.CompletedTask;
+            return offset < 2 << 20 ? Task.CompletedTask : slow.Task;
         };
         using var server = new ServerFixture(disk);
         using NbdTestClient client = server.Open();
-        for (int i = 0; i < 2; i++)
-            SendSame(2 << 20, 4096); // both wait for the disk
-        for (int i = 0; i < 20; i++)
-            SendSame(0, 1 << 20);
-        for (int i = 0; i < 22;)
-            i += client.ReceiveReply().IsLast ? 1 : 0;
-        elsewhere = 0; // those that had to queue behind the first ones
-        for (int i = 0; i < 20; i++)
-            SendSame(0, 1 << 20);
-        for (int i = 0; i < 20;)
-            i += client.ReceiveReply().IsLast ? 1 : 0;
+        elsewhere = 1;
+        for (int attempts = 0; attempts < 20 && elsewhere > 0; attempts++)
+        {
+            slow = new TaskCompletionSource();
+            SendSame(2 << 20, 4096, count: 2); // the second one finds its cookie in use: from then on order is kept,
+            Thread.Sleep(50); // unless the session's thread has not come so far; then once more
+            slow.SetResult();
+            Receive(2);
+            elsewhere = 0;
+            SendSame(0, 1 << 20, count: 20);
+            Receive(20);
+        }
+
         Assert.Equal(0, elsewhere);
 
-        void SendSame(ulong offset, uint length)
+        void SendSame(ulong offset, uint length, int count)
         {
-            client.NextCookie = 1;
-            client.SendRequest(NbdCommand.Read, offset, length);
+            for (int i = 0; i < count; i++)
+            {
+                client.NextCookie = 1;
+                client.SendRequest(NbdCommand.Read, offset, length);
+            }
+        }
+
+        void Receive(int count)
+        {
+            while (count > 0)
+                count -= client.ReceiveReply().IsLast ? 1 : 0;
         }
     }
 
