@@ -112,9 +112,7 @@ internal sealed partial class RemoteConnections
             }
             catch (AggregateException failure)
             {
-                string message = failure.InnerException!.Message;
-                bool namesServer = message.StartsWith($"{address}: ", StringComparison.Ordinal);
-                throw new RemoteException(namesServer ? message : $"{address}: {message}");
+                throw new RemoteException($"{address}: {failure.InnerException!.Message}");
             }
         }
 

@@ -82,8 +82,8 @@ internal static class ControlProgram
         };
         var setRate = new Option<string?>("--set-rate")
         {
-            Description = "How fast the background copy may be, such as 50M; 0: as fast as the line",
-            HelpName = "BYTES/S",
+            Description = "Bytes per second of the background copy, such as 50M; 0: as fast as the line",
+            HelpName = "RATE",
         };
         var pause = new Option<bool>("--pause") { Description = "Stop copying in the background for a while" };
         var resume = new Option<bool>("--resume") { Description = "Go on copying" };

@@ -53,9 +53,9 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string?> _rate = new("--rate")
     {
-        Description = "With --proxy: how fast the background copy may be, such as 50M; clients are not limited "
+        Description = "With --proxy: bytes per second of the background copy, such as 50M; clients are not limited "
             + "[default: as fast as the line]",
-        HelpName = "BYTES/S",
+        HelpName = "RATE",
     };
     private readonly Option<string?> _onEvent = new("--on-event")
     {

@@ -76,6 +76,7 @@ public partial class DependencyTests
     [InlineData("Overlay", "Maps", "Threads")]
     [InlineData("Layers", "Images", "Maps", "Overlay", "Threads")]
     [InlineData("Cache", "Images", "Maps", "Overlay", "Threads")]
+    [InlineData("Access")]
     public void A_room_of_the_storage_uses_these_alone(string room, params string[] mayUse)
     {
         string folder = Path.Combine(Storage, room);
