@@ -17,11 +17,12 @@ public sealed class CacheFillTests
     private readonly BlockLocks _changing = new();
     private readonly List<BlockRange> _fetched = [];
     private readonly CacheFill _fill;
+    private int _turn = 256; // blocks
 
     public CacheFillTests()
     {
         _local.TryWrite(0, [.. Enumerable.Repeat((byte)9, Length)]);
-        _fill = new CacheFill(_origin, _local, _map, _changing, _ => Task.FromResult(256), Fetch);
+        _fill = new CacheFill(_origin, _local, _map, _changing, _ => Task.FromResult(_turn), Fetch);
     }
 
     private Task Fetch(BlockRange range)
@@ -68,6 +69,17 @@ public sealed class CacheFillTests
         _local.TryRead((1 << 20) + Block, zeroes);
         Assert.False(zeroes.AsSpan().ContainsAnyExcept((byte)0));
         Assert.DoesNotContain(_fetched, range => range.Overlaps(new BlockRange(257, 511)));
+    }
+
+    /// <summary>Zeroes are noticed in whole units when they are stored.</summary>
+    [Fact]
+    public async Task Pieces_begin_at_multiples_of_their_size_whatever_the_line_is_worth()
+    {
+        _map.Set(new BlockRange(3, 10), BlockState.Written);
+        _turn = 31;
+        await Run();
+        Assert.Equal([new(0, 3), new(13, 3), new(16, 16), new(32, 16)], _fetched[..4]);
+        Assert.All(_fetched[2..^1], piece => Assert.Equal((0, 16), (piece.First % 16, piece.Count)));
     }
 
     [Fact]

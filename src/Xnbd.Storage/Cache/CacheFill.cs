@@ -1,3 +1,4 @@
+using System.Numerics;
 using System.Runtime.CompilerServices;
 using Xnbd.Storage.Maps;
 using Xnbd.Storage.Overlay;
@@ -115,8 +116,8 @@ internal sealed class CacheFill(
         {
             for (BlockRange left = range; left.Count > 0;)
             {
-                int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
-                asked ??= AskForZeroes(TakeNeighbours());
+                int blocks = await NextPieceBlocks(maxBlocks, cancel);
+                asked ??= AskForZeroes(TakeNeighbours(), BlockRange.BlockSize);
                 if (asked.IsCompleted)
                 {
                     if (await asked is { } answer)
@@ -133,7 +134,7 @@ internal sealed class CacheFill(
                     piece = TakePreferred(blocks);
                 if (piece.Count == 0)
                 {
-                    piece = left with { Count = Math.Min(blocks, left.Count) };
+                    piece = ReadAhead.FirstPiece(left, blocks);
                     left = left.After(piece);
                 }
 
@@ -143,10 +144,20 @@ internal sealed class CacheFill(
 
         while (PreferredBlocks > 0)
         {
-            int blocks = Math.Clamp(await turn(cancel), 1, maxBlocks);
+            int blocks = await NextPieceBlocks(maxBlocks, cancel);
             if (TakePreferred(blocks) is { Count: > 0 } piece)
                 yield return piece;
         }
+    }
+
+    /// <summary>
+    /// Waits for the next turn. A piece has a power of two of blocks, and begins at a multiple of that, so that zeroes
+    /// fill whole units of what is stored.
+    /// </summary>
+    private async Task<int> NextPieceBlocks(int maxBlocks, CancellationToken cancel)
+    {
+        int blocks = await turn(cancel);
+        return blocks >= maxBlocks ? maxBlocks : 1 << BitOperations.Log2((uint)Math.Max(1, blocks));
     }
 
     /// <summary>How many blocks are still preferred; some of them may be local.</summary>
@@ -227,8 +238,11 @@ internal sealed class CacheFill(
 
     /// <summary>Looks for absent blocks, and asks the origin which of them are zeroes.</summary>
     /// <param name="left">The blocks that are looked at.</param>
+    /// <param name="minZeroBytes">
+    /// Shorter zeroes count as data. Those behind a miss may be a part of longer ones.
+    /// </param>
     /// <returns>What the origin says of the first absent blocks; null when there are none.</returns>
-    private async Task<Answer?> AskForZeroes(BlockRange left)
+    private async Task<Answer?> AskForZeroes(BlockRange left, int minZeroBytes = MinZeroBytes)
     {
         BlockRange range = default;
         BlockState state = BlockState.Written;
@@ -245,7 +259,7 @@ internal sealed class CacheFill(
         foreach (Extent extent in extents.Extents)
         {
             BlockRange whole = BlockRange.Inside(offset, extent.Length, Length);
-            if (extent.IsHole && whole.LengthOn(Length) >= MinZeroBytes)
+            if (extent.IsHole && whole.Count > 0 && whole.LengthOn(Length) >= minZeroBytes)
                 zeroes.Add(whole);
             offset += extent.Length;
         }

@@ -88,7 +88,7 @@ internal sealed class ReadAhead(long blockCount)
         }
     }
 
-    /// <summary>The first piece of what is read ahead. Pieces begin at multiples of their size.</summary>
+    /// <summary>The first piece of what is read ahead, or copied. Pieces begin at multiples of their size.</summary>
     /// <param name="ahead">At least one block.</param>
     /// <param name="pieceBlocks">The size of a piece, in blocks; at least 1.</param>
     public static BlockRange FirstPiece(BlockRange ahead, int pieceBlocks)
