@@ -1,4 +1,5 @@
 using System.Globalization;
+using System.Net.Sockets;
 using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
@@ -43,6 +44,82 @@ public sealed class KillTests
         Assert.Equal(before, File.ReadAllBytes(image));
         using ServerProcess last = Proxies.Start(folder, origin);
         await Tool.Succeed(Proxies.Control, "--cache-all", Proxies.Socket(folder));
+    }
+
+    /// <summary>
+    /// One move after the other, each from the image that the last one has made. The proxy is killed again and again
+    /// while it caches all, and its remote is lost at two of five kills. Then it caches all, verifies and switches.
+    /// </summary>
+    [Fact]
+    public async Task A_move_survives_kills_of_the_proxy_and_losses_of_the_remote()
+    {
+        const int killsOfMove = 5;
+        using var first = new TempFolder();
+        string image = first.Random("disk.img", Size);
+        byte[] model = File.ReadAllBytes(image);
+        int underWay = 0, unfinished = 0, losses = 0;
+        for (int move = 0; move < Kills / killsOfMove; move++)
+        {
+            using var folder = new TempFolder();
+            string remote = folder.File("remote"), control = Proxies.Socket(folder);
+            ServerProcess origin = Serve();
+            try
+            {
+                // The whole disk needs a second, and a proxy lives for 30 ms.
+                using var line = new SlowLink(new UnixDomainSocketEndPoint(remote), 4_000_000, TimeSpan.Zero);
+                var random = new Random(Seed + move);
+                Task losing = Task.CompletedTask;
+                int life = 0;
+                var run = new KillRun(Start, model, Seed + move) { ComparesAfterEachKill = false };
+                run.Run(killsOfMove);
+                underWay += run.KilledUnderWay;
+                await losing;
+
+                using ServerProcess last = Proxies.Start(folder, "127.0.0.1", $"{line.Port}");
+                await Tool.Succeed(Proxies.Control, "--cache-all", control);
+                await Tool.Succeed(Proxies.Control, "--verify", control);
+                await Tool.Succeed(Proxies.Control, "--switch", control);
+                Assert.Equal(0, last.Stop());
+
+                ServerProcess Start()
+                {
+                    losing.Wait(TimeSpan.FromSeconds(30)); // a proxy does not start without its remote
+                    unfinished += line.Bytes < Size ? 1 : 0;
+                    ServerProcess proxy = Proxies.Start(folder, "127.0.0.1", $"{line.Port}");
+                    Tool.Succeed(Proxies.Control, "--cache-all", "--detach", control).Wait();
+                    if (++life is 2 or 4)
+                    {
+                        int delay = random.Next(30);
+                        losing = Task.Run(() =>
+                        {
+                            Thread.Sleep(delay); // at a random moment of the proxy's life
+                            origin.Kill();
+                            origin.Dispose();
+                            origin = Serve();
+                            losses++;
+                        });
+                    }
+
+                    return proxy;
+                }
+            }
+            finally
+            {
+                origin.Dispose();
+            }
+
+            File.Move(folder.File("cache.img"), image, overwrite: true);
+            int same = File.ReadAllBytes(image).AsSpan().CommonPrefixLength(model);
+            Assert.True(same == Size, $"seed {Seed}, move {move}: byte {same} is not as in the model");
+
+            ServerProcess Serve() => ServerProcess.Start(remote, ["--target", "--readonly", "--unix", remote, image]);
+        }
+
+        TestContext.Current.TestOutputHelper?.WriteLine(
+            $"seed {Seed}: {Kills} kills, {underWay} of them amid writes, {losses} losses of the remote, "
+                + $"{unfinished} starts amid the copy");
+        Assert.True(underWay > Kills / 2, "hardly any proxy was killed amid writes: the test tests nothing");
+        Assert.True(unfinished > Kills / 2, "hardly any proxy was killed amid the copy: the test tests nothing");
     }
 
     private static void Run(Func<ServerProcess> start, byte[] initial)
