@@ -99,8 +99,8 @@ internal sealed class MapFile
         Span<byte> slots = stackalloc byte[2 * MapLayout.PageBytes];
         _store.Read(SlotOffset(page, 0), slots);
         ReadOnlySpan<byte> even = slots[..MapLayout.PageBytes], odd = slots[MapLayout.PageBytes..];
-        ulong? evenSequence = MapPage.SequenceOf(even, page, _header.Id);
-        ulong? oddSequence = MapPage.SequenceOf(odd, page, _header.Id);
+        ulong? evenSequence = MapPage.SequenceOf(even, page, 0, _header.Id);
+        ulong? oddSequence = MapPage.SequenceOf(odd, page, 1, _header.Id);
         if (evenSequence is null || oddSequence is null)
             _tornSlots.Add(SlotOffset(page, evenSequence is null ? 0UL : 1));
         bool isEven = oddSequence is null || evenSequence > oddSequence;

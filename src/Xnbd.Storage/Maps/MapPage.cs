@@ -19,15 +19,21 @@ internal static class MapPage
     /// <summary>The sequence number of a copy.</summary>
     /// <param name="slot">The copy.</param>
     /// <param name="page">The index of the page that it should be.</param>
+    /// <param name="parity">The number of its slot, 0 or 1.</param>
     /// <param name="mapId">The id of its map.</param>
-    /// <returns>Null when the copy is torn. A copy that was never written is all zeroes, and the oldest.</returns>
-    public static ulong? SequenceOf(ReadOnlySpan<byte> slot, int page, Guid mapId)
+    /// <returns>
+    /// Null when the copy is torn, or has a number that no copy in this slot is written with. A copy that was never
+    /// written is all zeroes, and the oldest.
+    /// </returns>
+    public static ulong? SequenceOf(ReadOnlySpan<byte> slot, int page, ulong parity, Guid mapId)
     {
         ReadOnlySpan<ulong> words = MemoryMarshal.Cast<byte, ulong>(slot);
         if (!words.ContainsAnyExcept(0UL))
             return 0;
+        ulong sequence = words[SequenceAt];
+        bool mayBeHere = sequence is not (0 or ulong.MaxValue) && sequence % 2 == parity;
         bool isWhole = words[PageAt] == (ulong)page && words[ChecksumAt] == Checksum(words, mapId);
-        return isWhole ? words[SequenceAt] : null;
+        return mayBeHere && isWhole ? sequence : null;
     }
 
     /// <summary>The part of the map that a copy holds.</summary>
