@@ -126,6 +126,7 @@ internal sealed class ProxyJob
             foreach (ProxyJobStep step in steps)
             {
                 _phase = step.Phase;
+                await _cache.WaitWhilePaused(_cancel.Token); // also a step that has nothing to read
                 _error = await step.Work(this, _cancel.Token);
                 if (_error is not null)
                     break;

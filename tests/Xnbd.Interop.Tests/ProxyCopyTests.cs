@@ -123,6 +123,20 @@ public sealed class ProxyCopyTests : IDisposable
     }
 
     [Fact]
+    public async Task A_paused_move_does_not_switch_although_nothing_is_left_to_fetch()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        await Succeed("--cache-all", Socket);
+        await Succeed("--pause", Socket);
+        await Succeed("--move", "--no-verify", "--detach", Socket);
+        Assert.Equal("fetch", (await Job()).GetProperty("phase").GetString());
+        Assert.Equal("proxy", (await Query()).GetProperty("mode").GetString());
+        await Succeed("--resume", Socket);
+        Wait.Until(() => Query().Result.GetProperty("mode").GetString() == "target", "it has moved");
+    }
+
+    [Fact]
     public async Task What_one_server_has_recorded_is_fetched_by_a_proxy_and_nothing_else()
     {
         string record = _folder.File("record");

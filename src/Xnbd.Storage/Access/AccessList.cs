@@ -7,7 +7,7 @@ namespace Xnbd.Storage.Access;
 public static class AccessList
 {
     /// <summary>A file that is longer is refused: a full record has some 30 MB.</summary>
-    private const long MaxFileBytes = 256L << 20;
+    private const long MaxFileBytes = 64L << 20;
 
     /// <summary>Reads a file.</summary>
     /// <param name="path">Path of the file.</param>
@@ -48,6 +48,8 @@ public static class AccessList
                         $"'{path}', line {number}: the range is outside of the disk, which has {diskLength} bytes");
                 }
 
+                if (ranges.Count == AccessRecord.MaxRanges)
+                    throw new DiskException(DiskError.Damaged, $"'{path}' has more than {ranges.Count} ranges");
                 if (length > 0)
                     ranges.Add(BlockRange.Touching(offset, length));
             }

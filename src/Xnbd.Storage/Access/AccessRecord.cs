@@ -156,15 +156,15 @@ public sealed class AccessRecord : IDisposable
                 isFull = _isStopped && (!wasStopped || text.Length > 0);
             }
 
-            _written = _file.Length;
             try
             {
+                _written = _file.Length;
                 if (text.Length > 0)
                     _file.Write(Encoding.UTF8.GetBytes(text));
                 if (isFull)
                     why = $"it has {_ranges} ranges";
             }
-            catch (IOException failure)
+            catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
             {
                 why = failure.Message;
                 CutLine();
@@ -187,7 +187,7 @@ public sealed class AccessRecord : IDisposable
         {
             _file.SetLength(_written);
         }
-        catch (IOException)
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
             // Then the line is wrong, and whoever reads the record is told which one it is.
         }

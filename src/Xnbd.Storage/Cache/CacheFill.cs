@@ -42,6 +42,9 @@ internal sealed class CacheFill(
     /// <summary>Shorter zeroes are fetched with what surrounds them.</summary>
     private const int MinZeroBytes = FetchStore.UnitBytes;
 
+    /// <summary>No list is added to one that is longer.</summary>
+    private const int MaxPreferred = 1_000_000;
+
     private const long NoMiss = -1;
 
     private int _originChanges; // how often the answers have become stale
@@ -67,10 +70,13 @@ internal sealed class CacheFill(
     /// Adds ranges that are copied before the rest of the disk, by a run that is under way, or else by the next one.
     /// </summary>
     /// <param name="ranges">Ranges inside the disk, in the order in which they are copied.</param>
+    /// <exception cref="DiskException">A million ranges wait already.</exception>
     public void Prefer(IEnumerable<BlockRange> ranges)
     {
         lock (_preferring)
         {
+            if (_preferred.Count >= MaxPreferred)
+                throw new DiskException(DiskError.NoMemory, "too many ranges wait to be fetched already");
             foreach (BlockRange range in ranges.Where(range => range.Count > 0))
             {
                 _preferred.AddLast(range);
@@ -134,6 +140,9 @@ internal sealed class CacheFill(
                     piece = TakePreferred(blocks);
                 if (piece.Count == 0)
                 {
+                    left = FromFirstAbsent(left);
+                    if (left.Count == 0)
+                        break;
                     piece = ReadAhead.FirstPiece(left, blocks);
                     left = left.After(piece);
                 }
@@ -182,6 +191,20 @@ internal sealed class CacheFill(
             return default;
         long end = Math.Min((missed / NeighbourBlocks * NeighbourBlocks) + NeighbourBlocks, map.BlockCount);
         return new BlockRange(missed + 1, end - missed - 1);
+    }
+
+    /// <summary>A range without the local blocks at its start: clients may have missed them meanwhile.</summary>
+    private BlockRange FromFirstAbsent(BlockRange range)
+    {
+        while (range.Count > 0)
+        {
+            BlockRange run = map.Run(range, out BlockState state);
+            if (state == BlockState.Absent)
+                break;
+            range = range.After(run);
+        }
+
+        return range;
     }
 
     /// <summary>Takes the first blocks of some ranges that are absent; none if all are local.</summary>

@@ -506,7 +506,7 @@ internal sealed class CachingDisk : OverlayDisk
     {
         await _throttle.WaitAsync(cancel);
         while (_store.StepToWaitFor() is { } step)
-            await step;
+            await step.WaitAsync(cancel);
         int blocks = await _fetches.TurnAsync(cancel);
         return Math.Min(blocks, _throttle.MaxBlocks);
     }

@@ -17,6 +17,9 @@ internal sealed class CopyThrottle(TimeProvider time)
     /// <summary>A piece takes at most this time at the rate that was set, so that the copy does not jerk.</summary>
     private static readonly TimeSpan s_maxPiece = TimeSpan.FromMilliseconds(100);
 
+    /// <summary>A timer does not take less.</summary>
+    private static readonly TimeSpan s_tick = TimeSpan.FromMilliseconds(1);
+
     private readonly Lock _lock = new();
     private TaskCompletionSource _changed = NewSignal();
     private long _bytesPerSecond; // 0: unlimited
@@ -93,6 +96,8 @@ internal sealed class CopyThrottle(TimeProvider time)
             }
 
             using var ended = CancellationTokenSource.CreateLinkedTokenSource(cancel);
+            if (wait > TimeSpan.Zero && wait < s_tick)
+                wait = s_tick;
             await Task.WhenAny(changed, Task.Delay(wait, time, ended.Token));
             await ended.CancelAsync(); // the timer
             cancel.ThrowIfCancellationRequested();

@@ -170,18 +170,20 @@ internal sealed partial class FetchQueue
     }
 
     /// <summary>
-    /// Whether a fetch may go out now. A miss always may. One that is read ahead, and one of the copy, may always be
-    /// under way: whatever clients miss, both go on.
+    /// Whether a fetch for which there is room may go out now. A miss may. One that is read ahead, and one of the copy,
+    /// may always be under way: whatever clients miss, both go on.
     /// </summary>
     private bool IsTurn(Fetch fetch, double now)
     {
         if (fetch.Purpose == FetchPurpose.Miss || _requestsInFlight == 0)
             return true;
+        if (_inFlight[(int)fetch.Purpose] == 0)
+            return true;
         long bytes = _bytesInFlight + BytesOf(fetch);
         if (bytes + _bytesArrived > _maxBytes - (_maxBytes / 8))
             return false; // the rest of the room is for misses
         bool isCopy = fetch.Purpose == FetchPurpose.Copy;
-        return _inFlight[(int)fetch.Purpose] == 0 || bytes <= _pace.Window(now, isCopy && _pace.IsPolite(now));
+        return bytes <= _pace.Window(now, isCopy && _pace.IsPolite(now));
     }
 
     /// <summary>The origin has answered. The lock is held.</summary>

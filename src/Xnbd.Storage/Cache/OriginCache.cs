@@ -165,6 +165,7 @@ public sealed class OriginCache : IDisposable
     /// Adds ranges that <see cref="CacheAll"/> copies first: one that is under way, or else the next one.
     /// </summary>
     /// <param name="ranges">Ranges inside the disk, in the order in which they are copied.</param>
+    /// <exception cref="DiskException">Too many ranges wait already.</exception>
     public void Prefer(IEnumerable<BlockRange> ranges) => _cache.Fill.Prefer(ranges);
 
     /// <summary>How many blocks those ranges still have; some of them may be local.</summary>
@@ -179,7 +180,9 @@ public sealed class OriginCache : IDisposable
     public async Task CachePreferred(CancellationToken cancel)
     {
         RefuseIfIncoming();
-        await _cache.Fill.RunAsync(all: false, Fetch.MaxBlocks, MaxPieces, cancel);
+        do
+            await _cache.Fill.RunAsync(all: false, Fetch.MaxBlocks, MaxPieces, cancel);
+        while (PreferredBlocks > 0); // a list that came while the last pieces were under way
     }
 
     /// <summary>
@@ -191,6 +194,9 @@ public sealed class OriginCache : IDisposable
         get => _cache.Throttle.BytesPerSecond;
         set => _cache.Throttle.BytesPerSecond = value;
     }
+
+    /// <summary>Waits while the background copy is paused.</summary>
+    public Task WaitWhilePaused(CancellationToken cancel) => _cache.Throttle.WaitAsync(cancel);
 
     /// <summary>Whether the background copy is paused: it waits until it is not. Clients go on.</summary>
     public bool IsCopyPaused
