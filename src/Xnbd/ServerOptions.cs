@@ -76,8 +76,10 @@ internal sealed record ServerOptions
             throw new UsageException("--connected-fd and --daemonize exclude each other");
         if (IsOneConnection && PidFile is not null)
             throw new UsageException("--pidfile is for servers that listen: not for --inetd and --connected-fd");
-        if (PidFile is "" || RecordPath is "")
-            throw new UsageException("--pidfile and --record: the name is empty");
+        if (PidFile is "")
+            throw new UsageException("--pidfile: the name is empty");
+        if (RecordPath is "")
+            throw new UsageException("--record: the name is empty");
         if (IsOneConnection && (Port is not null || Address is not null || UnixPath is not null))
             throw new UsageException(
                 "a server of one connection does not listen: --lport, --laddr and --unix make no sense here");
