@@ -24,7 +24,10 @@ public sealed class SwitchPauseTests : IDisposable
     private static int Switches
         => int.Parse(Environment.GetEnvironmentVariable("XNBD_SWITCHES") ?? "10", CultureInfo.InvariantCulture);
 
-    [Fact]
+    /// <summary>
+    /// script/soak runs it. Among all tests, their process has too much else to do, so that the client itself is slow.
+    /// </summary>
+    [Fact(Explicit = true)]
     public async Task A_switch_holds_no_request_up_and_loses_no_session()
     {
         string image = _folder.Random("disk.img", Size), control = Proxies.Socket(_folder);
