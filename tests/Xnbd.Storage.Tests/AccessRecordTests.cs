@@ -56,6 +56,7 @@ public sealed class AccessRecordTests : IDisposable
         using (AccessRecord record = Open())
             record.Note(0, Block);
         using AccessRecord again = Open();
+        Assert.Equal(DiskError.InUse, Assert.Throws<DiskException>(() => Open()).Error);
         again.Note(5 * Block, Block);
         Wait.Until(() => List().Count == 2, "the second one is written without an end of the record");
         Assert.Equal([new(0, 1), new(5, 1)], List());

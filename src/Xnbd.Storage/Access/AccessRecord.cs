@@ -1,5 +1,6 @@
 using System.Globalization;
 using System.Text;
+using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 
 namespace Xnbd.Storage.Access;
@@ -60,17 +61,15 @@ public sealed class AccessRecord : IDisposable
     {
         (_stopped, _maxRanges, _time) = (stopped, maxRanges, time ?? TimeProvider.System);
         _start = _time.GetTimestamp();
-        if (LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind != FileKind.Regular)
-            throw new DiskException(DiskError.Damaged, $"the record '{path}' is not a regular file");
+        _file = Open(path);
         try
         {
-            _file = new FileStream(path, FileMode.Append, FileAccess.Write, FileShare.Read, bufferSize: 0);
             _file.Write(Encoding.UTF8.GetBytes(
                 $"# what clients have read of a disk of {diskLength} bytes: seconds, offset, length\n"));
         }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        catch (IOException failure)
         {
-            _file?.Dispose();
+            _file.Dispose();
             throw new DiskException(DiskError.Io, $"the record cannot be written: {failure.Message}");
         }
 
@@ -90,9 +89,10 @@ public sealed class AccessRecord : IDisposable
                 ulong bit = 1UL << (int)(block % WordBlocks);
                 ref ulong word = ref System.Runtime.InteropServices.CollectionsMarshal.GetValueRefOrAddDefault(
                     _touched, block / WordBlocks, out _);
-                if ((word & bit) == 0)
-                    Add(block);
+                bool isNew = (word & bit) == 0;
                 word |= bit;
+                if (isNew)
+                    Add(block); // this may clear the set
             }
         }
     }
@@ -109,6 +109,23 @@ public sealed class AccessRecord : IDisposable
             _isClosed = true;
             _file.Dispose();
         }
+    }
+
+    /// <summary>Opens the file, and keeps other servers from it until it is closed.</summary>
+    private static FileStream Open(string path)
+    {
+        if (LinuxFile.Status(path, out FileStatus status) == Errno.None && status.Kind != FileKind.Regular)
+            throw new DiskException(DiskError.Damaged, $"the record '{path}' is not a regular file");
+        Errno errno = LinuxFile.Open(path, OpenMode.Append, out SafeFileHandle? file);
+        if (errno != Errno.None)
+            throw new DiskException(DiskError.Io, $"the record '{path}' cannot be written: {errno.Describe()}");
+        if (LinuxFile.TryLockByte(file!, 0, shared: false) == Errno.EAGAIN) // some file systems have no locks
+        {
+            file!.Dispose();
+            throw new DiskException(DiskError.InUse, $"another server writes the record '{path}'");
+        }
+
+        return new FileStream(file!, FileAccess.Write, bufferSize: 0);
     }
 
     private void Add(long block)
@@ -156,11 +173,12 @@ public sealed class AccessRecord : IDisposable
                 isFull = _isStopped && (!wasStopped || text.Length > 0);
             }
 
+            if (text.Length == 0)
+                return;
             try
             {
                 _written = _file.Length;
-                if (text.Length > 0)
-                    _file.Write(Encoding.UTF8.GetBytes(text));
+                _file.Write(Encoding.UTF8.GetBytes(text));
                 if (isFull)
                     why = $"it has {_ranges} ranges";
             }
