@@ -23,7 +23,6 @@ internal sealed class ProxyJob
     private readonly CancellationTokenSource _cancel = new();
     private readonly Task _task;
     private readonly long _start = Stopwatch.GetTimestamp();
-    private readonly long _preferredBlocks; // when it began
     private volatile string _phase;
     private volatile CacheVerification? _verification;
     private string _state = "running";
@@ -38,7 +37,6 @@ internal sealed class ProxyJob
     public ProxyJob(int id, string kind, OriginCache cache, ILogger log, params ProxyJobStep[] steps)
     {
         (Id, Kind, _cache, _phase) = (id, kind, cache, steps[0].Phase);
-        _preferredBlocks = cache.PreferredBlocks;
         log.LogInformation("{Job} begins", kind);
         _task = Task.Run(() => Run(steps, log));
     }
@@ -79,9 +77,9 @@ internal sealed class ProxyJob
             ["phase"] = _phase,
             ["error"] = IsRunning ? null : _error,
             ["blocks"] = isList
-                ? _preferredBlocks
+                ? _cache.PreferredTotal
                 : figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks,
-            ["missing-blocks"] = isList ? Math.Min(_cache.PreferredBlocks, _preferredBlocks) : figures.AbsentBlocks,
+            ["missing-blocks"] = isList ? _cache.PreferredBlocks : figures.AbsentBlocks,
             ["paused"] = IsRunning && _cache.IsCopyPaused,
             ["fetched-bytes"] = figures.FetchedBytes,
             ["zero-bytes"] = figures.ZeroBytes,
@@ -93,12 +91,15 @@ internal sealed class ProxyJob
     public WatchJob Report()
     {
         bool isRunning = IsRunning;
+        bool isList = Kind == ProxyJobs.PrefetchKind;
         CacheVerification? verification = _verification;
         return new WatchJob(
             Kind,
             _phase,
             isRunning ? "running" : _state,
             isRunning ? null : _error,
+            isList ? _cache.PreferredTotal : 0,
+            isList ? _cache.PreferredBlocks : 0,
             verification?.Blocks ?? 0,
             verification?.DoneBlocks ?? 0,
             verification?.DifferentBlocks ?? 0);

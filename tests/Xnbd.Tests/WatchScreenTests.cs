@@ -36,7 +36,8 @@ public class WatchScreenTests
         ClientReadBytes = 0,
         ClientWrittenBytes = 0,
         StoreFailures = 0,
-        Job = new WatchJob("move", "fetch", "running", null, 0, 0, 0),
+        CopyPaused = false,
+        Job = new WatchJob("move", "fetch", "running", null, 0, 0, 0, 0, 0),
         Map = "FfWwZz.*",
     };
 
@@ -122,14 +123,17 @@ public class WatchScreenTests
         Assert.StartsWith("incoming: nothing is kept", State(calm with { Incoming = true }), StringComparison.Ordinal);
         Assert.StartsWith("ALL IS LOCAL", State(calm with { MissingBlocks = 0 }), StringComparison.Ordinal);
         Assert.Equal("MOVING: 25.0 % is local", State(s_report));
-        WatchJob verify = new("verify", "verify", "running", null, 200, 50, 0);
+        Assert.Equal("MOVING: 25.0 % is local, PAUSED (--resume)", State(s_report with { CopyPaused = true }));
+        WatchJob list = new("prefetch", "fetch", "running", null, 200, 50, 0, 0, 0);
+        Assert.Equal("FETCHING A LIST: 75.0 % of it is asked for", State(calm with { Job = list }));
+        WatchJob verify = new("verify", "verify", "running", null, 0, 0, 200, 50, 0);
         Assert.Equal("VERIFYING: 25.0 % is verified", State(calm with { Job = verify }));
         Assert.Equal(
             "3 BLOCKS ARE NOT AS THE REMOTE HAS THEM: first at 0",
             State(calm with { Job = verify with { State = "failed", DifferentBlocks = 3, Error = "first at 0" } }));
         Assert.Equal(
             "cache-all HAS FAILED: no space",
-            State(calm with { Job = new WatchJob("cache-all", "fetch", "failed", "no space", 0, 0, 0) }));
+            State(calm with { Job = new WatchJob("cache-all", "fetch", "failed", "no space", 0, 0, 0, 0, 0) }));
         Assert.StartsWith(
             "FETCHED DATA CANNOT BE KEPT", State(calm with { StoreFailures = 1 }), StringComparison.Ordinal);
         WatchReport lost = s_report with
@@ -210,7 +214,8 @@ public class WatchScreenTests
                 [.. Enumerable.Range(0, 2000).Select(i => new WatchConnection(i / 2, -1, long.MaxValue, -5))],
             MissLatency = [new(-1, long.MaxValue), new(-1, 3), new(long.MaxValue, long.MaxValue), new(5, -7)],
             Map = "\e[31m" + new string('?', 9999),
-            Job = new WatchJob("\e", "\e", "running", "\e", long.MinValue, long.MaxValue, -1),
+            Job = new WatchJob(
+                "\e", "\e", "running", "\e", long.MinValue, long.MaxValue, long.MinValue, long.MaxValue, -1),
         };
         WatchReport[] all =
         [

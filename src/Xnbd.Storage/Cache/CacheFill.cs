@@ -52,7 +52,8 @@ internal sealed class CacheFill(
     private long _missed = NoMiss; // the block that a client missed last, if nobody has asked for what lies behind it
     private readonly Lock _preferring = new(); // guards the list; a leaf
     private readonly LinkedList<BlockRange> _preferred = [];
-    private long _preferredBlocks; // of the list; read without the lock
+    private long _preferredBlocks; // of the list; this one and the next are read without the lock
+    private long _preferredTotal; // blocks that were added since the list was empty
 
     private long Length => map.Header.Source.Length;
 
@@ -77,10 +78,13 @@ internal sealed class CacheFill(
         {
             if (_preferred.Count >= MaxPreferred)
                 throw new DiskException(DiskError.NoMemory, "too many ranges wait to be fetched already");
+            if (_preferred.Count == 0)
+                _preferredTotal = 0;
             foreach (BlockRange range in ranges.Where(range => range.Count > 0))
             {
                 _preferred.AddLast(range);
                 _preferredBlocks += range.Count;
+                _preferredTotal += range.Count;
             }
         }
     }
@@ -123,8 +127,9 @@ internal sealed class CacheFill(
             for (BlockRange left = range; left.Count > 0;)
             {
                 int blocks = await NextPieceBlocks(maxBlocks, cancel);
-                asked ??= AskForZeroes(TakeNeighbours(), BlockRange.BlockSize);
-                if (asked.IsCompleted)
+                if (near.Count == 0) // what lies behind later misses, and not behind all of them
+                    asked ??= AskForZeroes(TakeNeighbours(), BlockRange.BlockSize);
+                if (asked is { IsCompleted: true })
                 {
                     if (await asked is { } answer)
                     {
@@ -171,6 +176,9 @@ internal sealed class CacheFill(
 
     /// <summary>How many blocks are still preferred; some of them may be local.</summary>
     public long PreferredBlocks => Volatile.Read(ref _preferredBlocks);
+
+    /// <summary>How many blocks have been preferred, since none was.</summary>
+    public long PreferredTotal => Volatile.Read(ref _preferredTotal);
 
     /// <summary>The next blocks that are preferred, and absent; none if there are none.</summary>
     private BlockRange TakePreferred(int maxBlocks)

@@ -171,6 +171,9 @@ public sealed class OriginCache : IDisposable
     /// <summary>How many blocks those ranges still have; some of them may be local.</summary>
     public long PreferredBlocks => _cache.Fill.PreferredBlocks;
 
+    /// <summary>How many blocks they had, since there were none.</summary>
+    public long PreferredTotal => _cache.Fill.PreferredTotal;
+
     /// <summary>What is left of those ranges has no place before others any more.</summary>
     public void PreferNothing() => _cache.Fill.PreferNothing();
 

@@ -71,6 +71,7 @@ internal sealed class ProxyWatch(ProxyMode proxy, OriginCache cache, RemoteDisk?
             ClientReadBytes = clients.ReadBytes,
             ClientWrittenBytes = clients.WrittenBytes,
             StoreFailures = _proxy.StoreFailures,
+            CopyPaused = _cache.IsCopyPaused,
             Job = _jobs.Last?.Report(),
             Map = _cache.DrawMap(cells),
         };

@@ -137,6 +137,8 @@ internal sealed class WatchHistory
     {
         if (Last is not { Job: { State: "running" } job } last)
             return null;
+        if (job.Kind == ProxyJobs.PrefetchKind)
+            return null;
         bool isVerifying = job.Phase == "verify";
         double left = isVerifying ? (double)job.VerifyBlocks - job.VerifiedBlocks : last.MissingBlocks;
         double rate = isVerifying

@@ -112,6 +112,9 @@ internal sealed record WatchReport
     /// <summary>How often fetched data could not be kept.</summary>
     public required long StoreFailures { get; init; }
 
+    /// <summary>Jobs wait until they are resumed.</summary>
+    public required bool CopyPaused { get; init; }
+
     /// <summary>The last job; null if there was none.</summary>
     public required WatchJob? Job { get; init; }
 
@@ -134,10 +137,12 @@ internal sealed record WatchConnection(int Id, int Requests, long SilentMs, long
 internal sealed record WatchLatency(long MaxUs, long Count);
 
 /// <summary>A job.</summary>
-/// <param name="Kind"><c>cache-all</c>, <c>verify</c> or <c>move</c>.</param>
+/// <param name="Kind"><c>cache-all</c>, <c>prefetch</c>, <c>verify</c> or <c>move</c>.</param>
 /// <param name="Phase"><c>fetch</c>, <c>verify</c> or <c>switch</c>.</param>
 /// <param name="State"><c>running</c>, <c>done</c>, <c>failed</c> or <c>cancelled</c>.</param>
 /// <param name="Error">Why it failed; otherwise null.</param>
+/// <param name="ListedBlocks">Blocks of the list that a <c>prefetch</c> fetches; 0 for other jobs.</param>
+/// <param name="ListedLeft">Those that are left.</param>
 /// <param name="VerifyBlocks">Blocks that are to be compared with the remote; 0 before the comparison.</param>
 /// <param name="VerifiedBlocks">Those that are done with.</param>
 /// <param name="DifferentBlocks">Those that are not as the remote has them.</param>
@@ -146,6 +151,8 @@ internal sealed record WatchJob(
     string Phase,
     string State,
     string? Error,
+    long ListedBlocks,
+    long ListedLeft,
     long VerifyBlocks,
     long VerifiedBlocks,
     long DifferentBlocks);

@@ -62,6 +62,8 @@ internal readonly record struct WatchState(WatchMood Mood, string Text)
             return new WatchState(WatchMood.Alarm, $"{job.Kind} HAS FAILED: {job.Error}");
         if (isRunning)
         {
+            if (report.CopyPaused)
+                return new WatchState(WatchMood.Warning, $"{Doing(job!, report)}, PAUSED (--resume)");
             string eta = history.Eta() is { } left ? $", ETA {left:c}" : "";
             return new WatchState(WatchMood.Busy, Doing(job!, report) + eta);
         }
@@ -79,6 +81,12 @@ internal readonly record struct WatchState(WatchMood Mood, string Text)
     /// <summary>What a job does.</summary>
     private static string Doing(WatchJob job, WatchReport report)
     {
+        if (job.Kind == ProxyJobs.PrefetchKind)
+        {
+            string done = ControlProgress.Percent(job.ListedBlocks - job.ListedLeft, job.ListedBlocks);
+            return $"FETCHING A LIST: {done} % of it is asked for";
+        }
+
         string work = job.Kind == ProxyJobs.MoveKind ? "MOVING" : job.Kind == ProxyJobs.VerifyKind ? "VERIFYING"
             : "FETCHING ALL";
         return job.Phase switch
