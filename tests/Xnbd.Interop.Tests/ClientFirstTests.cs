@@ -1,7 +1,6 @@
 using System.Diagnostics;
 using System.Globalization;
 using System.Net.Sockets;
-using System.Text.Json;
 using Xnbd.TestKit;
 
 namespace Xnbd.Interop.Tests;
@@ -26,6 +25,7 @@ public sealed class ClientFirstTests : IDisposable
     /// <summary>A disk of random bytes, the line to its server, and a proxy at the other end.</summary>
     private sealed class Setup : IDisposable
     {
+        private readonly TempFolder _folder;
         private readonly ServerProcess _origin;
 
         public Setup(
@@ -36,6 +36,7 @@ public sealed class ClientFirstTests : IDisposable
             int connections = 4,
             params string[] options)
         {
+            _folder = folder;
             string image = folder.Random("origin.img", mebibytes << 20);
             _origin = ServerProcess.Start(folder, image, "--readonly");
             Line = new SlowLink(
@@ -59,8 +60,7 @@ public sealed class ClientFirstTests : IDisposable
         public int Blocks { get; }
 
         public long Query(string name)
-            => JsonDocument.Parse(Tool.Succeed(Proxies.Control, "--query", "--json", Control).Result)
-                .RootElement.GetProperty(name).GetInt64();
+            => Proxies.Query(_folder).Result.GetProperty(name).GetInt64();
 
         public void Dispose()
         {
@@ -112,7 +112,7 @@ public sealed class ClientFirstTests : IDisposable
         client.Read(0, Block);
         double[] idleHits = Measure(client, Enumerable.Repeat(0L, 2000));
         await Tool.Succeed(Proxies.Control, "--cache-all", "--detach", setup.Control);
-        Thread.Sleep(1000);
+        Wait.Until(() => setup.Line.Bytes > 12 << 20, "the copy has found the rate: a second's worth");
         double[] hits = Measure(client, Enumerable.Repeat(0L, 5000));
         long before = setup.Line.Bytes, start = Stopwatch.GetTimestamp();
         double[] busy = Measure(client, Scattered(setup, 300, seed: 2));

@@ -34,9 +34,7 @@ public sealed class EventTests : IDisposable
 
     private string[] Told => File.Exists(_told) ? File.ReadAllLines(_told) : [];
 
-    private JsonElement Query()
-        => JsonDocument.Parse(
-            Tool.Succeed(Proxies.Control, "--query", "--json", Socket).Result).RootElement;
+    private JsonElement Query() => Proxies.Query(_folder).Result;
 
     private static int Count(ServerProcess proxy, string text) => proxy.Log.Split(text).Length - 1;
 

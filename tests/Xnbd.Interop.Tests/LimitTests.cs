@@ -34,11 +34,7 @@ public sealed class LimitTests : IDisposable
         => ["--proxy", "--unix", socket, "unix:" + origin, "-",
         _folder.File("cache.img"), _folder.File("cache.map"), Proxies.Socket(_folder)];
 
-    private async Task<JsonElement> Query()
-    {
-        string answer = await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder));
-        return JsonDocument.Parse(answer).RootElement;
-    }
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private ServerProcess StartOrigin(string socket)
         => ServerProcess.Start(socket, ["--target", "--readonly", "--unix", socket, _image]);

@@ -20,9 +20,7 @@ public sealed class ProxyControlTests : IDisposable
 
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(
-            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private async Task<string?> JobState()
         => (await Query()).GetProperty("job") is { ValueKind: JsonValueKind.Object } job

@@ -29,8 +29,7 @@ public sealed class ProxyCopyTests : IDisposable
 
     private static Task<string> Succeed(params string[] args) => Tool.Succeed(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Succeed("--query", "--json", Socket)).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private async Task<JsonElement> Job() => (await Query()).GetProperty("job");
 

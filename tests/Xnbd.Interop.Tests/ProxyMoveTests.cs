@@ -32,8 +32,7 @@ public sealed class ProxyMoveTests : IDisposable
 
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(await Tool.Succeed(Proxies.Control, "--query", "--json", Socket)).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private async Task<string?> Mode() => (await Query()).GetProperty("mode").GetString();
 

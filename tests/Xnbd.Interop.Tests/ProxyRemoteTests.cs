@@ -24,9 +24,7 @@ public sealed class ProxyRemoteTests : IDisposable
 
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(
-            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private ServerProcess Serve(string name, string? image = null)
         => ServerProcess.Start(

@@ -24,9 +24,7 @@ public sealed class ProxySwitchTests : IDisposable
 
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(
-            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     /// <summary>A remote that never answers certain reads, although it answers all others.</summary>
     private FakeServer Remote(Predicate<NbdRequest> isSilent) => new FakeServer(_folder.File("remote"), _bytes)

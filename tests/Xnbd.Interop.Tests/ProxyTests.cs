@@ -13,6 +13,10 @@ internal static class Proxies
 
     public static string Socket(TempFolder folder) => folder.File("control");
 
+    /// <summary>The state of the proxy of a folder.</summary>
+    public static async Task<JsonElement> Query(TempFolder folder)
+        => JsonDocument.Parse(await Tool.Succeed(Control, "--query", "--json", Socket(folder))).RootElement;
+
     /// <summary>A proxy of a server in the same folder.</summary>
     public static ServerProcess Start(TempFolder folder, ServerProcess origin, params string[] options)
         => Start(folder, "unix:" + origin.SocketPath, "-", options);
@@ -46,9 +50,7 @@ public sealed class ProxyTests : IDisposable
 
     private static Task<ToolResult> Control(params string[] args) => Tool.Run(Proxies.Control, args);
 
-    private async Task<JsonElement> Query()
-        => JsonDocument.Parse(
-            await Tool.Succeed(Proxies.Control, "--query", "--json", Proxies.Socket(_folder))).RootElement;
+    private Task<JsonElement> Query() => Proxies.Query(_folder);
 
     private async Task<long> Figure(string name) => (await Query()).GetProperty(name).GetInt64();
 
