@@ -170,4 +170,11 @@ internal sealed class MemoryMapStore(byte[] bytes) : IMapStore
     {
         // All that was written is there.
     }
+
+    public void Allocate(long offset, long length)
+    {
+        // All of it is there.
+    }
+
+    public (long Start, long End) FindData(long offset, long end) => (offset, end);
 }

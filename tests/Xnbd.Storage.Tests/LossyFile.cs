@@ -104,6 +104,27 @@ internal sealed class LossyFile(Random random)
         }
     }
 
+    /// <summary>Finds sectors that were ever written.</summary>
+    public (long Start, long End) FindData(long offset, long end)
+    {
+        lock (_durable)
+        {
+            long first = long.MaxValue;
+            foreach (long sector in _durable.Keys.Concat(_volatile.Keys))
+            {
+                if ((sector + 1) * Sector > offset)
+                    first = Math.Min(first, sector);
+            }
+
+            if (first == long.MaxValue || first * Sector >= end)
+                return (end, end);
+            long last = first;
+            while (Newest(last + 1) is not null)
+                last++;
+            return (Math.Max(offset, first * Sector), Math.Min(end, (last + 1) * Sector));
+        }
+    }
+
     /// <summary>The machine has died, and is up again.</summary>
     public void LoseUnsynced()
     {
@@ -135,6 +156,12 @@ internal sealed class LossyStore(LossyFile file, long end = long.MaxValue) : IMa
     public void Write(long offset, ReadOnlySpan<byte> data) => file.Write(_life, offset, data);
 
     public void Sync() => file.Sync(_life, 0, end);
+
+    public void Allocate(long offset, long length)
+    {
+    }
+
+    public (long Start, long End) FindData(long offset, long end) => file.FindData(offset, end);
 }
 
 /// <summary>A part of a lossy file as a disk; all its operations are done at once.</summary>

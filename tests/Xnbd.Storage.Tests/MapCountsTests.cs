@@ -122,5 +122,11 @@ public sealed class MapCountsTests
         public void Sync()
         {
         }
+
+        public void Allocate(long offset, long length)
+        {
+        }
+
+        public (long Start, long End) FindData(long offset, long end) => (offset, end);
     }
 }

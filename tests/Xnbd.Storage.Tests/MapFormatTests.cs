@@ -135,5 +135,11 @@ public sealed class MapFormatTests
         public void Sync()
         {
         }
+
+        public void Allocate(long offset, long length)
+        {
+        }
+
+        public (long Start, long End) FindData(long offset, long end) => (offset, end);
     }
 }

@@ -42,5 +42,11 @@ internal static class MemoryMap
         public void Sync()
         {
         }
+
+        public void Allocate(long offset, long length)
+        {
+        }
+
+        public (long Start, long End) FindData(long offset, long end) => (offset, end);
     }
 }

@@ -198,12 +198,8 @@ internal static class CacheFiles
 
     private static BlockMap Make(string path, SafeFileHandle file, SourceIdentity source)
     {
-        long length = MapLayout.FileLength(source.Length);
-        Errno errno = LinuxFile.Truncate(file, length);
-        if (errno == Errno.None)
-            // So that a flush finds room on a full disk.
-            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, length);
-        if (errno is not (Errno.None or Errno.EOPNOTSUPP))
+        Errno errno = LinuxFile.Truncate(file, MapLayout.FileLength(source.Length));
+        if (errno != Errno.None)
             throw LockedFile.Failure(errno, "create", path);
         return BlockMap.Create(new FileMapStore(path, file), new MapHeader
         {

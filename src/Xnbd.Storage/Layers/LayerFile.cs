@@ -24,7 +24,7 @@ internal sealed class LayerFile : IDisposable
     /// <summary>The data begins at a multiple of this, in bytes. It suits the extents of every file system.</summary>
     private const long DataAlignment = 1 << 20;
 
-    /// <summary>Length of the longest disk in bytes. Its map is an array, which has at most 2^31 words.</summary>
+    /// <summary>Length of the longest disk in bytes. Its map has 2 million pages.</summary>
     private const long MaxDiskLength = 1L << 47;
 
     private readonly bool _isRemovedAtEnd;
@@ -221,11 +221,7 @@ internal sealed class LayerFile : IDisposable
         long mapLength = MapLayout.FileLength(source.Length);
         long dataStart = (mapLength + DataAlignment - 1) / DataAlignment * DataAlignment;
         Errno errno = LinuxFile.Truncate(file, dataStart + source.Length);
-
-        // The map has its space from the start: if the disk becomes full, a flush still finds room for it.
-        if (errno == Errno.None && (flags & MapFlags.Disposable) == 0)
-            errno = LinuxFile.Allocate(file, AllocateMode.KeepSize, 0, mapLength);
-        if (errno is not (Errno.None or Errno.EOPNOTSUPP))
+        if (errno != Errno.None)
             throw LockedFile.Failure(errno, "create", path);
 
         var header = new MapHeader

@@ -50,9 +50,6 @@ internal sealed class MapCounts(int pageCount)
             + ((ulong)BitOperations.PopCount(high & low) << WrittenShift);
     }
 
-    /// <summary>The counts of a page, as one number.</summary>
-    public ulong this[long page] => Volatile.Read(ref _pages[page]);
-
     /// <summary>Notes that words of a page have changed. The page's lock is held.</summary>
     /// <param name="page">The page.</param>
     /// <param name="before">The counts of these words before.</param>

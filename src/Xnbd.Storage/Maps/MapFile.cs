@@ -45,6 +45,7 @@ internal sealed class MapFile
     public static MapFile Create(IMapStore store, MapHeader header)
     {
         var file = new MapFile(store, header);
+        file.Allocate(0, MapLayout.HeadersLength);
         file.ChangeHeader(_ => header);
         return file;
     }
@@ -84,13 +85,46 @@ internal sealed class MapFile
         }
     }
 
+    /// <summary>
+    /// Finds the pages that were ever used, in order, and perhaps others: of all others both maps are zeroes. The last
+    /// page is always among them, since reading it shows whether the file is long enough.
+    /// </summary>
+    /// <returns>Of each page also which of the two maps may be other than zeroes there.</returns>
+    public IEnumerable<(int Page, bool HasLive, bool HasDurable)> UsedPages()
+    {
+        bool[] hasLive = FindData(MapLayout.LiveOffset(0), MapLayout.WordsPerPage * sizeof(ulong));
+        bool[] hasDurable = FindData(SlotOffset(0, 0), 2 * MapLayout.PageBytes);
+        hasDurable[^1] = true;
+        for (int page = 0; page < PageCount; page++)
+        {
+            if (hasLive[page] || hasDurable[page])
+                yield return (page, hasLive[page], hasDurable[page]);
+        }
+    }
+
+    /// <summary>
+    /// Gives a page its space in the file, for the live map and for both durable copies. A disposable layer has no
+    /// durable copies.
+    /// </summary>
+    /// <exception cref="DiskException">There is no space.</exception>
+    public void AllocatePage(int page)
+    {
+        const int liveBytes = MapLayout.WordsPerPage * sizeof(ulong);
+        Allocate(MapLayout.LiveOffset((long)page * MapLayout.WordsPerPage), liveBytes);
+        Allocate(SlotOffset(page, 0), 2 * MapLayout.PageBytes);
+    }
+
     /// <summary>Reads a page's words of the live map.</summary>
     public void ReadLive(int page, Span<ulong> words)
         => _store.Read(MapLayout.LiveOffset((long)page * MapLayout.WordsPerPage), MemoryMarshal.AsBytes(words));
 
     /// <summary>Writes words of the live map.</summary>
-    public void WriteLive(int firstWord, ReadOnlySpan<ulong> words)
-        => _store.Write(MapLayout.LiveOffset(firstWord), MemoryMarshal.AsBytes(words));
+    /// <param name="page">The page.</param>
+    /// <param name="first">Index of the first word in the page.</param>
+    /// <param name="words">The words.</param>
+    public void WriteLive(int page, int first, ReadOnlySpan<ulong> words)
+        => _store.Write(
+            MapLayout.LiveOffset(((long)page * MapLayout.WordsPerPage) + first), MemoryMarshal.AsBytes(words));
 
     /// <summary>Reads a page of the durable map: the newer one of its whole copies.</summary>
     /// <exception cref="DiskException">Both copies are torn, or the page cannot be read.</exception>
@@ -146,6 +180,31 @@ internal sealed class MapFile
 
     /// <summary>Makes durable all that was written.</summary>
     public void Sync() => _store.Sync();
+
+    /// <summary>Finds the pages of which a part of the file may hold something.</summary>
+    /// <param name="start">Where the part begins.</param>
+    /// <param name="pageBytes">What a page has there.</param>
+    private bool[] FindData(long start, int pageBytes)
+    {
+        bool[] hasData = new bool[PageCount];
+        for (long end = start + ((long)PageCount * pageBytes), at = start; at < end;)
+        {
+            (long dataStart, long dataEnd) = _store.FindData(at, end);
+            if (dataStart >= end)
+                break;
+            int first = (int)((dataStart - start) / pageBytes), last = (int)((dataEnd - 1 - start) / pageBytes);
+            hasData.AsSpan(first..(last + 1)).Fill(true);
+            at = dataEnd;
+        }
+
+        return hasData;
+    }
+
+    private void Allocate(long offset, long length)
+    {
+        if ((_header.Flags & MapFlags.Disposable) == 0)
+            _store.Allocate(offset, length);
+    }
 
     private long SlotOffset(int page, ulong sequence) => MapLayout.SlotOffset(_header.Source.Length, page, sequence);
 }

@@ -23,7 +23,8 @@ internal static class MapLayout
     /// <summary>How many blocks one page describes.</summary>
     public const int BlocksPerPage = WordsPerPage * BlocksPerWord;
 
-    private const long LiveStart = 2 * MapHeader.Size;
+    /// <summary>Length of both copies of the header, with which the file begins.</summary>
+    public const int HeadersLength = 2 * MapHeader.Size;
 
     /// <summary>How many pages the map of a disk has, at least 1.</summary>
     public static long PageCount(long diskLength)
@@ -37,7 +38,7 @@ internal static class MapLayout
     public static long HeaderOffset(ulong sequence) => (long)(sequence % 2) * MapHeader.Size;
 
     /// <summary>Where a word of the live map stands.</summary>
-    public static long LiveOffset(long wordIndex) => LiveStart + (wordIndex * sizeof(ulong));
+    public static long LiveOffset(long wordIndex) => HeadersLength + (wordIndex * sizeof(ulong));
 
     /// <summary>Where the copy of a page with this sequence number stands.</summary>
     public static long SlotOffset(long diskLength, int page, ulong sequence)
@@ -46,6 +47,6 @@ internal static class MapLayout
     private static long DurableStart(long diskLength)
     {
         long liveBytes = PageCount(diskLength) * WordsPerPage * sizeof(ulong);
-        return LiveStart + ((liveBytes + PageBytes - 1) / PageBytes * PageBytes);
+        return HeadersLength + ((liveBytes + PageBytes - 1) / PageBytes * PageBytes);
     }
 }

@@ -59,9 +59,9 @@ internal static class MapPage
     {
         Span<byte> id = stackalloc byte[16];
         mapId.TryWriteBytes(id);
-        var hash = new XxHash3(BinaryPrimitives.ReadInt64LittleEndian(id));
-        hash.Append(MemoryMarshal.AsBytes(words[..ChecksumAt]));
-        hash.Append(MemoryMarshal.AsBytes(words[(ChecksumAt + 1)..]));
-        return hash.GetCurrentHashAsUInt64();
+        Span<ulong> others = stackalloc ulong[(MapLayout.PageBytes / sizeof(ulong)) - 1];
+        words[..ChecksumAt].CopyTo(others);
+        words[(ChecksumAt + 1)..].CopyTo(others[ChecksumAt..]);
+        return XxHash3.HashToUInt64(MemoryMarshal.AsBytes(others), BinaryPrimitives.ReadInt64LittleEndian(id));
     }
 }
