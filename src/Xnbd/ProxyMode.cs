@@ -38,7 +38,7 @@ internal sealed class ProxyMode : IDisposable
         _log = log;
         _events = new ProxyEvents(options, log);
         bool isCleared = (options.Opening & CacheOpening.Clear) != 0;
-        SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
+        using SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
         if (saved is { WasSwitched: true })
         {
             _cache = saved.OpenSwitched(options.RemoteNames, options.CacheImage, options.Opening, readOnly);
@@ -58,7 +58,8 @@ internal sealed class ProxyMode : IDisposable
                 options.Opening,
                 readOnly,
                 options.FetchLimits,
-                CannotStore);
+                CannotStore,
+                saved);
             _opened = _cache;
             if (options.Incoming)
                 WaitForTheMachine();

@@ -1,13 +1,12 @@
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
-using Xnbd.Storage.Layers;
 using Xnbd.Storage.Maps;
 using Xnbd.TestKit;
 
 namespace Xnbd.Storage.Tests;
 
 /// <summary>
-/// Maps of big disks, in real files: memory, space and the time of a start grow with what is used, not with the disk.
+/// Maps of big disks, in real files: memory and the time of a start grow with what is used, not with the disk.
 /// </summary>
 public sealed class BigMapTests : IDisposable
 {
@@ -215,83 +214,6 @@ public sealed class BigMapTests : IDisposable
         Assert.Equal(0, map.Count(BlockState.Written));
         map.PrepareToWrite();
         Assert.Equal(Blocks, BlockMap.Open(store, boot).Count(BlockState.Absent));
-    }
-
-    [Theory]
-    [InlineData("xfs", "-bsize=4096")]
-    [InlineData("ext4", "-b4096")]
-    [InlineData("tmpfs", "32m")]
-    public async Task On_a_full_disk_a_change_that_has_no_room_fails_and_all_others_are_made_durable(
-        string kind, string option)
-    {
-        using IDisposable mount = kind == "tmpfs"
-            ? await TmpfsMount.Create(_folder, option)
-            : await LoopMount.Create(_folder, kind, 512 << 20, option);
-        string folder = (mount as LoopMount)?.Path ?? ((TmpfsMount)mount).Path, path = Path.Combine(folder, "layer");
-        string image = _folder.Sparse("base", 1L << 40);
-        using Disk disk = LayerStack.OpenKept(image, [path], readOnly: false, force: false, _ => { });
-        BlockMap map = ((CowDisk)disk).Map;
-        byte[] data = new byte[8192];
-        data.AsSpan().Fill(7);
-        long[] offsets = [0, 1L << 38, 1L << 39];
-        foreach (long offset in offsets)
-            await disk.WriteAsync(offset, data, durable: false);
-        FillUp(folder);
-
-        // A page of the map that was never used.
-        const long unused = 3L << 38;
-        var failure = await Assert.ThrowsAsync<DiskException>(
-            async () => await disk.TrimAsync(unused, 4096, durable: false));
-        Assert.Equal(DiskError.NoSpace, failure.Error);
-        Assert.Equal(BlockState.Absent, map[unused / 4096]);
-
-        // Pages that are used: each of their slots has its space.
-        for (int i = 1; i <= 4; i++)
-        {
-            foreach (long offset in offsets)
-                await disk.TrimAsync(offset + (i * 1L << 20), 4096, durable: false);
-            await disk.FlushAsync();
-            Assert.True(map.IsCommitted);
-        }
-
-        await disk.TrimAsync(0, 4096, durable: true);
-        map.ChangeHeader(header => header);
-        map.ChangeHeader(header => header);
-        File.Delete(Path.Combine(folder, "filler"));
-        await disk.TrimAsync(unused, 4096, durable: true);
-        Assert.Equal(BlockState.Zero, map[unused / 4096]);
-        Assert.Equal(14, map.Count(BlockState.Zero));
-        Assert.Equal(5, map.Count(BlockState.Written));
-    }
-
-    private static void FillUp(string folder)
-    {
-        using FileStream filler = File.Create(Path.Combine(folder, "filler"), bufferSize: 0);
-        for (int length = 1 << 20; length > 0; length /= 2)
-        {
-            try
-            {
-                byte[] piece = new byte[length];
-                while (true)
-                    filler.Write(piece);
-            }
-            catch (IOException)
-            {
-                // It is full for pieces of this length.
-            }
-        }
-
-        filler.Flush(flushToDisk: true);
-    }
-
-    [Fact]
-    public void A_disposable_layer_takes_only_what_is_written()
-    {
-        string image = _folder.Sparse("base", 1L << 40);
-        using Disk disk = LayerStack.OpenDisposable(image, null, readOnly: false, _ => { });
-        Assert.True(disk.TryWrite(1L << 39, new byte[4096]));
-        Assert.Equal(Errno.None, LinuxFile.Status(_folder.File("base.cow0.layer1"), out FileStatus status));
-        Assert.InRange(status.AllocatedBytes, 1, 32 << 10);
     }
 
     /// <summary>Threads change blocks of the same pages, and pages that are used for the first time.</summary>

@@ -104,6 +104,13 @@ internal sealed class LossyFile(Random random)
         }
     }
 
+    /// <summary>Gives bytes space. They stay zero, and so count as a hole. The process may die here.</summary>
+    public void Allocate(int life)
+    {
+        lock (_durable)
+            Live(life);
+    }
+
     /// <summary>Finds sectors that were ever written.</summary>
     public (long Start, long End) FindData(long offset, long end)
     {
@@ -157,9 +164,7 @@ internal sealed class LossyStore(LossyFile file, long end = long.MaxValue) : IMa
 
     public void Sync() => file.Sync(_life, 0, end);
 
-    public void Allocate(long offset, long length)
-    {
-    }
+    public void Allocate(long offset, long length) => file.Allocate(_life);
 
     public (long Start, long End) FindData(long offset, long end) => file.FindData(offset, end);
 }

@@ -36,6 +36,7 @@ internal static class CacheFiles
     /// <param name="length">The origin's length in bytes.</param>
     /// <param name="opening">What to do with a map that exists.</param>
     /// <param name="others">Other addresses of the same disk, any of which the map may have recorded.</param>
+    /// <param name="saved">May have loaded the map already.</param>
     /// <exception cref="DiskException">They do not match, are damaged, or in use; nothing was touched.</exception>
     public static (ImageFile Image, BlockMap Map, SafeFileHandle MapFile) Open(
         string imagePath,
@@ -43,22 +44,24 @@ internal static class CacheFiles
         string origin,
         long length,
         CacheOpening opening,
-        IReadOnlyList<string>? others = null)
+        IReadOnlyList<string>? others = null,
+        SavedCache? saved = null)
     {
         var source = new SourceIdentity(origin, length, 0, 0);
         if (!MapHeader.FitsPath(origin))
             throw new DiskException(DiskError.NotSupported, "the remote's address is too long to be recorded");
         if (Path.GetFullPath(imagePath) == Path.GetFullPath(mapPath))
             throw OneFile(imagePath);
-        Errno errno = LinuxFile.Open(mapPath, OpenMode.ReadWrite, out SafeFileHandle? old);
-        if (errno is not (Errno.None or Errno.ENOENT))
-            throw LockedFile.Failure(errno, "open the map", mapPath);
+        (SafeFileHandle File, BlockMap Map)? loaded = saved?.HandOver(mapPath);
+        SafeFileHandle? old = loaded?.File ?? OpenMap(mapPath);
         ImageFile? image = null;
         SafeFileHandle? made = null;
         try
         {
             long size = 0;
-            BlockMap? map = old is null ? null : ReadMap(mapPath, old, source, others ?? [], opening, out size);
+            BlockMap? map = old is null
+                ? null
+                : ReadMap(mapPath, old, loaded?.Map, source, others ?? [], opening, out size);
             bool[]? imported = null;
             if (map is null && (opening & CacheOpening.ImportBitmap) != 0)
                 imported = size > 0
@@ -103,7 +106,7 @@ internal static class CacheFiles
                     // What the original xNBD wrote may be in memory only.
                     image.FlushAsync().AsTask().GetAwaiter().GetResult();
                 map.Commit();
-                errno = LinuxFile.Rename(partial, mapPath);
+                Errno errno = LinuxFile.Rename(partial, mapPath);
                 if (errno != Errno.None)
                     throw LockedFile.Failure(errno, "put in place", mapPath);
             }
@@ -133,10 +136,18 @@ internal static class CacheFiles
     private static DiskException OneFile(string path)
         => new(DiskError.Permission, $"'{path}' cannot be both the cache image and its map");
 
+    /// <returns>Null when there is none.</returns>
+    private static SafeFileHandle? OpenMap(string path)
+    {
+        Errno errno = LinuxFile.Open(path, OpenMode.ReadWrite, out SafeFileHandle? file);
+        return errno is Errno.None or Errno.ENOENT ? file : throw LockedFile.Failure(errno, "open the map", path);
+    }
+
     /// <returns>Null when a new map is to be made in place of this file.</returns>
     private static BlockMap? ReadMap(
         string path,
         SafeFileHandle file,
+        BlockMap? loaded, // and the file is locked, if this is not null
         SourceIdentity source,
         IReadOnlyList<string> others,
         CacheOpening opening,
@@ -146,7 +157,7 @@ internal static class CacheFiles
         size = status.Length;
         if (status.Kind != FileKind.Regular)
             throw new DiskException(DiskError.Damaged, $"'{path}' is no regular file");
-        if (LinuxFile.TryLock(file) == Errno.EAGAIN)
+        if (loaded is null && LinuxFile.TryLock(file) == Errno.EAGAIN)
             throw new InUseException($"the map '{path}'", file, UseConflict.NeededAlone);
         if (size == 0)
             return null; // an empty file, such as mktemp makes
@@ -180,7 +191,7 @@ internal static class CacheFiles
 
         if (size < MapLayout.FileLength(source.Length))
             throw new DiskException(DiskError.Damaged, $"the map '{path}' is damaged: it is too short");
-        return Named(path, () => BlockMap.Open(store, LinuxProcess.BootId));
+        return loaded ?? Named(path, () => BlockMap.Open(store, LinuxProcess.BootId));
     }
 
     /// <summary>Reads from a map; a failure names the file.</summary>

@@ -86,6 +86,7 @@ public sealed class OriginCache : IDisposable
     /// <param name="readOnly">Clients may not write.</param>
     /// <param name="limits">Bounds of what is under way.</param>
     /// <param name="cannotStore">Told when what was fetched cannot be kept.</param>
+    /// <param name="saved">May have loaded the map already.</param>
     /// <exception cref="DiskException">The files do not match; they are untouched.</exception>
     public static OriginCache Open(
         Disk origin,
@@ -95,14 +96,15 @@ public sealed class OriginCache : IDisposable
         CacheOpening opening,
         bool readOnly,
         CacheLimits limits,
-        Action<DiskException> cannotStore)
+        Action<DiskException> cannotStore,
+        SavedCache? saved = null)
     {
         ImageFile? image = null;
         SafeFileHandle? mapFile = null;
         try
         {
             (image, BlockMap map, mapFile) = CacheFiles.Open(
-                imagePath, mapPath, originNames[0], origin.Length, opening, others: originNames);
+                imagePath, mapPath, originNames[0], origin.Length, opening, others: originNames, saved);
             var cache = new CachingDisk(origin, image, map, readOnly, limits, cannotStore);
             if (!map.IsCommitted)
                 cache.FlushAll().AsTask().GetAwaiter().GetResult(); // as OverlayDisk.SettleAsync says

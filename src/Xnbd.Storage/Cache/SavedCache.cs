@@ -6,13 +6,15 @@ using Xnbd.Storage.Maps;
 namespace Xnbd.Storage.Cache;
 
 /// <summary>
-/// What the map of a cache says before the cache is opened: whether the origin is needed at all. Nothing is locked or
-/// changed, so that whoever opens the cache afterwards looks again.
+/// What the map of a cache says before the cache is opened: whether the origin is needed at all. Nothing is changed,
+/// and nothing is locked before <see cref="TakeSamples"/>. That loads the map, and keeps its file locked until the
+/// cache is opened (<see cref="HandOver"/>), so that a large map is loaded once. One thread uses this.
 /// </summary>
-public sealed class SavedCache
+public sealed class SavedCache : IDisposable
 {
     private readonly string _mapPath;
     private readonly MapHeader _header;
+    private (SafeFileHandle File, BlockMap Map)? _loaded; // the file is locked
 
     private SavedCache(string mapPath, MapHeader header) => (_mapPath, _header) = (mapPath, header);
 
@@ -32,7 +34,7 @@ public sealed class SavedCache
     {
         try
         {
-            using SafeFileHandle? file = OpenMap(mapPath);
+            using SafeFileHandle? file = OpenMap(mapPath, OpenMode.ReadOnly);
             return file is not null
                 && MapFile.ReadHeader(new FileMapStore(mapPath, file)) is { } header
                 && (header.Flags & MapFlags.Cache) != 0
@@ -48,13 +50,15 @@ public sealed class SavedCache
         }
     }
 
-    /// <summary>Whether no block is missing. This reads the whole map.</summary>
+    /// <summary>Whether no block is missing. This may read the whole map.</summary>
     /// <returns>False also when the map cannot be read.</returns>
     public bool IsComplete()
     {
+        if (_loaded is { } loaded)
+            return loaded.Map.Count(BlockState.Absent) == 0;
         try
         {
-            using SafeFileHandle? file = OpenMap(_mapPath);
+            using SafeFileHandle? file = OpenMap(_mapPath, OpenMode.ReadOnly);
             return file is not null && Load(file).Count(BlockState.Absent) == 0;
         }
         catch (DiskException)
@@ -70,10 +74,9 @@ public sealed class SavedCache
     {
         try
         {
-            using SafeFileHandle? file = OpenMap(_mapPath);
-            if (file is null)
+            _loaded ??= LockAndLoad();
+            if (_loaded is not { Map: var map })
                 return DiskSamples.None;
-            BlockMap map = Load(file);
             using ImageFile image = ImageFile.Open(imagePath, readOnly: true);
             // The machine may have died since; this is noted only when the map is opened to be changed.
             bool mayHoldWrites = (map.Header.Flags & MapFlags.MayHoldWrites) != 0
@@ -110,7 +113,7 @@ public sealed class SavedCache
             if (!originNames.Contains(OriginName) && (opening & CacheOpening.Rebind) == 0)
                 throw CacheFiles.OtherOrigin(_mapPath, OriginName, originNames[0]);
             image = ImageFile.OpenSwitched(imagePath, Length, readOnly);
-            file = OpenMap(_mapPath);
+            file = OpenMap(_mapPath, OpenMode.ReadOnly);
             BlockMap? map = file is null ? null : Load(file);
             if (map is null || map.Header.Id != _header.Id || (map.Header.Flags & MapFlags.Switched) == 0)
                 throw new DiskException(DiskError.InUse, $"the map '{_mapPath}' has changed meanwhile");
@@ -126,14 +129,49 @@ public sealed class SavedCache
         }
     }
 
+    /// <summary>Gives away the map that <see cref="TakeSamples"/> has loaded, and its locked file.</summary>
+    /// <param name="mapPath">The path at which the file must still be.</param>
+    /// <returns>Null if there is none; then the one who asks opens the file.</returns>
+    internal (SafeFileHandle File, BlockMap Map)? HandOver(string mapPath)
+    {
+        if (_loaded is not { } loaded || !LockedFile.IsAt(mapPath, loaded.File))
+            return null;
+        _loaded = null;
+        return loaded;
+    }
+
+    /// <inheritdoc/>
+    public void Dispose() => LockedFile.Close(_loaded?.File);
+
+    /// <returns>Null if the file is gone, or in use.</returns>
+    private (SafeFileHandle File, BlockMap Map)? LockAndLoad()
+    {
+        SafeFileHandle? file = OpenMap(_mapPath, OpenMode.ReadWrite);
+        try
+        {
+            if (file is null || LinuxFile.TryLock(file) == Errno.EAGAIN)
+            {
+                file?.Dispose();
+                return null;
+            }
+
+            return (file, Load(file));
+        }
+        catch
+        {
+            LockedFile.Close(file);
+            throw;
+        }
+    }
+
     private BlockMap Load(SafeFileHandle file)
         => BlockMap.Open(new FileMapStore(_mapPath, file), LinuxProcess.BootId);
 
-    private static SafeFileHandle? OpenMap(string path)
+    private static SafeFileHandle? OpenMap(string path, OpenMode mode)
         => LinuxFile.Status(path, out FileStatus status) == Errno.None
             && status.Kind == FileKind.Regular
             && status.Length >= 2 * MapHeader.Size
-            && LinuxFile.Open(path, OpenMode.ReadOnly, out SafeFileHandle? file) == Errno.None
+            && LinuxFile.Open(path, mode, out SafeFileHandle? file) == Errno.None
             ? file
             : null;
 }
