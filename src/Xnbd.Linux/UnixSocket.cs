@@ -31,16 +31,18 @@ public sealed unsafe class UnixSocket : IDisposable
     /// </summary>
     private static readonly TimeSpan s_probeTime = TimeSpan.FromSeconds(1);
 
-    private readonly string _path;
     private readonly FileStatus _file;
     private int _isDisposed; // 0 or 1
 
     private UnixSocket(string path, Socket socket, in FileStatus file)
     {
-        _path = path;
+        Path = path;
         Socket = socket;
         _file = file;
     }
+
+    /// <summary>The full path of its file.</summary>
+    public string Path { get; }
 
     /// <summary>The listening socket. Disposing of it alone leaves the file.</summary>
     public Socket Socket { get; }
@@ -61,9 +63,9 @@ public sealed unsafe class UnixSocket : IDisposable
     public static UnixSocket Listen(string path, bool isPrivate)
     {
         CheckLength(path);
-        path = Path.GetFullPath(path);
+        path = System.IO.Path.GetFullPath(path);
         CheckLength(path);
-        string folder = Path.GetDirectoryName(path) ?? "/";
+        string folder = System.IO.Path.GetDirectoryName(path) ?? "/";
         using SafeFileHandle directory = Lock(folder, s_lockTime);
         RemoveStale(path);
         int descriptor = LibC.Socket(LibC.AddressFamilyUnix, LibC.SocketStream | LibC.SocketCloseOnExec, 0);
@@ -110,11 +112,11 @@ public sealed unsafe class UnixSocket : IDisposable
             return; // another file may have its number by now
         try
         {
-            using SafeFileHandle directory = Lock(Path.GetDirectoryName(_path) ?? "/", s_endTime);
+            using SafeFileHandle directory = Lock(System.IO.Path.GetDirectoryName(Path) ?? "/", s_endTime);
 
             // While this socket is open, no other file can get its number.
-            if (LinuxFile.Status(_path, out FileStatus present) == Errno.None && present.IsSameFile(_file))
-                _ = LinuxFile.Unlink(_path);
+            if (LinuxFile.Status(Path, out FileStatus present) == Errno.None && present.IsSameFile(_file))
+                _ = LinuxFile.Unlink(Path);
         }
         catch (IOException)
         {

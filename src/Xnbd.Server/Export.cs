@@ -4,19 +4,34 @@ using Xnbd.Storage;
 namespace Xnbd.Server;
 
 /// <summary>A disk that clients can ask for by name.</summary>
-/// <param name="Name">The name by which clients ask for it; may be empty.</param>
-/// <param name="Description">A text for people, shown by <c>nbdinfo</c>.</param>
-/// <param name="Disk">The disk.</param>
-/// <param name="CanMultiConn"> All connections that a client can open under this name see one disk, and a flush on one
+/// <param name="name">The name by which clients ask for it; may be empty.</param>
+/// <param name="description">A text for people, shown by <c>nbdinfo</c>.</param>
+/// <param name="disk">The disk.</param>
+/// <param name="canMultiConn">All connections that a client can open under this name see one disk, and a flush on one
 /// of them covers writes on all. This is always true for the connections of one server. With a server for each
-/// connection it is true if all servers write one file, but not if each has a layer or a cache of its own. </param>
-public sealed record Export(string Name, string Description, Disk Disk, bool CanMultiConn = true)
+/// connection it is true if all servers write one file, but not if each has a layer or a cache of its own.</param>
+public sealed class Export(string name, string description, Disk disk, bool canMultiConn = true)
 {
+    /// <summary>The name by which clients ask for it; may be empty.</summary>
+    public string Name => name;
+
+    /// <summary>A text for people, shown by <c>nbdinfo</c>.</summary>
+    public string Description => description;
+
+    /// <summary>The disk.</summary>
+    public Disk Disk => disk;
+
     /// <summary>
     /// The ids of the proxies that reads pass through, asked for at each handshake; empty if there are none. They are
     /// told to clients that ask for the description; see <see cref="NbdProxyTrail"/>.
     /// </summary>
     public Func<IReadOnlyList<ulong>> Trail { get; init; } = () => [];
+
+    /// <summary>Bounds what the clients of this export have in flight.</summary>
+    public RequestLimits Limits { get; init; } = RequestLimits.Default;
+
+    /// <summary>No session may begin any more. The server's lock guards it.</summary>
+    internal bool IsRemoved { get; set; }
 
     /// <summary>The description with the trail.</summary>
     internal string DescriptionAndTrail
@@ -34,27 +49,11 @@ public sealed record Export(string Name, string Description, Disk Disk, bool Can
     {
         NbdTransmissionFlags flags = NbdTransmissionFlags.HasFlags | NbdTransmissionFlags.SendFlush
             | NbdTransmissionFlags.SendFua | NbdTransmissionFlags.SendCache;
-        if (CanMultiConn)
+        if (canMultiConn)
             flags |= NbdTransmissionFlags.CanMultiConn;
         flags |= IsReadOnly
             ? NbdTransmissionFlags.ReadOnly
             : NbdTransmissionFlags.SendTrim | NbdTransmissionFlags.SendWriteZeroes | NbdTransmissionFlags.SendFastZero;
         return structuredReplies ? flags | NbdTransmissionFlags.SendDf : flags;
     }
-}
-
-/// <summary>The exports of a server.</summary>
-/// <param name="exports">In the order in which clients see them; the first is the default one.</param>
-public sealed class ExportTable(params IReadOnlyList<Export> exports)
-{
-    /// <summary>All exports.</summary>
-    public IReadOnlyList<Export> All { get; } = exports;
-
-    /// <summary>The export that the empty name always means.</summary>
-    public Export Default => All[0];
-
-    /// <summary>Finds an export by its name.</summary>
-    /// <returns>Null when there is no such export.</returns>
-    public Export? Find(string name)
-        => name.Length == 0 ? Default : All.FirstOrDefault(export => export.Name == name);
 }

@@ -77,9 +77,9 @@ internal sealed class Handshake
         switch (style)
         {
             case HandshakeStyle.None:
-                return handshake.Agree(exports.Default);
+                return handshake.Agree(exports.Default!);
             case HandshakeStyle.Oldstyle:
-                Export export = exports.Default;
+                Export export = exports.Default!;
                 byte[] greeting = new byte[NbdSize.OldstyleGreeting];
                 NbdHandshake.WriteOldstyleGreeting(
                     greeting, export.Disk.Length, export.TransmissionFlags(structuredReplies: false));
@@ -212,7 +212,7 @@ internal sealed class Handshake
         {
             if (option == NbdOption.Go)
                 _refusedName = Printable(request.ExportName);
-            return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
+            return Reply(option, NbdOptionReplyType.ErrUnknown, NoExport(request.ExportName));
         }
 
         bool sent = Reply(
@@ -254,7 +254,7 @@ internal sealed class Handshake
         if (!NbdMetaContextRequest.TryRead(data, out NbdMetaContextRequest? request))
             return Reply(option, NbdOptionReplyType.ErrInvalid, "malformed metadata query");
         if (_exports.Find(request.ExportName) is not { } export)
-            return Reply(option, NbdOptionReplyType.ErrUnknown, $"no export named '{Printable(request.ExportName)}'");
+            return Reply(option, NbdOptionReplyType.ErrUnknown, NoExport(request.ExportName));
 
         MetaContexts found = MetaContexts.None;
         foreach ((MetaContexts context, string space, string name) in s_contexts)
@@ -273,6 +273,11 @@ internal sealed class Handshake
             (_contexts, _contextsExport) = (found, request.ExportName);
         return Reply(option, NbdOptionReplyType.Ack);
     }
+
+    private static string NoExport(string name)
+        => name.Length > 0
+            ? $"no export named '{Printable(name)}'"
+            : "there is no default export: choose one by its name (they can be listed)";
 
     private bool Reply(NbdOption option, NbdOptionReplyType type, string message)
         => Reply(option, type, NbdString.GetBytes(message));

@@ -13,60 +13,72 @@ namespace Xnbd.Server;
 /// An NBD server: listens, gives each connection a thread of its own, keeps track of the connections, and ends in good
 /// order.
 /// <para>
-/// A connection is first in its handshake, then in a session, then gone. <c>_connections</c> guards both lists. A
-/// connection ends on its own thread, which alone disposes of it.
+/// A connection is first in its handshake, then in a session of an export, then gone. <c>_connections</c> guards the
+/// lists of both. A connection ends on its own thread, which alone disposes of it.
 /// </para>
 /// </summary>
-/// <param name="exports">What is served.</param>
+/// <param name="exports">What is served; with the old style, or without a handshake, its default export.</param>
 /// <param name="style">How clients are greeted.</param>
 /// <param name="logger">Receives log messages.</param>
-/// <param name="limits">Bounds what is in flight; <see cref="RequestLimits.Default"/> unless given.</param>
+/// <param name="maxBytes">Bounds the bytes that all exports together have in flight, in addition to the limits of
+/// each; not bounded unless given.</param>
 /// <param name="time">Tells how long clients take; the system's unless given.</param>
 public sealed class NbdServer(
     ExportTable exports,
     HandshakeStyle style,
     ILogger logger,
-    RequestLimits? limits = null,
+    long maxBytes = long.MaxValue,
     TimeProvider? time = null) : IDisposable
 {
-    private readonly TimeProvider _time = time ?? TimeProvider.System;
-    private readonly SessionServices _services = new(
-        new BufferPool(ServerLimits.MaxSpareBuffers),
-        new RequestBudget(limits ?? RequestLimits.Default),
-        new FailureLog(logger, time ?? TimeProvider.System),
-        time ?? TimeProvider.System,
-        new LinuxEvent());
+    private const string StopReason = "server is stopping";
 
+    private static readonly TimeSpan s_maxWait = TimeSpan.FromHours(1); // what Monitor.Wait takes is bounded
+
+    private readonly TimeProvider _time = time ?? TimeProvider.System;
+    private readonly BufferPool _buffers = new(ServerLimits.MaxSpareBuffers);
+    private readonly BudgetTotal _budget = new(maxBytes);
+    private readonly FailureLog _failures = new(logger, time ?? TimeProvider.System);
     private readonly RefusalLog _refusals = new(logger, time ?? TimeProvider.System);
     private readonly List<Socket> _listeners = [];
     private readonly int _descriptorLimit = LinuxDescriptors.Limit;
     private UnixSocket? _unixSocket;
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
-    private readonly Dictionary<Connection, Session> _sessions = [];
+    private readonly Dictionary<Export, ExportSessions> _sessions = [];
     private int _connectionCount;
-    private long _endedRead; // of sessions that have ended; _connections guards these two, too
-    private long _endedWritten;
     private volatile bool _isStopping;
 
     /// <summary>The number of connections.</summary>
     public int ConnectionCount => Volatile.Read(ref _connectionCount);
 
-    /// <summary>What clients have moved so far.</summary>
-    public ServerTraffic Traffic
+    /// <summary>What the clients of an export have moved so far.</summary>
+    public ServerTraffic TrafficOf(Export export)
+    {
+        lock (_connections)
+            return _sessions.GetValueOrDefault(export)?.Traffic ?? default;
+    }
+
+    /// <summary>The clients that are in a session.</summary>
+    public IReadOnlyList<ServerClient> Clients
     {
         get
         {
             lock (_connections)
             {
-                (long read, long written) = (_endedRead, _endedWritten);
-                foreach (Session session in _sessions.Values)
-                {
-                    read += session.BytesRead;
-                    written += session.BytesWritten;
-                }
-
-                return new ServerTraffic(ConnectionCount, read, written);
+                return
+                [
+                    .. from pair in _sessions
+                       from open in pair.Value.Open
+                       let session = open.Value
+                       select new ServerClient(
+                           open.Key.Peer,
+                           pair.Key.Name,
+                           session.Since,
+                           session.BytesRead,
+                           session.BytesWritten,
+                           session.RequestCount,
+                           session.InFlight),
+                ];
             }
         }
     }
@@ -98,7 +110,8 @@ public sealed class NbdServer(
 
         _listeners.Add(listener);
         var actual = (IPEndPoint)listener.LocalEndPoint!;
-        logger.Listening(isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString(), UriOf(actual));
+        string place = isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString();
+        logger.Listening(place, UriOf(actual, exports.DefaultName ?? ""));
         return actual;
     }
 
@@ -109,7 +122,7 @@ public sealed class NbdServer(
     {
         _unixSocket = UnixSocket.Listen(path, isPrivate: false);
         _listeners.Add(_unixSocket.Socket);
-        logger.Listening(path, UriOf(path));
+        logger.Listening(path, UriOf(path, exports.DefaultName ?? ""));
     }
 
     /// <summary>Starts to accept connections, on a thread for each listening socket.</summary>
@@ -144,7 +157,7 @@ public sealed class NbdServer(
             if (Negotiate(connection) is { } agreement)
                 RunSession(connection, agreement);
             else
-                logger.HandshakeEnded(connection.Peer, connection.EndReason ?? "server is stopping");
+                logger.HandshakeEnded(connection.Peer, connection.EndReason ?? StopReason);
         }
         catch (Exception failure)
         {
@@ -170,17 +183,51 @@ public sealed class NbdServer(
 
         lock (_connections)
         {
+            Monitor.PulseAll(_connections); // an export that is being removed has no grace any more
             foreach (Connection connection in _handshakes)
-                connection.Abort("server is stopping");
-            foreach (Session session in _sessions.Values)
-                session.Stop();
-            _services.Stopping.Signal();
-            if (WaitForSessions(ServerLimits.StopTime))
+                connection.Abort(StopReason);
+            foreach (ExportSessions sessions in _sessions.Values)
+                sessions.Stop();
+            if (WaitUntil(() => OpenSessions == 0, ServerLimits.StopTime))
                 return;
-            logger.SessionsBrokenOff(_sessions.Count);
-            foreach (Connection connection in _sessions.Keys)
-                connection.Abort("server is stopping");
-            WaitForSessions(TimeSpan.FromSeconds(1));
+            logger.SessionsBrokenOff(OpenSessions);
+            foreach (ExportSessions sessions in _sessions.Values)
+                sessions.Abort(StopReason);
+            WaitUntil(() => OpenSessions == 0, TimeSpan.FromSeconds(1));
+        }
+    }
+
+    /// <summary>
+    /// Removes an export, and returns when no client uses it any more. Nobody can enter it from now on. Those who are
+    /// in may go on for a time, or until they leave. Then each session ends after the requests that it has received;
+    /// those that take longer than <see cref="ServerLimits.StopTime"/> are broken off.
+    /// </summary>
+    /// <param name="export">The export. Another one may take its name at once.</param>
+    /// <param name="grace">How long clients may go on.</param>
+    /// <returns>False when a request is still under way, on a disk that does not answer: the disk cannot be
+    /// disposed of.</returns>
+    public bool Remove(Export export, TimeSpan grace)
+    {
+        exports.Remove(export);
+        lock (_connections)
+        {
+            export.IsRemoved = true;
+            if (!_sessions.TryGetValue(export, out ExportSessions? sessions))
+                return true;
+            bool IsEmpty() => sessions.Open.Count == 0;
+            if (!WaitUntil(() => IsEmpty() || _isStopping, grace) || !IsEmpty())
+                sessions.Stop();
+            if (!WaitUntil(IsEmpty, ServerLimits.StopTime))
+            {
+                logger.SessionsBrokenOff(sessions.Open.Count);
+                sessions.Abort("export was removed");
+                if (!WaitUntil(IsEmpty, TimeSpan.FromSeconds(1)))
+                    return false;
+            }
+
+            _sessions.Remove(export);
+            sessions.Services.Stopping.Dispose();
+            return true;
         }
     }
 
@@ -254,21 +301,26 @@ public sealed class NbdServer(
         return spare;
     }
 
-    /// <summary>The URI to which clients connect.</summary>
-    private string UriOf(IPEndPoint address)
+    /// <summary>The URIs of an export, one for each address on which this server listens.</summary>
+    /// <param name="name">The export's name; empty for the default one.</param>
+    public IReadOnlyList<string> UrisOf(string name)
+        => [.. _listeners.Select(listener => listener.LocalEndPoint is IPEndPoint address
+            ? UriOf(address, name)
+            : UriOf(_unixSocket!.Path, name))];
+
+    private static string UriOf(IPEndPoint address, string name)
     {
         bool isAny = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any);
         string host = isAny ? Environment.MachineName
             : address.AddressFamily == AddressFamily.InterNetworkV6 ? $"[{address.Address}]"
             : address.Address.ToString();
-        string name = exports.Default.Name;
         return $"nbd://{host}:{address.Port}{(name.Length > 0 ? "/" : "")}{Uri.EscapeDataString(name)}";
     }
 
-    private string UriOf(string path)
+    private static string UriOf(string path, string name)
     {
         string escaped = Uri.EscapeDataString(path).Replace("%2F", "/", StringComparison.Ordinal);
-        return $"nbd+unix:///{Uri.EscapeDataString(exports.Default.Name)}?socket={escaped}";
+        return $"nbd+unix:///{Uri.EscapeDataString(name)}?socket={escaped}";
     }
 
     private Agreement? Negotiate(Connection connection)
@@ -303,12 +355,21 @@ public sealed class NbdServer(
 
     private void RunSession(Connection connection, Agreement agreement)
     {
-        var session = new Session(connection, agreement, _services);
+        ExportSessions sessions;
+        Session session;
         lock (_connections)
         {
-            if (_isStopping)
+            if (_isStopping || agreement.Export.IsRemoved)
                 return;
-            _sessions.Add(connection, session);
+            if (TrySessionsOf(agreement.Export) is not { } found)
+            {
+                _refusals.Log("no descriptor is left");
+                return;
+            }
+
+            sessions = found;
+            session = new Session(connection, agreement, sessions.Services, _time.GetUtcNow());
+            sessions.Add(connection, session);
         }
 
         try
@@ -329,24 +390,39 @@ public sealed class NbdServer(
         {
             lock (_connections)
             {
-                _sessions.Remove(connection);
-                _endedRead += session.BytesRead;
-                _endedWritten += session.BytesWritten;
+                sessions.Remove(connection);
                 Monitor.PulseAll(_connections);
             }
         }
     }
 
-    /// <summary>Waits for the end of all sessions. The lock is held, and released while this waits.</summary>
-    /// <returns>False when some are left after that time.</returns>
-    private bool WaitForSessions(TimeSpan maxTime)
+    private int OpenSessions => _sessions.Values.Sum(sessions => sessions.Open.Count);
+
+    /// <summary>The sessions of an export. The lock is held.</summary>
+    /// <returns>Null when there is no descriptor for what they share.</returns>
+    private ExportSessions? TrySessionsOf(Export export)
+    {
+        if (_sessions.TryGetValue(export, out ExportSessions? sessions))
+            return sessions;
+        if (LinuxEvent.TryCreate() is not { } stopping)
+            return null;
+        var budget = new RequestBudget(export.Limits, _budget);
+        return _sessions[export] = new ExportSessions(
+            new SessionServices(_buffers, budget, _failures, _time, stopping));
+    }
+
+    /// <summary>Waits for a condition, which the end of a session may bring about. The lock is held, and released while
+    /// this waits.</summary>
+    /// <returns>False when it does not hold after that time.</returns>
+    private bool WaitUntil(Func<bool> condition, TimeSpan maxTime)
     {
         long start = Environment.TickCount64;
-        while (_sessions.Count > 0)
+        while (!condition())
         {
             TimeSpan left = maxTime - TimeSpan.FromMilliseconds(Environment.TickCount64 - start);
-            if (left <= TimeSpan.Zero || !Monitor.Wait(_connections, left))
-                return _sessions.Count == 0;
+            if (left <= TimeSpan.Zero)
+                return false;
+            Monitor.Wait(_connections, left < s_maxWait ? left : s_maxWait);
         }
 
         return true;

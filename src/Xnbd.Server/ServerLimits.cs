@@ -37,9 +37,15 @@ public static class ServerLimits
 
     /// <summary>
     /// Bytes that the requests of all connections may hold while they wait for payload, disk or socket: four requests
-    /// of the greatest size. A connection that needs more waits.
+    /// of the greatest size. A connection that needs more waits. (An export of many may hold half of it, or less.)
     /// </summary>
     public const long MaxBytesInFlight = 4L * MaxPayload;
+
+    /// <summary>
+    /// A request up to this length passes even if other exports hold all bytes, as long as its own export holds none:
+    /// what file systems and guests send at a time. A thousand such exports hold a gibibyte at most.
+    /// </summary>
+    public const int SurePassBytes = 1024 * 1024;
 
     /// <summary>
     /// A client that holds bytes in flight for which others wait may take this time to move its data, and in addition

@@ -29,8 +29,9 @@ internal sealed class Session
     private readonly SessionInput _input;
     private readonly FastReads _fastReads;
 
-    public Session(Connection connection, Agreement agreement, SessionServices services)
+    public Session(Connection connection, Agreement agreement, SessionServices services, DateTimeOffset since)
     {
+        Since = since;
         _connection = connection;
         _agreement = agreement;
         _disk = agreement.Export.Disk;
@@ -42,6 +43,12 @@ internal sealed class Session
         _fastReads = new FastReads(
             _disk, services.Budget, _output, agreement.StructuredReplies, connection.SendsFiles);
     }
+
+    /// <summary>When the session began.</summary>
+    public DateTimeOffset Since { get; }
+
+    /// <summary>Requests whose replies have not been sent completely.</summary>
+    public int InFlight => _sender.Pending.Count;
 
     /// <summary>Requests received so far.</summary>
     public long RequestCount { get; private set; }

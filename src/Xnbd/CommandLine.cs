@@ -43,6 +43,16 @@ internal static class CommandLine
         return result.Errors.Count == 0 ? result : throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
     }
 
+    /// <summary>Reads an option's path.</summary>
+    /// <returns>The full path; null when the option was not given.</returns>
+    /// <exception cref="UsageException">It is empty.</exception>
+    public static string? FullPath(string option, string? word) => word switch
+    {
+        null => null,
+        "" => throw new UsageException($"{option}: the name is empty"),
+        _ => Path.GetFullPath(word),
+    };
+
     /// <summary>Reads an option's number.</summary>
     /// <returns>Null when the option was not given.</returns>
     /// <exception cref="UsageException">It is not a number, or out of its range.</exception>

@@ -1,16 +1,15 @@
 using System.CommandLine;
-using System.Globalization;
 using System.Net.Sockets;
-using System.Text.Json;
 using System.Text.Json.Nodes;
 using Xnbd.Client;
 using Xnbd.Control;
 using Xnbd.Programs.Watch;
 using Xnbd.Storage;
+using static Xnbd.Programs.ControlReport;
 
 namespace Xnbd.Programs;
 
-/// <summary>The program <c>xnbd-bgctl</c>: queries and controls a proxy through its control socket.</summary>
+/// <summary>The program <c>xnbd-bgctl</c>: queries and controls a server through its control socket.</summary>
 internal static class ControlProgram
 {
     /// <summary>The program's name.</summary>
@@ -39,7 +38,7 @@ internal static class ControlProgram
 
     private static int Control(string[] args)
     {
-        var query = new Option<bool>("--query") { Description = "Show mode, remote, and how much is cached" };
+        var query = new Option<bool>("--query") { Description = "Show the mode, and what it does" };
         var cacheAll = new Option<bool>("--cache-all")
         {
             Description = "Fetch all that is missing; return when that is done",
@@ -87,6 +86,11 @@ internal static class ControlProgram
         };
         var pause = new Option<bool>("--pause") { Description = "Stop copying in the background for a while" };
         var resume = new Option<bool>("--resume") { Description = "Go on copying" };
+        var clients = new Option<bool>("--clients") { Description = "List the clients that are connected" };
+        var snapshot = new Option<bool>("--snapshot")
+        {
+            Description = "Make a snapshot of the image beside it, and say its name; of targets only",
+        };
         var progress = new Option<bool>("--progress")
         {
             Description = "With --cache-all, --prefetch, --verify and --move: show the progress",
@@ -122,14 +126,14 @@ internal static class ControlProgram
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs" };
         var words = new Argument<string[]>("SOCKET")
         {
-            Description = "The proxy's control socket",
+            Description = "The server's control socket",
             Arity = ArgumentArity.ZeroOrMore,
         };
-        var command = new Command(Name, "Controls a caching proxy of xnbd-server.")
+        var command = new Command(Name, "Queries and controls a running xnbd-server.")
         {
             query, watch, begin, cacheAll, cacheAll2, prefetch, verify, switches, shutdown, move, reconnect, cancel,
-            setRate, pause, resume, invalidate, interval, progress, detach, blocks, noVerify, force, exportName, json,
-            words,
+            setRate, pause, resume, invalidate, clients, snapshot, interval, progress, detach, blocks, noVerify, force,
+            exportName, json, words,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return ExitCode.Success;
@@ -137,7 +141,7 @@ internal static class ControlProgram
         Option[] actions =
         [
             query, watch, begin, cacheAll, prefetch, verify, switches, move, reconnect, cancel, setRate, pause, resume,
-            invalidate,
+            invalidate, clients, snapshot,
         ];
         bool IsGiven(Option action) => (action is Option<bool> flag
             ? result.GetValue(flag)
@@ -197,6 +201,10 @@ internal static class ControlProgram
         bool isJson = result.GetValue(json);
         if (given[0] == query)
             return Show(client.Call("query")!, isJson);
+        if (given[0] == clients)
+            return ShowClients(client.Call("clients")!, isJson);
+        if (given[0] == snapshot)
+            return FollowSnapshot(client, [], isJson);
         if (given[0] == switches)
         {
             JsonNode answer = client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!;
@@ -308,6 +316,21 @@ internal static class ControlProgram
         }
     }
 
+    /// <summary>Starts a snapshot, waits for it, and reports its end.</summary>
+    /// <param name="client">The channel.</param>
+    /// <param name="which">Parameters that say of what.</param>
+    /// <param name="isJson">Report as JSON.</param>
+    internal static int FollowSnapshot(ControlClient client, JsonObject which, bool isJson)
+    {
+        JsonNode status = client.Call("snapshot", which.DeepClone().AsObject())!;
+        which["wait-ms"] = 10_000;
+        while (status["state"]!.GetValue<string>() == "running")
+            status = client.Call("snapshot.status", which.DeepClone().AsObject())!;
+        return status["state"]!.GetValue<string>() == "done"
+            ? Say(status, isJson, status["path"]!.GetValue<string>())
+            : throw new FailureException($"no snapshot was made: {Snapshot(status)}");
+    }
+
     /// <summary>Waits for a job, and reports its end.</summary>
     private static int Follow(ControlClient client, JsonNode job, bool isShown, bool isJson)
     {
@@ -332,90 +355,5 @@ internal static class ControlProgram
             Say(status, isJson, Differences(comparison));
         throw new FailureException(
             $"{ControlProgress.Doing(status)}: {status["state"]!.GetValue<string>()}{ErrorOf(status)}");
-    }
-
-    private static string Compared(JsonNode comparison)
-    {
-        long blocks = comparison["blocks"]!.GetValue<long>(), written = comparison["written-blocks"]!.GetValue<long>();
-        string rest = written == 0 ? "" : $" ({written} others were written here meanwhile)";
-        return $"{blocks - written} blocks that were fetched are as the remote has them{rest}";
-    }
-
-    private static string Differences(JsonNode comparison)
-    {
-        var text = new System.Text.StringBuilder();
-        long listed = 0;
-        foreach (JsonNode? range in comparison["differences"]!.AsArray())
-        {
-            long length = range!["length"]!.GetValue<long>();
-            listed += BlockRange.CountOf(length);
-            text.Append(
-                CultureInfo.InvariantCulture, $"differs: {length} bytes at {range["offset"]!.GetValue<long>()}\n");
-        }
-
-        long more = comparison["different-blocks"]!.GetValue<long>() - listed;
-        return more > 0 ? $"{text}and {more} more blocks" : text.ToString().TrimEnd('\n');
-    }
-
-    private static int Say(JsonNode answer, bool isJson, string text)
-    {
-        Console.WriteLine(isJson ? Indented(answer) : text);
-        return ExitCode.Success;
-    }
-
-    private static int Show(JsonNode answer, bool isJson)
-    {
-        if (isJson)
-        {
-            Console.WriteLine(Indented(answer));
-            return ExitCode.Success;
-        }
-
-        long Number(string name) => answer[name]!.GetValue<long>();
-        static string Bytes(long count) => ByteCount.DescribeExactly(count);
-        long blocks = Number("blocks"), cached = Number("cached-blocks"), written = Number("written-blocks");
-        Console.WriteLine($"mode:         {answer["mode"]!.GetValue<string>()}");
-        string remote = answer["remote"] is { } address
-            ? $"{address.GetValue<string>()}, {Number("remote-connections")} connections"
-            : "none: the proxy was switched";
-        Console.WriteLine($"remote:       {remote}");
-        if (answer["incoming"]?.GetValue<bool>() == true)
-            Console.WriteLine("incoming:     nothing is kept until a client writes, or --begin");
-        Console.WriteLine($"cache image:  {answer["cache-image"]!.GetValue<string>()}");
-        Console.WriteLine($"disk:         {Bytes(Number("size"))}, {blocks} blocks");
-        string percent = ControlProgress.Percent(cached, blocks);
-        Console.WriteLine($"cached:       {Bytes(Number("cached-bytes"))}, {cached} blocks, {percent} %");
-        Console.WriteLine($"written here: {Bytes(written * BlockRange.BlockSize)}, {written} blocks");
-        Console.WriteLine($"fetched:      {Bytes(Number("fetched-bytes"))} since the start");
-        Console.WriteLine($"zeroes:       {Bytes(ControlProgress.ZeroBytes(answer))} that were not fetched");
-        Console.WriteLine($"reads:        {Number("hits")} hits, {Number("misses")} misses");
-        Console.WriteLine($"in flight:    {Number("requests-in-flight")} requests, {Bytes(Number("bytes-in-flight"))}");
-        Console.WriteLine($"clients:      {Number("clients")} connections");
-        if (answer["copy-paused"]?.GetValue<bool>() == true)
-            Console.WriteLine("copy:         paused (--resume)");
-        else if (answer["max-copy-rate"] is { } limit)
-            Console.WriteLine($"copy:         at most {Bytes(limit.GetValue<long>())} per second");
-        long failures = Number("store-failures");
-        if (failures > 0)
-            Console.WriteLine($"NOT CACHED:   {failures} times fetched data could not be kept: see the proxy's log");
-        if (answer["job"] is { } job)
-        {
-            string kind = (job["kind"]?.GetValue<string>() ?? ProxyJobs.CacheAllKind) + ":";
-            Console.WriteLine($"{kind,-13} {job["state"]!.GetValue<string>()}{ErrorOf(job)}");
-        }
-
-        return ExitCode.Success;
-    }
-
-    /// <summary>The error of a job, as the end of a line.</summary>
-    private static string ErrorOf(JsonNode job)
-        => job["error"] is { } error ? $": {error.GetValue<string>()}" : "";
-
-    private static string Indented(JsonNode node)
-    {
-        using var stream = new MemoryStream();
-        using (var writer = new Utf8JsonWriter(stream, new JsonWriterOptions { Indented = true }))
-            node.WriteTo(writer);
-        return System.Text.Encoding.UTF8.GetString(stream.ToArray());
     }
 }

@@ -16,14 +16,15 @@ internal static class Daemon
     /// Whether this process was started by <see cref="Start"/>. It can be asked only once, since children must not
     /// inherit the answer.
     /// </summary>
-    public static bool IsChild()
+    /// <param name="program">The program's name.</param>
+    public static bool IsChild(string program)
     {
         bool isChild = Environment.GetEnvironmentVariable(ChildVariable) is not null;
         if (isChild)
         {
             Environment.SetEnvironmentVariable(ChildVariable, null);
             _ = LinuxProcess.StartSession();
-            LinuxProcess.SetName(ServerProgram.Name); // in case there was no link of that name
+            LinuxProcess.SetName(program); // in case there was no link of that name
         }
 
         return isChild;

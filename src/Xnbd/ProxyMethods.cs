@@ -39,8 +39,6 @@ internal sealed class ProxyMethods
         {
             switch (method)
             {
-                case "query":
-                    return Query();
                 case "watch":
                     return JsonSerializer.SerializeToNode(
                         _watch.Report(Number(parameters, "cells", OriginCache.MaxCells) ?? ProxyWatch.DefaultCells),
@@ -85,23 +83,24 @@ internal sealed class ProxyMethods
                     throw new ControlException(ControlException.NoSuchMethod, $"there is no method '{method}'");
             }
         }
-        catch (Exception failure) when (failure is DiskException or RemoteException)
+        catch (RemoteException failure)
         {
             throw new ControlException(ControlException.Failed, Advice.Describe(failure));
         }
     }
 
-    private JsonObject Query()
+    /// <summary>The state.</summary>
+    public JsonObject Query()
     {
         CacheStatistics figures = _cache.Statistics;
         long cached = figures.FetchedBlocks + figures.WrittenBlocks, blocks = cached + figures.AbsentBlocks;
         bool isTarget = _cache.Image is not null;
         return new JsonObject
         {
-            ["mode"] = isTarget ? "target" : "proxy",
+            ["mode"] = _proxy.Mode,
             ["remote"] = isTarget ? null : _remote!.Address.ToString(),
             ["remote-connections"] = isTarget ? 0 : _remote!.ConnectionCount,
-            ["cache-image"] = _proxy.CacheImagePath,
+            ["cache-image"] = _proxy.FilePath,
             ["size"] = _proxy.Disk.Length,
             ["block-size"] = BlockRange.BlockSize,
             ["blocks"] = blocks,
@@ -121,6 +120,7 @@ internal sealed class ProxyMethods
             ["line-rate"] = _cache.LineRate,
             ["store-failures"] = _proxy.StoreFailures,
             ["clients"] = _proxy.Traffic().Connections,
+            ["snapshot"] = _proxy.Snapshots.LastStatus,
             ["job"] = _jobs.Last?.Status(0),
         };
     }

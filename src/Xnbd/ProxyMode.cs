@@ -1,8 +1,10 @@
 using System.Diagnostics;
 using System.Security.Cryptography;
+using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
 using Xnbd.Client;
-using Xnbd.Control;
+using Xnbd.Linux;
+using Xnbd.Programs.Serving;
 using Xnbd.Server;
 using Xnbd.Storage;
 using Xnbd.Storage.Cache;
@@ -14,16 +16,16 @@ namespace Xnbd.Programs;
 /// The proxy mode: a cache of a remote disk, and its control channel (<see cref="ProxyMethods"/>). After the switch it
 /// is the target mode of the cache image.
 /// </summary>
-internal sealed class ProxyMode : IDisposable
+internal sealed class ProxyMode : ServedDisk
 {
     private readonly ProxyOptions _options;
     private readonly RemoteDisk? _remote; // null if the cache was switched before the start
     private readonly OriginCache _cache;
     private volatile OriginCache? _opened; // the cache, once it is open
-    private readonly ILogger _log;
     private readonly ProxyEvents _events;
     private readonly ProxyMethods _methods;
-    private ControlServer? _control;
+    private readonly bool _readOnly;
+    private volatile Thread? _signalled; // the last switch by SIGUSR2
     private readonly Lock _switching = new(); // one switch at a time, which is told once
     private long _storeFailures;
 
@@ -33,9 +35,10 @@ internal sealed class ProxyMode : IDisposable
     /// <exception cref="OperationCanceledException">The server was told to stop while it waited for the
     /// remote.</exception>
     public ProxyMode(ProxyOptions options, bool readOnly, ILogger log, CancellationToken stop)
+        : base(log, stop)
     {
         _options = options;
-        _log = log;
+        _readOnly = readOnly;
         _events = new ProxyEvents(options, log);
         bool isCleared = (options.Opening & CacheOpening.Clear) != 0;
         using SavedCache? saved = isCleared ? null : SavedCache.Find(options.Map);
@@ -72,53 +75,67 @@ internal sealed class ProxyMode : IDisposable
     /// <summary>Keeps nothing before a client has written, unless one has written in an earlier life.</summary>
     private void WaitForTheMachine()
     {
-        _cache.Begun = () => _log.LogInformation("a client has written: what is read from now on is kept");
+        _cache.Begun = () => Log.LogInformation("a client has written: what is read from now on is kept");
         if (_cache.TryPassThrough())
-            _log.LogInformation("reads pass through, and nothing is kept, until a client writes");
+            Log.LogInformation("reads pass through, and nothing is kept, until a client writes");
         else
-            _log.LogInformation("blocks are here already: what is read is kept");
+            Log.LogInformation("blocks are here already: what is read is kept");
     }
 
     /// <summary>Told of what the administrator wants to know.</summary>
     public ProxyEvents Events => _events;
 
-    /// <summary>The disk that is served.</summary>
-    public Disk Disk => _cache.Disk;
+    /// <inheritdoc/>
+    public override string Mode => Image is null ? "proxy" : "target";
+
+    /// <inheritdoc/>
+    public override Disk Disk => _cache.Disk;
 
     /// <summary>The cache image after the switch; null before.</summary>
-    public ImageFile? Image => _cache.Image;
+    public override ImageFile? Image => _cache.Image;
 
-    /// <summary>The remote's address at present, for people; none if this was a target from the start.</summary>
-    public string RemoteName => _remote?.Address.ToString() ?? "none";
+    /// <inheritdoc/>
+    public override string FilePath => _options.CacheImage;
+
+    /// <inheritdoc/>
+    public override string Description
+    {
+        get
+        {
+            string origin = Image is null ? $"a cache of {_remote!.Address}" : "to which a proxy was switched";
+            return $"'{FilePath}', {origin}, {Disk.Length} bytes, {(_readOnly ? "read-only" : "read-write")}";
+        }
+    }
 
     /// <summary>The ids of the proxies that reads pass through; none after the switch.</summary>
-    public IReadOnlyList<ulong> Trail => Image is null ? _remote!.Trail : [];
+    public override IReadOnlyList<ulong> Trail => Image is null ? _remote!.Trail : [];
 
-    /// <summary>The cache image's path.</summary>
-    public string CacheImagePath => _options.CacheImage;
+    /// <inheritdoc/>
+    public override RequestLimits Limits => _options.ClientLimits;
 
     /// <summary>How often fetched data could not be cached.</summary>
     public long StoreFailures => Interlocked.Read(ref _storeFailures);
 
-    /// <summary>Tells what clients have moved, for the query.</summary>
-    public Func<ServerTraffic> Traffic { get; set; } = () => default;
-
-    /// <summary>Opens the control channel.</summary>
-    public void StartControl()
+    /// <summary>
+    /// Starts a switch as the control channel's <c>switch</c> does it, on a thread of its own, since it may take a
+    /// while. A failure is logged.
+    /// </summary>
+    public override void SwitchBySignal()
     {
-        try
-        {
-            _control = ControlServer.Start(_options.ControlSocket, _methods.Call);
-        }
-        catch (Exception failure) when (failure is IOException or ArgumentException)
-        {
-            throw new FailureException(
-                $"cannot listen on the control socket '{_options.ControlSocket}': {failure.Message}");
-        }
+        if (_signalled is { IsAlive: true })
+            Log.LogWarning("it is being switched already; the signal is ignored");
+        else if ((_signalled = LinuxThread.TryStart("switch", SwitchAndLog)) is null)
+            Log.LogError("not switched: the system has no thread to spare");
     }
 
-    /// <summary>Switches as the control channel's <c>switch</c> does. A failure is logged, not thrown.</summary>
-    public void SwitchBySignal()
+    /// <inheritdoc/>
+    public override void WaitUntilEnded()
+    {
+        base.WaitUntilEnded();
+        _signalled?.Join();
+    }
+
+    private void SwitchAndLog()
     {
         try
         {
@@ -128,17 +145,22 @@ internal sealed class ProxyMode : IDisposable
         {
             // This runs on its own thread, so nobody else would catch it.
             string cause = failure is DiskException ? Advice.Describe(failure) : failure.ToString();
-            _log.LogError("not switched: {Cause}", cause);
+            Log.LogError("not switched: {Cause}", cause);
         }
     }
 
-    /// <summary>Makes the cache durable.</summary>
-    public Task FlushAll() => _cache.FlushAll();
+    /// <inheritdoc/>
+    public override Task FlushAll() => _cache.FlushAll();
 
     /// <inheritdoc/>
-    public void Dispose()
+    protected override JsonObject Query() => _methods.Query();
+
+    /// <inheritdoc/>
+    protected override JsonNode? CallOwn(string method, JsonObject parameters) => _methods.Call(method, parameters);
+
+    /// <inheritdoc/>
+    protected override void Close()
     {
-        _control?.Dispose();
         _methods.EndJob();
         _cache.Dispose(); // this also waits for a switch that a signal or a client has started
         _events.Dispose();
@@ -157,7 +179,7 @@ internal sealed class ProxyMode : IDisposable
             ProxyId = BitConverter.ToUInt64(RandomNumberGenerator.GetBytes(sizeof(ulong))),
             MaxConnections = _options.Connections,
             Patience = _options.RemoteTimeout,
-            Log = _log,
+            Log = Log,
             Changed = _events.Remote,
         };
         long start = Stopwatch.GetTimestamp();
@@ -176,7 +198,7 @@ internal sealed class ProxyMode : IDisposable
                 if (Stopwatch.GetElapsedTime(start).TotalSeconds >= _options.WaitSeconds)
                     throw new FailureException(failure.Message);
                 if (isFirst)
-                    _log.LogWarning("waiting for the remote: {Cause}", failure.Message);
+                    Log.LogWarning("waiting for the remote: {Cause}", failure.Message);
                 if (stop.WaitHandle.WaitOne(500))
                     throw new OperationCanceledException(stop);
             }
@@ -197,14 +219,14 @@ internal sealed class ProxyMode : IDisposable
     {
         if (isComplete)
         {
-            _log.LogWarning(
+            Log.LogWarning(
                 "the remote cannot be used, and is not needed, since all is cached: {Cause}", failure.Message);
             return true;
         }
 
         if (_options.RemoteTimeout > TimeSpan.Zero)
             return false;
-        _log.LogWarning(
+        Log.LogWarning(
             "the remote cannot be used; reads of missing blocks fail until it is there: {Cause}", failure.Message);
         return true;
     }
@@ -225,7 +247,7 @@ internal sealed class ProxyMode : IDisposable
     {
         if (Interlocked.Increment(ref _storeFailures) == 1)
         {
-            _log.LogError(
+            Log.LogError(
                 "fetched data cannot be cached (further failures are only counted): {Cause}", failure.Message);
         }
     }

@@ -1,5 +1,6 @@
 using System.CommandLine;
 using Xnbd.Client;
+using Xnbd.Programs.Serving;
 using Xnbd.Storage.Cache;
 
 namespace Xnbd.Programs;
@@ -93,7 +94,7 @@ internal sealed class ServerCommandLine
     };
     private readonly Option<string?> _port = new("--lport")
     {
-        Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {ServerOptions.DefaultPort}]",
+        Description = $"Listen on this TCP port, on all IPv4 and IPv6 addresses [default: {ListenOptions.DefaultPort}]",
         HelpName = "PORT",
     };
     private readonly Option<string?> _address = new("--laddr")
@@ -143,6 +144,11 @@ internal sealed class ServerCommandLine
     {
         Description = "Write the process's number to this file; refused while another server holds it",
         HelpName = "FILE",
+    };
+    private readonly Option<string?> _control = new("--control")
+    {
+        Description = "With --target and --cow-target: listen on this control socket; see xnbd-bgctl",
+        HelpName = "PATH",
     };
     private readonly Option<string?> _record = new("--record")
     {
@@ -200,7 +206,8 @@ internal sealed class ServerCommandLine
             _target, _cowTarget, _proxy, _cowDirectory, _cowLayer, _force, _targetName, _remote,
             _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _rate, _onEvent, _clearBitmap, _rebind,
             _importBitmap, _maxQueue, _maxBuffer, _port, _address, _unix, _exportName, _readOnly, _shareImage,
-            _format, _oldstyle, _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _record, _image,
+            _format, _oldstyle, _daemonize, _inetd, _connected, _logPath, _syslog, _pidFile, _record, _control,
+            _image,
         };
 
         if (CommandLine.Parse(command, args) is not { } result)
@@ -211,38 +218,30 @@ internal sealed class ServerCommandLine
             throw new UsageException($"unknown option '{unknown}'");
 
         ValidateMode(result);
-        ProxyOptions? proxyOptions = null;
-        if (result.GetValue(_proxy))
-            proxyOptions = ReadProxy(result, images);
-        else
-            ValidateLocal(result, images);
-
+        ProxyOptions? proxyOptions = result.GetValue(_proxy) ? ReadProxy(result, images) : null;
         var options = new ServerOptions
         {
-            Image = proxyOptions?.CacheImage ?? images[0],
+            Local = proxyOptions is null ? ReadLocal(result, images) : null,
             Proxy = proxyOptions,
+            ControlPath = proxyOptions?.ControlSocket ?? FullPath(_control),
             Port = CommandLine.Number("--lport", result.GetValue(_port), 1, 65535),
             Address = result.GetValue(_address),
-            UnixPath = result.GetValue(_unix),
+            UnixPath = FullPath(_unix),
             ReadOnly = result.GetValue(_readOnly),
-            ShareImage = result.GetValue(_shareImage),
-            Format = result.GetValue(_format),
             Daemonize = result.GetValue(_daemonize),
             Inetd = result.GetValue(_inetd),
             ConnectedDescriptor = CommandLine.Number("--connected-fd", result.GetValue(_connected), 0, int.MaxValue),
-            LogPath = result.GetValue(_logPath),
+            LogPath = FullPath(_logPath),
             Syslog = result.GetValue(_syslog),
-            PidFile = result.GetValue(_pidFile),
-            RecordPath = result.GetValue(_record),
-            CowTarget = result.GetValue(_cowTarget),
-            CowDirectory = result.GetValue(_cowDirectory),
-            CowLayers = result.GetValue(_cowLayer) ?? [],
-            Force = result.GetValue(_force),
+            PidFile = FullPath(_pidFile),
+            RecordPath = FullPath(_record),
             ExportName = result.GetValue(_exportName)!,
             Oldstyle = result.GetValue(_oldstyle),
         };
         options.Validate();
         return options;
+
+        string? FullPath(Option<string?> option) => CommandLine.FullPath(option.Name, result.GetValue(option));
     }
 
     private void ValidateMode(ParseResult result)
@@ -257,6 +256,13 @@ internal sealed class ServerCommandLine
 
     private ProxyOptions ReadProxy(ParseResult result, string[] words)
     {
+        RefuseStray(
+            result,
+            [_cowDirectory, _cowLayer, _force],
+            "--cow-dir, --cow-layer and --force go with --cow-target only");
+        RefuseStray(result, [_shareImage], "--share-image goes with --target only");
+        RefuseStray(result, [_format], "--format goes with --target and --cow-target only");
+        RefuseStray(result, [_control], "--control: a proxy's control socket is its last argument");
         if (result.GetValue(_clearBitmap) && (result.GetValue(_rebind) || result.GetValue(_importBitmap)))
             throw new UsageException("--clear-bitmap forgets what --rebind and --import-bitmap keep");
         string? export = result.GetResult(_targetName) is { Implicit: false } ? result.GetValue(_targetName) : null;
@@ -272,7 +278,7 @@ internal sealed class ServerCommandLine
                 | (result.GetValue(_importBitmap) ? CacheOpening.ImportBitmap : 0),
             Incoming = result.GetValue(_incoming),
             MaxCopyRate = CommandLine.Rate(_rate.Name, result.GetValue(_rate)) ?? 0,
-            OnEvent = ReadOnEvent(result),
+            OnEvent = CommandLine.FullPath(_onEvent.Name, result.GetValue(_onEvent)),
             MaxRequests = Number(_maxQueue, 1, 1_000_000) ?? ProxyOptions.DefaultRequests,
             MaxBytes = Number(_maxBuffer, 2 << 20, int.MaxValue) ?? ProxyOptions.DefaultBytes,
         };
@@ -281,16 +287,8 @@ internal sealed class ServerCommandLine
             => CommandLine.Number(option.Name, result.GetValue(option), min, max);
     }
 
-    private string? ReadOnEvent(ParseResult result)
-        => result.GetValue(_onEvent) switch
-        {
-            null => null,
-            "" => throw new UsageException("--on-event: the name is empty"),
-            string path => Path.GetFullPath(path),
-        };
-
-    /// <summary>Checks the arguments of the modes that serve an image of this machine.</summary>
-    private void ValidateLocal(ParseResult result, string[] images)
+    /// <summary>Reads the arguments of the modes that serve an image of this machine.</summary>
+    private LocalDiskOptions ReadLocal(ParseResult result, string[] images)
     {
         if (images.Length > 0 && RemoteUri.IsUri(images[0]) && !File.Exists(images[0]))
         {
@@ -310,7 +308,38 @@ internal sealed class ServerCommandLine
             _targetName, _remote, _remoteConnections, _waitRemote, _remoteTimeout, _incoming, _rate, _onEvent,
             _clearBitmap, _rebind, _importBitmap, _maxQueue, _maxBuffer,
         ];
-        if (Array.Find(ofProxy, option => result.GetResult(option) is { Implicit: false }) is { } stray)
+        if (Array.Find(ofProxy, option => IsGiven(result, option)) is { } stray)
             throw new UsageException($"{stray.Name} goes with --proxy only");
+        if (images[0].Length == 0)
+            throw new UsageException("the disk image's name is empty");
+        bool isCow = result.GetValue(_cowTarget), isShared = result.GetValue(_shareImage);
+        if (isCow && isShared)
+            throw new UsageException("--share-image goes with --target only");
+        var options = new LocalDiskOptions
+        {
+            Image = Path.GetFullPath(images[0]),
+            ReadOnly = result.GetValue(_readOnly),
+            Format = result.GetValue(_format),
+            IsShared = isShared || result.GetValue(_inetd) || IsGiven(result, _connected),
+            CowTarget = isCow,
+            CowDirectory = CommandLine.FullPath(_cowDirectory.Name, result.GetValue(_cowDirectory)),
+            CowLayers =
+            [
+                .. (result.GetValue(_cowLayer) ?? []).Select(path => CommandLine.FullPath(_cowLayer.Name, path)!),
+            ],
+            Force = result.GetValue(_force),
+        };
+        options.Validate();
+        return options;
+    }
+
+    private static bool IsGiven(ParseResult result, Option option)
+        => result.GetResult(option) is { Implicit: false };
+
+    /// <exception cref="UsageException">One of the options was given.</exception>
+    private static void RefuseStray(ParseResult result, Option[] options, string message)
+    {
+        if (Array.Exists(options, option => IsGiven(result, option)))
+            throw new UsageException(message);
     }
 }

@@ -15,13 +15,18 @@ internal sealed class ServerFixture : IDisposable
         TimeProvider? time = null)
     {
         Disk = disk ?? new MemoryDisk(1 << 20);
+        Export = new Export(name, "a test's disk", Disk);
         Server = new NbdServer(
-            new ExportTable(new Export(name, "a test's disk", Disk)), style, LogToTest(), limits: null, time);
+            new ExportTable(Export), style, LogToTest(), time: time);
         Server.Listen(SocketPath);
         Server.Start();
     }
 
     public Disk Disk { get; }
+
+    public Export Export { get; }
+
+    public ServerTraffic Traffic => Server.TrafficOf(Export);
 
     public NbdServer Server { get; }
 

@@ -7,7 +7,7 @@ public class StallClockTests
     private static readonly TimeSpan s_moment = TimeSpan.FromMilliseconds(1);
 
     private readonly TestClock _clock = new();
-    private readonly RequestBudget _budget = new(new RequestLimits(Requests: 1, Bytes: 1));
+    private readonly RequestBudget _budget = new(new RequestLimits(Requests: 1, Bytes: 1), new BudgetTotal());
     private readonly StallClock _stall;
 
     public StallClockTests() => _stall = new StallClock(_budget, _clock);

@@ -39,18 +39,18 @@ public sealed class TransmissionTests : IDisposable
     [Fact]
     public void The_traffic_counts_what_all_clients_have_moved_also_those_that_left()
     {
-        Assert.Equal(default, _server.Server.Traffic);
+        Assert.Equal(default, _server.Traffic);
         NbdTestClient first = _server.Open();
         first.Write(0, new byte[5000]);
         first.Read(0, 300);
-        Assert.Equal(new ServerTraffic(1, 300, 5000), _server.Server.Traffic);
+        Assert.Equal(new ServerTraffic(1, 300, 5000), _server.Traffic);
         using NbdTestClient second = _server.Open();
         second.Read(0, 20);
-        Assert.Equal(new ServerTraffic(2, 320, 5000), _server.Server.Traffic);
+        Assert.Equal(new ServerTraffic(2, 320, 5000), _server.Traffic);
         first.Disconnect();
         first.Dispose();
-        Wait.Until(() => _server.Server.Traffic.Connections == 1, "the client has left");
-        Assert.Equal(new ServerTraffic(1, 320, 5000), _server.Server.Traffic);
+        Wait.Until(() => _server.Traffic.Connections == 1, "the client has left");
+        Assert.Equal(new ServerTraffic(1, 320, 5000), _server.Traffic);
     }
 
     [Theory]

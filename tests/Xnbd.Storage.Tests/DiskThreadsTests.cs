@@ -35,6 +35,19 @@ public sealed class DiskThreadsTests
     }
 
     [Fact]
+    public void Threads_without_work_end_and_further_work_starts_others()
+    {
+        var threads = new DiskThreads("idle", 4, idleTime: TimeSpan.FromMilliseconds(1));
+        for (int i = 0; i < 3; i++)
+        {
+            using var done = new ManualResetEventSlim();
+            threads.Enqueue(new Job(done.Set));
+            Assert.True(done.Wait(s_deadline));
+            Assert.True(SpinWait.SpinUntil(() => threads.Count == 0, s_deadline));
+        }
+    }
+
+    [Fact]
     public void Without_threads_all_work_is_done_that_several_callers_hand_over_at_once()
     {
         const int count = 4;

@@ -73,7 +73,7 @@ public partial class ManualTests
     [Fact]
     public void The_manual_page_names_every_signal_and_exit_code()
     {
-        string source = File.ReadAllText(Path.Combine(Repository.Root, "src", "Xnbd", "ServerSignals.cs"));
+        string source = File.ReadAllText(Path.Combine(Repository.Root, "src", "Xnbd", "Serving", "ServerBase.cs"));
         foreach (string signal in SignalInSource().Matches(source).Select(m => m.Value).Distinct())
             Assert.Contains(signal, Page, StringComparison.Ordinal);
         foreach (string code in (string[])[".It 0", ".It 1", ".It 2"])

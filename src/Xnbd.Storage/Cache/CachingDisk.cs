@@ -99,7 +99,7 @@ internal sealed class CachingDisk : OverlayDisk
             Ended = fetches => _fetches!.End(fetches),
             CannotStore = cannotStore,
             Flush = FlushAll,
-            RunLater = storeLater ?? DiskThreads.Writers.Enqueue,
+            RunLater = storeLater ?? DiskThreads.NewWriters().Enqueue,
         };
         _fetches = new FetchQueue(origin, map, limits, readLocal: ReadAsync, arrived: _store.Add);
         _fill = new CacheFill(origin, cache, map, Changing, CopyTurnAsync, CopyAsync);

@@ -85,7 +85,7 @@ internal sealed class FetchStore : IDiskWork
     public required Func<ValueTask> Flush { get; init; }
 
     /// <summary>Runs work on a thread that may wait for the file.</summary>
-    public Action<IDiskWork> RunLater { get; init; } = DiskThreads.Writers.Enqueue;
+    public Action<IDiskWork> RunLater { get; init; } = DiskThreads.NewWriters().Enqueue;
 
     /// <summary>Tells whether the file is slow.</summary>
     public TimeProvider Time { get; init; } = TimeProvider.System;

@@ -27,7 +27,7 @@ public sealed partial class ImageFile
         => Work.Rent(this, Operation.Read, offset, buffer.Length).Start(buffer: buffer);
 
     /// <inheritdoc/>
-    public override bool HasIdleReader => DiskThreads.Readers.IsMostlyIdle;
+    public override bool HasIdleReader => Readers.IsMostlyIdle;
 
     /// <inheritdoc/>
     public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
@@ -51,6 +51,9 @@ public sealed partial class ImageFile
     /// <inheritdoc/>
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
         => Work.Rent(this, Operation.Extents, offset, length).Start(extents: extents);
+
+    /// <summary>The threads that wait for reads.</summary>
+    internal DiskThreads Readers { get; } = DiskThreads.NewReaders();
 
     /// <summary>One operation, for a disk thread.</summary>
     private sealed class Work : PooledOperation, IDiskWork
@@ -100,9 +103,9 @@ public sealed partial class ImageFile
 
         private DiskThreads Threads => _operation switch
         {
-            Operation.Read or Operation.Prefetch => DiskThreads.Readers,
-            Operation.Extents => DiskThreads.Lookers,
-            _ => DiskThreads.Writers,
+            Operation.Read or Operation.Prefetch => _image!.Readers,
+            Operation.Extents => _image!._lookers,
+            _ => _image!._writers,
         };
 
         public void Run()

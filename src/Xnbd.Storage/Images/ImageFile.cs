@@ -45,6 +45,8 @@ public sealed partial class ImageFile : Disk
     private readonly ImageVersion _version;
     private readonly ImageSync _sync;
     private readonly WriteGate _gate = new();
+    private readonly DiskThreads _writers = DiskThreads.NewWriters();
+    private readonly DiskThreads _lookers = DiskThreads.NewLookers();
 
     private ImageFile(
         string path,

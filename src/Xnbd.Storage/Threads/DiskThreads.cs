@@ -11,7 +11,8 @@ internal interface IDiskWork
 
 /// <summary>
 /// Threads that wait for disks, so that a session's thread need not. They are started when there is more work than idle
-/// threads, up to a maximum, and stay. All images of the process share them.
+/// threads, up to a maximum, and end when they have had nothing to do for a while. Each image has its own: one whose
+/// disk never answers takes no thread of another image.
 /// <para>
 /// <c>_gate</c> guards the queue and the counts. Work runs while no lock is held. If the system has no thread to give,
 /// the thread that hands work over does it itself (<see cref="WorkHere"/>).
@@ -24,6 +25,11 @@ internal sealed class DiskThreads
     /// 32: 16 threads beat both 8 and 32.
     /// </summary>
     private const int MaxThreads = 16;
+
+    /// <summary>
+    /// How long a thread without work stays. Starting another one takes some 100 microseconds.
+    /// </summary>
+    private static readonly TimeSpan s_idleTime = TimeSpan.FromSeconds(10);
 
     private readonly object _gate = new();
     private readonly Queue<IDiskWork> _waiting = new();
@@ -40,24 +46,41 @@ internal sealed class DiskThreads
 
     private readonly Func<string, Action, Thread?> _tryStart;
 
+    private readonly TimeSpan _idleTime;
+
     /// <summary>Makes a group of threads, of which none is started yet.</summary>
     /// <param name="name">Their name.</param>
     /// <param name="maxThreads">How many there may be.</param>
     /// <param name="tryStart">Starts a thread; <see cref="LinuxThread.TryStart"/> unless given.</param>
-    internal DiskThreads(string name, int maxThreads, Func<string, Action, Thread?>? tryStart = null)
-        => (_name, _maxThreads, _tryStart) = (name, maxThreads, tryStart ?? LinuxThread.TryStart);
+    /// <param name="idleTime">How long a thread without work stays; 10 s unless given.</param>
+    internal DiskThreads(
+        string name, int maxThreads, Func<string, Action, Thread?>? tryStart = null, TimeSpan? idleTime = null)
+    {
+        (_name, _maxThreads) = (name, maxThreads);
+        (_tryStart, _idleTime) = (tryStart ?? LinuxThread.TryStart, idleTime ?? s_idleTime);
+    }
 
     /// <summary>For reads: they never queue up behind a slow flush, or a long zeroing.</summary>
-    public static DiskThreads Readers { get; } = new("disk reader", MaxThreads);
+    public static DiskThreads NewReaders() => new("disk reader", MaxThreads);
 
     /// <summary>For all that changes or syncs.</summary>
-    public static DiskThreads Writers { get; } = new("disk writer", MaxThreads);
+    public static DiskThreads NewWriters() => new("disk writer", MaxThreads);
 
     /// <summary>
     /// For questions where data and holes are. In a badly fragmented file the kernel may take long to answer one.
     /// However many are asked, they keep two threads busy, and no read waits behind them.
     /// </summary>
-    public static DiskThreads Lookers { get; } = new("disk looker", 2);
+    public static DiskThreads NewLookers() => new("disk looker", 2);
+
+    /// <summary>Threads that are there at present.</summary>
+    internal int Count
+    {
+        get
+        {
+            lock (_gate)
+                return _threads;
+        }
+    }
 
     /// <summary>Hands work over. Callers bound how much: the queue itself has no limit.</summary>
     public void Enqueue(IDiskWork work)
@@ -144,8 +167,12 @@ internal sealed class DiskThreads
                 while (!_waiting.TryDequeue(out work))
                 {
                     _idle++;
-                    Monitor.Wait(_gate);
+                    bool isWoken = Monitor.Wait(_gate, _idleTime);
                     _idle--;
+                    if (isWoken || _waiting.Count > 0)
+                        continue;
+                    _threads--;
+                    return;
                 }
             }
 

@@ -50,7 +50,7 @@ internal sealed class ProxyWatch(ProxyMode proxy, OriginCache cache, RemoteDisk?
             RemoteFailure = state.Reason,
             RemoteWaitingReads = state.WaitingReads,
             Incoming = _cache.IsIncoming,
-            CacheImage = _proxy.CacheImagePath,
+            CacheImage = _proxy.FilePath,
             Size = _proxy.Disk.Length,
             Blocks = figures.AbsentBlocks + figures.FetchedBlocks + figures.WrittenBlocks,
             MissingBlocks = figures.AbsentBlocks,

@@ -4,10 +4,10 @@ using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Server;
 
-namespace Xnbd.Programs;
+namespace Xnbd.Programs.Serving;
 
-/// <summary>The sockets of <c>xnbd-server</c>: the one that was handed over, or those on which it listens.</summary>
-internal sealed class ServerSockets(ServerOptions options)
+/// <summary>The sockets of a server: the one that was handed over, or those on which it listens.</summary>
+internal sealed class ServerSockets(ListenOptions options)
 {
     /// <summary>
     /// Redirects stdout and stderr to nowhere if they are the connection that stdin is, as an Internet super-server
@@ -67,7 +67,7 @@ internal sealed class ServerSockets(ServerOptions options)
 
         if (options.UnixPath is not null && options.Port is null && options.Address is null)
             return;
-        int port = options.Port ?? ServerOptions.DefaultPort;
+        int port = options.Port ?? ListenOptions.DefaultPort;
         string place = options.Address is null ? $"port {port}" : $"address {options.Address}, port {port}";
         try
         {
