@@ -18,6 +18,12 @@ internal sealed record BenchOptions
     /// <summary>The workloads are printed, and not run.</summary>
     public required bool IsList { get; init; }
 
+    /// <summary>No workloads are run: only starts and sizes are measured.</summary>
+    public required bool IsFootprintsOnly { get; init; }
+
+    /// <summary>Starts and sizes are measured, too: nothing was chosen that only workloads have.</summary>
+    public bool HasFootprints => Only.Length == 0 && Sizes.Count == 0;
+
     public required IReadOnlyList<Transport> Transports { get; init; }
 
     /// <summary>Sizes of requests, as in <see cref="Workload.Size"/>; empty for all workloads.</summary>
@@ -46,7 +52,7 @@ internal sealed record BenchOptions
 
     /// <summary>Whether a workload is run.</summary>
     public bool Includes(Workload workload)
-        => (!IsQuick || workload.IsQuick) && Modes.Contains(workload.Mode)
+        => !IsFootprintsOnly && (!IsQuick || workload.IsQuick) && Modes.Contains(workload.Mode)
             && (Sizes.Count == 0 || Sizes.Contains(workload.Size))
             && workload.Name.Contains(Only, StringComparison.Ordinal);
 
@@ -63,6 +69,10 @@ internal sealed record BenchOptions
         };
         var json = new Option<bool>("--json") { Description = "Print the figures as JSON, for programs" };
         var list = new Option<bool>("--list") { Description = "Print the chosen workloads; run nothing" };
+        var footprints = new Option<bool>("--footprints")
+        {
+            Description = "Only the time of a start and the size, also with a disk of 16 TiB; no workloads",
+        };
         Option<string?> transport = Text(
             "--transport", "LIST", $"How clients reach the servers: {Names<Transport>()} [default: unix,tcp]");
         Option<string?> size = Text("--sizes", "LIST", $"Only requests of these sizes: {sizes}");
@@ -75,7 +85,7 @@ internal sealed record BenchOptions
         Option<string?> disk = Text("--disk", "FOLDER", "Where the images for cold reads go [default: out]");
         var command = new Command("script/bench", "Measures xNBD and its peers side by side, on this machine.")
         {
-            quick, json, list, transport, size, mode, peers, only, rounds, seconds, disk, new HelpOption(),
+            quick, json, list, footprints, transport, size, mode, peers, only, rounds, seconds, disk, new HelpOption(),
         };
         ParseResult result = command.Parse(args, new ParserConfiguration { ResponseFileTokenReplacer = null });
         if (result.Action is HelpAction)
@@ -87,11 +97,12 @@ internal sealed record BenchOptions
         if (result.Errors.Count > 0)
             throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
         bool isQuick = result.GetValue(quick);
-        return new BenchOptions
+        var options = new BenchOptions
         {
             IsQuick = isQuick,
             IsJson = result.GetValue(json),
             IsList = result.GetValue(list),
+            IsFootprintsOnly = result.GetValue(footprints),
             Transports = [.. Words(transport, "unix,tcp", Names<Transport>()).Select(Value<Transport>)],
             Sizes = Words(size, "", sizes),
             Modes = [.. Words(mode, modes, modes).Select(Value<Mode>)],
@@ -101,6 +112,9 @@ internal sealed record BenchOptions
             Seconds = Number(seconds, isQuick ? 0.5 : 1, 0.1, 3600, NumberStyles.AllowDecimalPoint),
             Disk = result.GetValue(disk) ?? Path.Combine(Repository.Root, "out"),
         };
+        if (options.IsFootprintsOnly && !options.HasFootprints)
+            throw new UsageException("--footprints runs no workloads: it cannot be used with --only or --sizes");
+        return options;
 
         // known: the words that are allowed; null for the beginnings of peers' names
         string[] Words(Option<string?> option, string @default, string? known)

@@ -28,8 +28,10 @@ internal sealed class BenchRun(
     private IReadOnlyList<Peer> Peers(Workload workload)
         => [.. Peers(workload.Mode).Where(peer => workload.Suits(peer))];
 
-    /// <summary>How long it is expected to take.</summary>
-    public TimeSpan Expected => TimeSpan.FromSeconds(options.Rounds * cases.Sum(ExpectedSeconds));
+    /// <summary>How long it is expected to take, without the making of images.</summary>
+    public TimeSpan Expected => TimeSpan.FromSeconds(
+        (options.Rounds * cases.Sum(ExpectedSeconds))
+        + (options.HasFootprints ? Footprints.ExpectedSeconds(this, options) : 0));
 
     public async Task<Results> Run()
     {

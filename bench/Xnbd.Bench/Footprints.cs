@@ -21,6 +21,10 @@ internal sealed class Footprints
     public const int Writes = 2000;
 
     private const int WriteBytes = 4096;
+
+    // How long a server takes, about, in seconds.
+    private const double StartSeconds = 0.15;
+    private const double UseSeconds = 0.5;
     private const long BigDiskBytes = 16L << 40;
 
     private readonly List<(Peer Peer, Footprint Footprint)> _idle = [];
@@ -32,15 +36,26 @@ internal sealed class Footprints
     /// <summary>With a sparse image of 16 TiB; used: after some random writes.</summary>
     public IReadOnlyList<(Mode Mode, Peer Peer, Footprint Footprint)> OfBigDisk => _ofBigDisk;
 
+    /// <summary>How long that is expected to take.</summary>
+    public static double ExpectedSeconds(BenchRun run, BenchOptions options)
+    {
+        int stages = ModesOf(options).Sum(mode => run.Peers(mode).Count * (mode == Mode.Target ? 2 : 1));
+        return stages * ((Starts(options) * StartSeconds) + UseSeconds);
+    }
+
+    private static IEnumerable<Mode> ModesOf(BenchOptions options) => options.Modes.Where(mode => mode != Mode.Crowd);
+
+    private static int Starts(BenchOptions options) => options.IsQuick ? 3 : 7;
+
     public static async Task<Footprints> Measure(BenchRun run, BenchOptions options, CancellationToken stop)
     {
         var footprints = new Footprints();
         using var folder = new TempFolder(Images.MemoryFolder);
         string small = folder.Sparse("small", 512 << 20), big = folder.Sparse("big", BigDiskBytes);
-        int starts = options.IsQuick ? 3 : 7;
+        int starts = Starts(options);
         await Task.Run(() =>
         {
-            foreach (Mode mode in options.Modes.Where(mode => mode != Mode.Crowd))
+            foreach (Mode mode in ModesOf(options))
             {
                 foreach (Peer peer in run.Peers(mode))
                 {

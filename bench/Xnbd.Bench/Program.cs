@@ -38,14 +38,15 @@ foreach (Transport transport in options.Transports)
 IReadOnlyList<Case> cases = CasesOver(transports);
 using var images = new Images(options.Disk);
 var run = new BenchRun(options, cases, network, images, stop.Token);
-Progress.Say($"{cases.Count} workloads, transports counted: about {Math.Ceiling(run.Expected.TotalMinutes)} minutes");
+double expected = Math.Ceiling(run.Expected.TotalSeconds / 10) * 10;
+Progress.Say($"{cases.Count} workloads, transports counted: about {expected:0} seconds");
 foreach (Peer absent in Peer.All.Where(peer => !peer.IsPresent))
     Progress.Say($"absent: {absent.Name}");
 try
 {
     Machine machine = await Machine.Read(options.Modes.SelectMany(run.Peers).Select(peer => peer.Program));
     Results results = await run.Run();
-    Footprints footprints = options.Only.Length == 0 && options.Sizes.Count == 0
+    Footprints footprints = options.HasFootprints
         ? await Footprints.Measure(run, options, stop.Token)
         : new Footprints();
     Progress.Show("");

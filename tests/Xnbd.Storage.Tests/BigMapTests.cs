@@ -160,6 +160,38 @@ public sealed class BigMapTests : IDisposable
         }
     }
 
+    /// <summary>A copy has holes in other places than the file.</summary>
+    [Theory]
+    [InlineData("always")] // also in place of zeroes inside of pages that are used
+    [InlineData("never")]
+    public async Task A_map_that_was_copied_is_found_and_goes_on(string sparse)
+    {
+        const long length = 200L << 30;
+        string path = _folder.File("map"), copy = _folder.File("copy");
+        using SafeFileHandle file = Make(path, length);
+        var map = BlockMap.Create(new FileMapStore(path, file), Header(_boot, length: length));
+        map.Set(new BlockRange(7, 20_000), BlockState.Written);
+        map.Set(new BlockRange(40_000_000, 1), BlockState.Written);
+        map.Commit();
+        map.Set(new BlockRange(30_000_000, 20_000), BlockState.Zero);
+        map.Set(new BlockRange(40_000_000, 1), BlockState.Absent);
+        await Tool.Succeed("cp", "--sparse=" + sparse, path, copy);
+        using SafeFileHandle copied = File.OpenHandle(copy, access: FileAccess.ReadWrite);
+        var store = new FileMapStore(copy, copied);
+        BlockMap opened = BlockMap.Open(store, _boot);
+        Assert.Equal(map.Runs(), opened.Runs());
+        opened.PrepareToWrite();
+        foreach (BlockMap both in (BlockMap[])[map, opened])
+        {
+            both.Set(new BlockRange(40_000_000, 3), BlockState.Written);
+            both.Set(new BlockRange(10_000_000, 1), BlockState.Written);
+            both.Commit();
+        }
+
+        Assert.Equal(map.Runs(), BlockMap.Open(store, _boot).Runs());
+        Assert.Equal(map.Runs(), BlockMap.Open(store, Guid.NewGuid()).Runs());
+    }
+
     [Theory]
     [InlineData(true)]
     [InlineData(false)]
