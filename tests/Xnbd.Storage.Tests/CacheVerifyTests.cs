@@ -76,6 +76,23 @@ public sealed class CacheVerifyTests
         Assert.Empty(_result.Differences(Length));
     }
 
+    /// <summary>Each question takes a round trip, and clients make many pieces of what was fetched.</summary>
+    [Fact]
+    public async Task One_question_is_enough_for_all_that_was_fetched_between_written_blocks()
+    {
+        int asked = 0;
+        _origin.Extents = (offset, length, list) =>
+        {
+            asked++;
+            ReportZeroes(offset, length, list);
+        };
+        for (int block = 5; block < _map.BlockCount; block += 10)
+            _map.Set(new BlockRange(block, 1), BlockState.Written);
+        long fetched = _map.Count(BlockState.Fetched);
+        await Verify();
+        Assert.Equal((1, fetched, fetched, 0), (asked, _result.Blocks, _result.DoneBlocks, _result.WrittenBlocks));
+    }
+
     [Fact]
     public async Task Only_what_counts_as_fetched_is_compared()
     {

@@ -180,7 +180,7 @@ public sealed class FetchPaceTests
         double[] extra = [.. line.Misses.Select(miss => miss - (milliseconds / 1000))];
         Assert.InRange(extra[extra.Length / 2], 0, 0.02);
         Assert.InRange(extra[extra.Length * 99 / 100], 0, 0.06);
-        Assert.True(copied > 0, "the copy goes on");
+        Assert.InRange(copied, jitterMs < milliseconds ? 0.6 : 0.4, 1); // a long jitter looks like a queue
     }
 
     [Theory]

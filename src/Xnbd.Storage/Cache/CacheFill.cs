@@ -148,7 +148,7 @@ internal sealed class CacheFill(
                     left = FromFirstAbsent(left);
                     if (left.Count == 0)
                         break;
-                    piece = ReadAhead.FirstPiece(left, blocks);
+                    piece = ReadAhead.FirstPiece(map.Run(left, out _), blocks);
                     left = left.After(piece);
                 }
 
@@ -272,16 +272,16 @@ internal sealed class CacheFill(
     /// <param name="minZeroBytes">
     /// Shorter zeroes count as data. Those behind a miss may be a part of longer ones.
     /// </param>
-    /// <returns>What the origin says of the first absent blocks; null when there are none.</returns>
+    /// <returns>What the origin says of the blocks from the first absent one on; null when all are local.</returns>
     private async Task<Answer?> AskForZeroes(BlockRange left, int minZeroBytes = MinZeroBytes)
     {
-        BlockRange range = default;
-        BlockState state = BlockState.Written;
-        for (; left.Count > 0 && state != BlockState.Absent; left = left.After(range))
-            range = map.Run(left with { Count = Math.Min(AskedBlocks, left.Count) }, out state);
-        if (state != BlockState.Absent)
+        // Not about the first absent blocks alone: clients may have made the rest a thousand pieces, and each question
+        // takes a round trip. What is local is passed over later.
+        left = FromFirstAbsent(left);
+        if (left.Count == 0)
             return null;
 
+        BlockRange range = left with { Count = Math.Min(AskedBlocks, left.Count) };
         int originChanges = Volatile.Read(ref _originChanges);
         var extents = new ExtentList(MaxExtents);
         await origin.GetExtentsAsync(range.Offset, range.LengthOn(Length), extents);
@@ -311,7 +311,7 @@ internal sealed class CacheFill(
         }, cancel: cancel);
 
     /// <summary>What the origin has said.</summary>
-    /// <param name="Range">The absent blocks that it speaks of; at least one.</param>
+    /// <param name="Range">The blocks that it speaks of: at least one; the first was absent.</param>
     /// <param name="Zeroes">Those that are zeroes, in order.</param>
     /// <param name="OriginChanges">How often the origin had changed when it was asked.</param>
     private sealed record Answer(BlockRange Range, List<BlockRange> Zeroes, int OriginChanges);

@@ -79,29 +79,49 @@ internal sealed class CacheVerify(
         for (long block = 0; block < map.BlockCount;)
         {
             cancel.ThrowIfCancellationRequested();
-            BlockRange run = map.Run(
-                new BlockRange(block, Math.Min(CacheFill.AskedBlocks, map.BlockCount - block)), out BlockState state);
-            block = run.End;
+            BlockRange run = map.Run(new BlockRange(block, map.BlockCount - block), out BlockState state);
             if (state != BlockState.Fetched)
+            {
+                block = run.End;
                 continue;
+            }
+
+            // Not about this run alone: clients may have written between any two blocks, and each question takes a
+            // round trip.
+            var asked = new BlockRange(run.First, Math.Min(CacheFill.AskedBlocks, map.BlockCount - run.First));
             var extents = new ExtentList(CacheFill.MaxExtents);
-            await origin.GetExtentsAsync(run.Offset, run.LengthOn(Length), extents);
-            long offset = run.Offset, done = run.First;
+            await origin.GetExtentsAsync(asked.Offset, asked.LengthOn(Length), extents);
+            long offset = asked.Offset, done = asked.First;
             foreach (Extent extent in extents.Extents)
             {
                 BlockRange zeroes = BlockRange.Inside(offset, extent.Length, Length);
                 offset += extent.Length;
                 if (!extent.IsHole || zeroes.Count == 0 || zeroes.LengthOn(Length) < FetchStore.UnitBytes)
                     continue;
-                yield return (new BlockRange(done, zeroes.First - done), false);
-                yield return (zeroes, true);
+                foreach (BlockRange part in Fetched(new BlockRange(done, zeroes.First - done)))
+                    yield return (part, false);
+                foreach (BlockRange part in Fetched(zeroes))
+                    yield return (part, true);
                 done = zeroes.End;
             }
 
-            block = Math.Max(done, Math.Min(block, BlockRange.Inside(0, offset, Length).End));
-            if (block == run.First)
+            block = Math.Max(done, Math.Min(asked.End, BlockRange.Inside(0, offset, Length).End));
+            if (block == asked.First)
                 block = run.End; // an answer of no use
-            yield return (new BlockRange(done, block - done), false);
+            foreach (BlockRange part in Fetched(new BlockRange(done, block - done)))
+                yield return (part, false);
+        }
+    }
+
+    /// <summary>What was fetched of a range, in order.</summary>
+    private IEnumerable<BlockRange> Fetched(BlockRange range)
+    {
+        while (range.Count > 0)
+        {
+            BlockRange run = map.Run(range, out BlockState state);
+            if (state == BlockState.Fetched)
+                yield return run;
+            range = range.After(run);
         }
     }
 

@@ -7,10 +7,12 @@ namespace Xnbd.Storage.Cache;
 /// The model is a line with a rate and a round-trip time. Rate times round trip fills the line. The round trip is the
 /// shortest of the last ten seconds. The rate is what arrives while the line is full. The line is full when answers
 /// take longer than the round trip: then something stands in a queue, and the pace lets a little stand there on purpose
-/// (<see cref="StandingTime"/>). While clients miss (<see cref="NoteMiss"/>), the copy leaves a part of the line free.
+/// (<see cref="StandingTime"/>). While clients miss (<see cref="NoteMiss"/>), less stands there. Their own bytes count
+/// as under way, so the copy leaves them as much of the line as they use.
 /// </para>
 /// <para>
 /// How the rate changes. Each round trip without a queue, it grows: by a quarter, then twofold, until there is one.
+/// While clients miss, it grows by less, since what is too much makes them wait.
 /// With a queue, it approaches what is delivered. With a long queue, it falls to what is delivered at once.
 /// </para>
 /// <para>
@@ -36,11 +38,14 @@ internal sealed class FetchPace
     /// </summary>
     private const double MinStandingTime = 0.008, StandingPart = 0.125;
 
-    /// <summary>Which part of the line the copy fills while clients miss.</summary>
-    private const double PolitePart = 0.8;
+    /// <summary>Which part of that may stand there while clients miss.</summary>
+    private const double PolitePart = 0.5;
 
-    /// <summary>Which part of the line is filled while the round trip is measured.</summary>
-    private const double ProbePart = 0.75;
+    /// <summary>
+    /// Which part of the line is filled while the round trip is measured. While clients miss, it is more: what fills
+    /// the line afterwards is sent at once, and they wait behind it.
+    /// </summary>
+    private const double ProbePart = 0.75, PoliteProbePart = 0.9;
 
     /// <summary>For how long the round trip is believed, in seconds.</summary>
     private const double MaxRoundTripAge = 10;
@@ -54,8 +59,11 @@ internal sealed class FetchPace
     /// <summary>After how many rounds without a queue the rate grows twofold.</summary>
     private const int SearchRounds = 3;
 
-    /// <summary>While clients miss, the rate grows in one of so many rounds.</summary>
-    private const int PoliteRounds = 8;
+    /// <summary>
+    /// How the rate grows in a round without a queue. While clients miss, it also grows by no more than makes a queue
+    /// of the length that is wanted.
+    /// </summary>
+    private const double Growth = 1.25, MaxPoliteGrowth = 1.1;
 
     /// <summary>How many answers in a row must be late before the rate falls: one may have waited for a disk.</summary>
     private const int LateAnswers = 4;
@@ -117,10 +125,13 @@ internal sealed class FetchPace
     {
         if (_rate == 0)
             return isPolite ? FirstWindow / 8 : FirstWindow;
-        double time = isPolite ? PolitePart * _roundTrip : _roundTrip + StandingTime;
+        double time = _roundTrip + (isPolite ? PolitePart * StandingTime : StandingTime);
         if (_probeAnswers >= 0)
-            time = Math.Min(time, ProbePart * _roundTrip);
-        return Math.Max(MinPieceBytes, (long)(_rate * time));
+            time = Math.Min(time, (isPolite ? PoliteProbePart : ProbePart) * _roundTrip);
+        double window = _rate * time;
+        if (isPolite)
+            window -= 2 * Math.Max(0, PieceBytes - (_rate * PieceTime)); // of a slow line, where a piece is a queue
+        return Math.Max(MinPieceBytes, (long)window);
     }
 
     /// <summary>A fetch is being sent.</summary>
@@ -137,7 +148,8 @@ internal sealed class FetchPace
         }
 
         bool isFull = underWay + (PieceBytes * 3 / 2) >= window;
-        bool isProbe = _probeAnswers >= 0 && underWay <= Math.Max(PieceBytes, ProbePart * _rate * _roundTrip);
+        bool isProbe = _probeAnswers >= 0 && underWay <= Math.Max(
+            PieceBytes, (IsPolite(now) ? PoliteProbePart : ProbePart) * _rate * _roundTrip);
         return new Mark(now, _delivered, _deliveredAt, isMoreWanted, isMoreWanted && isFull, isProbe);
     }
 
@@ -159,7 +171,7 @@ internal sealed class FetchPace
         if (!mark.IsWanted || _isSearching)
             _rate = Math.Max(_rate, rate);
         if (mark.IsWanted && mark.Delivered >= _refilledAt)
-            NoteQueue(Math.Max(0, trip - _roundTrip - (bytes / _rate)), rate, mark.IsFull, IsPolite(now));
+            NoteQueue(Math.Max(0, trip - _roundTrip - (bytes / _rate)), rate, mark.IsFull);
         if (mark.Delivered < _roundEnd)
             return;
         EndRound(rate, now);
@@ -198,7 +210,7 @@ internal sealed class FetchPace
     }
 
     /// <summary>What stood in the queues, in seconds, and what was delivered meanwhile, in bytes per second.</summary>
-    private void NoteQueue(double queue, double rate, bool isFull, bool isPolite)
+    private void NoteQueue(double queue, double rate, bool isFull)
     {
         _leastQueue = Math.Min(_leastQueue, queue);
         _wasFull |= isFull;
@@ -207,7 +219,7 @@ internal sealed class FetchPace
             return; // what is sent in a burst makes a queue by itself
         if (_lateAnswers >= LateAnswers)
             _rate = Math.Min(_rate, rate);
-        else if (isFull && queue > StandingTime / (isPolite ? 2 : 4))
+        else if (isFull && queue > StandingTime / 4)
             _rate += (rate - _rate) / 8;
     }
 
@@ -225,9 +237,14 @@ internal sealed class FetchPace
                 _rate = rate;
             _isSearching = false;
         }
-        else if (!IsPolite(now))
-            _rate *= (_isSearching |= _calmRounds >= SearchRounds) ? 2 : 1.25;
-        else if (_isSearching || _calmRounds % PoliteRounds == 0)
-            _rate *= _isSearching ? 1.5 : 1.25;
+        else if (IsPolite(now) && !_isSearching)
+        {
+            _rate *= Math.Min(MaxPoliteGrowth, 1 + (PolitePart * StandingTime / _roundTrip));
+            _calmRounds = 0; // there was little to make a queue: it does not tell that the line is much faster
+        }
+        else
+        {
+            _rate *= (_isSearching |= _calmRounds >= SearchRounds) ? 2 : Growth;
+        }
     }
 }
