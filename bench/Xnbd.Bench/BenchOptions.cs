@@ -1,6 +1,7 @@
 using System.CommandLine;
 using System.CommandLine.Help;
 using System.Globalization;
+using Xnbd.Bench.Moves;
 using Xnbd.TestKit;
 
 namespace Xnbd.Bench;
@@ -50,6 +51,17 @@ internal sealed record BenchOptions
         => peer.IsOwn || peer.IsReference || Peers.Count == 0
             || Peers.Any(name => peer.Name.StartsWith(name, StringComparison.Ordinal));
 
+    /// <summary>Whether a way to move a disk takes part. A move takes minutes, so xNBD must be named, too.</summary>
+    public bool Includes(MoveWay way)
+        => Peers.Count == 0 || Peers.Any(name => way.Name.StartsWith(name, StringComparison.Ordinal));
+
+    /// <summary>Whether a move is run. Moves take minutes each, so they must be asked for.</summary>
+    public bool Includes(MoveCase move)
+        => IsOfMoves(Only) && !IsQuick && Sizes.Count == 0
+            && move.ToString().Contains(Only, StringComparison.Ordinal);
+
+    private static bool IsOfMoves(string only) => only.StartsWith("move", StringComparison.Ordinal);
+
     /// <summary>Whether a workload is run.</summary>
     public bool Includes(Workload workload)
         => !IsFootprintsOnly && (!IsQuick || workload.IsQuick) && Modes.Contains(workload.Mode)
@@ -78,9 +90,11 @@ internal sealed record BenchOptions
         Option<string?> size = Text("--sizes", "LIST", $"Only requests of these sizes: {sizes}");
         Option<string?> mode = Text("--mode", "LIST", $"Only these modes: {modes}");
         Option<string?> peers = Text(
-            "--peers", "LIST", "Only peers whose names begin so, such as nbdkit,qemu-nbd; xnbd always takes part");
-        Option<string?> only = Text("--only", "TEXT", "Only workloads whose names contain this");
-        Option<string?> rounds = Text("--rounds", "NUMBER", "Rounds of each workload, 1 to 1000 [default: 3]");
+            "--peers", "LIST",
+            "Only peers whose names begin so, such as nbdkit,qemu-nbd; xnbd always takes part, other than in moves");
+        Option<string?> only = Text("--only", "TEXT", "Only workloads whose names contain this; move: moves of a disk");
+        Option<string?> rounds = Text(
+            "--rounds", "NUMBER", "Rounds of each workload, 1 to 1000 [default: 3; 1 of moves]");
         Option<string?> seconds = Text("--seconds", "NUMBER", "Length of a run, 0.1 to 3600 [default: 1]");
         Option<string?> disk = Text("--disk", "FOLDER", "Where the images for cold reads go [default: out]");
         var command = new Command("script/bench", "Measures xNBD and its peers side by side, on this machine.")
@@ -97,6 +111,7 @@ internal sealed record BenchOptions
         if (result.Errors.Count > 0)
             throw new UsageException(result.Errors[0].Message.TrimEnd('.'));
         bool isQuick = result.GetValue(quick);
+        string onlyNames = result.GetValue(only) ?? "";
         var options = new BenchOptions
         {
             IsQuick = isQuick,
@@ -107,8 +122,8 @@ internal sealed record BenchOptions
             Sizes = Words(size, "", sizes),
             Modes = [.. Words(mode, modes, modes).Select(Value<Mode>)],
             Peers = Words(peers, isQuick ? "nbdkit,nbd-server" : "", null),
-            Only = result.GetValue(only) ?? "",
-            Rounds = (int)Number(rounds, isQuick ? 2 : 3, 1, 1000, NumberStyles.None),
+            Only = onlyNames,
+            Rounds = (int)Number(rounds, isQuick ? 2 : IsOfMoves(onlyNames) ? 1 : 3, 1, 1000, NumberStyles.None),
             Seconds = Number(seconds, isQuick ? 0.5 : 1, 0.1, 3600, NumberStyles.AllowDecimalPoint),
             Disk = result.GetValue(disk) ?? Path.Combine(Repository.Root, "out"),
         };

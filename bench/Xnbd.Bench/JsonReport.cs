@@ -1,5 +1,6 @@
 using System.Text.Json;
 using System.Text.Json.Serialization;
+using Xnbd.Bench.Moves;
 
 namespace Xnbd.Bench;
 
@@ -13,7 +14,8 @@ internal static class JsonReport
         DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull,
     };
 
-    public static void Print(BenchOptions options, Machine machine, Results results, Footprints footprints)
+    public static void Print(
+        BenchOptions options, Machine machine, Results results, IReadOnlyList<MoveResult> moves, Footprints footprints)
         => Console.WriteLine(JsonSerializer.Serialize(
             new
             {
@@ -37,6 +39,14 @@ internal static class JsonReport
                         server => server.Peer.Name,
                         server => Figures(server.Measurement, results.P99ToAlone(@case, server.Peer))),
                 }),
+                Moves = moves.Select(move => new
+                {
+                    move.Case.Load,
+                    Line = move.Case.Line.Name,
+                    move.Way,
+                    Figures = move.Figures is { } figures ? Figures(figures) : null,
+                    Failure = move.Failure.Length > 0 ? move.Failure : null,
+                }),
                 Idle = footprints.Idle.ToDictionary(server => server.Peer.Name, server => Figures(server.Footprint)),
                 BigDisk = footprints.OfBigDisk.Select(server => new
                 {
@@ -58,6 +68,21 @@ internal static class JsonReport
         SlowestToMedian = Figure(m.SlowestToMedian),
         MibPerSecondBeside = Figure(m.RateBeside),
         P99ToAlone = Figure(p99ToAlone),
+    };
+
+    private static object Figures(MoveFigures move) => new
+    {
+        FirstReplyMs = Figure(move.FirstReply),
+        HandOverMs = Figure(move.HandOver),
+        Seconds = Figure(move.Seconds),
+        ToIdeal = Figure(move.ToIdeal),
+        BytesOverIdeal = Figure(move.BytesOverIdeal),
+        OperationsLost = move.Lost,
+        Differences = Figure(move.Differences),
+        move.Reads,
+        ReadP99Ms = Figure(move.P99),
+        ReadP99OfWorstTenthMs = Figure(move.WorstP99),
+        PauseAtEndMs = Figure(move.PauseAtEnd),
     };
 
     private static object Figures(Footprint footprint) => new

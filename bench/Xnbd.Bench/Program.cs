@@ -1,5 +1,6 @@
 using System.Runtime.InteropServices;
 using Xnbd.Bench;
+using Xnbd.Bench.Moves;
 
 // xNBD and its peers side by side: see script/bench and docs/benchmarks.md.
 BenchOptions? options;
@@ -15,10 +16,13 @@ catch (UsageException failure)
 
 if (options is null)
     return 0;
+MoveCase[] moves = [.. MoveCase.All.Where(options.Includes)];
 if (options.IsList)
 {
     foreach (Case @case in CasesOver(options.Transports))
         Console.WriteLine(@case);
+    foreach (MoveCase move in moves)
+        Console.WriteLine(move);
     return 0;
 }
 
@@ -38,22 +42,25 @@ foreach (Transport transport in options.Transports)
 IReadOnlyList<Case> cases = CasesOver(transports);
 using var images = new Images(options.Disk);
 var run = new BenchRun(options, cases, network, images, stop.Token);
-double expected = Math.Ceiling(run.Expected.TotalSeconds / 10) * 10;
-Progress.Say($"{cases.Count} workloads, transports counted: about {expected:0} seconds");
+double expected = Math.Ceiling((run.Expected + MoveRun.Expected(options, moves)).TotalSeconds / 10) * 10;
+Progress.Say(moves.Length > 0
+    ? $"{moves.Length} moves: about {expected:0} seconds"
+    : $"{cases.Count} workloads, transports counted: about {expected:0} seconds");
 foreach (Peer absent in Peer.All.Where(peer => !peer.IsPresent))
     Progress.Say($"absent: {absent.Name}");
 try
 {
     Machine machine = await Machine.Read(options.Modes.SelectMany(run.Peers).Select(peer => peer.Program));
     Results results = await run.Run();
+    IReadOnlyList<MoveResult> moved = await MoveRun.Run(options, moves, stop.Token);
     Footprints footprints = options.HasFootprints
         ? await Footprints.Measure(run, options, stop.Token)
         : new Footprints();
     Progress.Show("");
     if (options.IsJson)
-        JsonReport.Print(options, machine, results, footprints);
+        JsonReport.Print(options, machine, results, moved, footprints);
     else
-        Report.Print(options, machine, results, footprints);
+        Report.Print(options, machine, results, moved, footprints);
     return 0;
 }
 catch (OperationCanceledException)

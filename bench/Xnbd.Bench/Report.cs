@@ -1,13 +1,21 @@
 using System.Globalization;
+using Xnbd.Bench.Moves;
 
 namespace Xnbd.Bench;
 
 /// <summary>The tables, in Markdown.</summary>
 internal static class Report
 {
-    public static void Print(BenchOptions options, Machine machine, Results results, Footprints footprints)
+    public static void Print(
+        BenchOptions options, Machine machine, Results results, IReadOnlyList<MoveResult> moves, Footprints footprints)
     {
         Console.WriteLine(machine);
+        if (moves.Count > 0)
+        {
+            PrintMoves(moves);
+            return;
+        }
+
         Console.WriteLine(Line($"Medians of {options.Rounds} rounds of {options.Seconds:0.#} s."));
         PrintFigures(results);
         PrintRatios(results, "best peer", results.ToBestPeer);
@@ -83,6 +91,31 @@ internal static class Report
         }
     }
 
+    private static void PrintMoves(IReadOnlyList<MoveResult> moves)
+    {
+        Table(
+            "move", "way", "first I/O, ms:", "hand-over, ms:", "total, s:", "total : ideal:", "over the ideal, MiB:",
+            "operations lost:", "differences:", "reads:", "p99, ms:", "p99 of the worst tenth, ms:",
+            "pause at the end, ms:");
+        MoveCase? last = null;
+        foreach ((MoveCase @case, string way, MoveFigures? figures, string failure) in moves)
+        {
+            string name = @case == last ? "" : @case.ToString()["move: ".Length..];
+            last = @case;
+            if (figures is not { } f)
+            {
+                Row([name, way, "", "", failure.Split('\n')[^1], .. Enumerable.Repeat("", 8)]);
+                continue;
+            }
+
+            Row(
+                name, way, Text(f.FirstReply, "#,0"), Text(f.HandOver, "#,0"), Text(f.Seconds, "0.0"),
+                Text(f.ToIdeal, "0.00"), Text(f.BytesOverIdeal / (1 << 20), "#,0"), Line($"{f.Lost}"),
+                Text(f.Differences, "0"), Line($"{f.Reads:#,0}"), Text(f.P99, "0.0"), Text(f.WorstP99, "0.0"),
+                Text(f.PauseAtEnd, "0.0"));
+        }
+    }
+
     private static void PrintFootprints(Footprints footprints)
     {
         if (footprints.Idle.Count > 0)
@@ -120,5 +153,6 @@ internal static class Report
     private static string Text(double figure, string format)
         => double.IsNaN(figure) ? "" : figure.ToString(format, CultureInfo.InvariantCulture);
 
-    private static string Line(FormattableString text) => text.ToString(CultureInfo.InvariantCulture);
+    /// <summary>A text with numbers as in the tables.</summary>
+    public static string Line(FormattableString text) => text.ToString(CultureInfo.InvariantCulture);
 }

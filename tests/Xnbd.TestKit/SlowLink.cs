@@ -8,12 +8,12 @@ using System.Runtime.InteropServices;
 namespace Xnbd.TestKit;
 
 /// <summary>
-/// A relay that behaves like a long line to a server: it has a rate, a round-trip time, and one queue that all
-/// connections share. What the server sends stands in that queue, in the order of arrival, as it would in the router
-/// before the slowest part of a line. What clients send is only delayed.
+/// A relay that behaves like a long line to a server: it has a rate, a round-trip time, and for each direction one
+/// queue that all connections share. What is sent stands in that queue, in the order of arrival, as it would in the
+/// router before the slowest part of a line.
 /// <para>
 /// Each direction of each connection has a thread that receives and a thread that delivers. The shared state is the
-/// time at which the line is free again, under <c>_line</c>.
+/// time at which each direction is free again, under the lock of the direction.
 /// </para>
 /// </summary>
 public sealed class SlowLink : IDisposable
@@ -23,25 +23,27 @@ public sealed class SlowLink : IDisposable
     /// </summary>
     private const long QueueBytes = 4 << 20;
 
+    /// <summary>A socket's receive buffer: what waits for the line stands in the queue, or at its sender.</summary>
+    private const int BufferBytes = 256 * 1024;
+
     private readonly Socket _listener = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
     private readonly ConcurrentBag<Socket> _sockets = [];
     private readonly EndPoint _server;
-    private readonly Lock _line = new();
+    private readonly Direction _toClients = new(), _toServer = new();
     private readonly long _oneWay; // half a round trip, in ticks of the stopwatch
-    private long _freeAt; // a time stamp
     private long _bytesPerSecond;
-    private long _bytes;
     private volatile bool _isClosed;
 
     /// <summary>Opens a line.</summary>
     /// <param name="server">Where it leads to.</param>
-    /// <param name="bytesPerSecond">Its rate from the server to the client.</param>
+    /// <param name="bytesPerSecond">Its rate in each direction.</param>
     /// <param name="roundTrip">Its round-trip time, without any queue.</param>
     public SlowLink(EndPoint server, long bytesPerSecond, TimeSpan roundTrip)
     {
         _server = server;
         _bytesPerSecond = bytesPerSecond;
         _oneWay = (long)(roundTrip.TotalSeconds / 2 * Stopwatch.Frequency);
+        _listener.ReceiveBufferSize = BufferBytes; // of each connection
         _listener.Bind(new IPEndPoint(IPAddress.Loopback, 0));
         _listener.Listen(64);
         Run(Accept);
@@ -58,7 +60,10 @@ public sealed class SlowLink : IDisposable
     }
 
     /// <summary>How many bytes the server has sent through the line.</summary>
-    public long Bytes => Interlocked.Read(ref _bytes);
+    public long Bytes => Interlocked.Read(ref _toClients.Bytes);
+
+    /// <summary>How many bytes clients have sent through the line.</summary>
+    public long BytesToServer => Interlocked.Read(ref _toServer.Bytes);
 
     public void Dispose()
     {
@@ -94,7 +99,7 @@ public sealed class SlowLink : IDisposable
             _sockets.Add(server);
             try
             {
-                server.ReceiveBufferSize = 256 * 1024; // what waits for the line stands in the queue, or at the server
+                server.ReceiveBufferSize = BufferBytes;
                 server.Connect(_server);
             }
             catch (SocketException)
@@ -103,13 +108,13 @@ public sealed class SlowLink : IDisposable
                 continue;
             }
 
-            Relay(client, server, isSlow: false);
-            Relay(server, client, isSlow: true);
+            Relay(client, server, _toServer);
+            Relay(server, client, _toClients);
         }
     }
 
     /// <summary>Relays one direction of a connection.</summary>
-    private void Relay(Socket from, Socket to, bool isSlow)
+    private void Relay(Socket from, Socket to, Direction direction)
     {
         var underWay = new BlockingCollection<(byte[] Data, int Length, long DueAt)>();
         Run(() =>
@@ -122,8 +127,7 @@ public sealed class SlowLink : IDisposable
                     int count = from.Receive(data, 0, PieceBytes, SocketFlags.None);
                     if (count == 0)
                         return;
-                    long passedAt = isSlow ? Pass(count) : Stopwatch.GetTimestamp();
-                    underWay.Add((data, count, passedAt + _oneWay));
+                    underWay.Add((data, count, Pass(direction, count) + _oneWay));
                 }
             }
             finally
@@ -156,15 +160,15 @@ public sealed class SlowLink : IDisposable
 
     /// <summary>Puts bytes into the queue, as soon as it has room for more.</summary>
     /// <returns>The time stamp at which they have passed the queue.</returns>
-    private long Pass(int count)
+    private long Pass(Direction direction, int count)
     {
-        Interlocked.Add(ref _bytes, count);
+        Interlocked.Add(ref direction.Bytes, count);
         long passedAt, rate = BytesPerSecond;
-        lock (_line)
+        lock (direction)
         {
-            _freeAt = Math.Max(_freeAt, Stopwatch.GetTimestamp())
+            direction.FreeAt = Math.Max(direction.FreeAt, Stopwatch.GetTimestamp())
                 + (long)(count / (double)rate * Stopwatch.Frequency);
-            passedAt = _freeAt;
+            passedAt = direction.FreeAt;
         }
 
         SleepUntil(passedAt - (long)(QueueBytes / (double)rate * Stopwatch.Frequency));
@@ -175,6 +179,13 @@ public sealed class SlowLink : IDisposable
     {
         for (long left; (left = time - Stopwatch.GetTimestamp()) > 0 && !_isClosed;)
             _ = Sleep((uint)Math.Clamp(left * 1_000_000 / Stopwatch.Frequency, 1, 100_000));
+    }
+
+    /// <summary>One direction of the line: when it is free again, as a time stamp, and what has passed.</summary>
+    private sealed class Direction
+    {
+        public long FreeAt;
+        public long Bytes;
     }
 
     [DllImport("libc", EntryPoint = "usleep")]
