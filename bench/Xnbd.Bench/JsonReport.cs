@@ -79,9 +79,10 @@ internal static class JsonReport
         BytesOverIdeal = Figure(move.BytesOverIdeal),
         OperationsLost = move.Lost,
         Differences = Figure(move.Differences),
-        move.Reads,
-        ReadP99Ms = Figure(move.P99),
-        ReadP99OfWorstTenthMs = Figure(move.WorstP99),
+        OperationsPerSecond = Figure(move.OperationRate),
+        ReadP99Ms = Figure(move.ReadP99),
+        ReadP99OfWorstTenthMs = Figure(move.WorstReadP99),
+        WriteP99Ms = Figure(move.WriteP99),
         PauseAtEndMs = Figure(move.PauseAtEnd),
     };
 

@@ -95,8 +95,8 @@ internal static class Report
     {
         Table(
             "move", "way", "first I/O, ms:", "hand-over, ms:", "total, s:", "total : ideal:", "over the ideal, MiB:",
-            "operations lost:", "differences:", "reads:", "p99, ms:", "p99 of the worst tenth, ms:",
-            "pause at the end, ms:");
+            "operations lost:", "differences:", "operations/s:", "reads: p99, ms:", "of the worst tenth:",
+            "writes: p99, ms:", "pause at the end, ms:");
         MoveCase? last = null;
         foreach ((MoveCase @case, string way, MoveFigures? figures, string failure) in moves)
         {
@@ -104,15 +104,15 @@ internal static class Report
             last = @case;
             if (figures is not { } f)
             {
-                Row([name, way, "", "", failure.Split('\n')[^1], .. Enumerable.Repeat("", 8)]);
+                Row([name, way, "", "", failure.Split('\n')[^1], .. Enumerable.Repeat("", 9)]);
                 continue;
             }
 
             Row(
                 name, way, Text(f.FirstReply, "#,0"), Text(f.HandOver, "#,0"), Text(f.Seconds, "0.0"),
                 Text(f.ToIdeal, "0.00"), Text(f.BytesOverIdeal / (1 << 20), "#,0"), Line($"{f.Lost}"),
-                Text(f.Differences, "0"), Line($"{f.Reads:#,0}"), Text(f.P99, "0.0"), Text(f.WorstP99, "0.0"),
-                Text(f.PauseAtEnd, "0.0"));
+                Text(f.Differences, "0"), Text(f.OperationRate, "0"), Text(f.ReadP99, "0.0"),
+                Text(f.WorstReadP99, "0.0"), Text(f.WriteP99, "0.0"), Text(f.PauseAtEnd, "0.0"));
         }
     }
 

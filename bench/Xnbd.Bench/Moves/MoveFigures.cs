@@ -10,13 +10,14 @@ namespace Xnbd.Bench.Moves;
 /// <param name="BytesOverIdeal">What went over the line, in both directions, less the disk's data.</param>
 /// <param name="Lost">Operations of the client without a reply, or with an error.</param>
 /// <param name="Differences">Blocks that a client read, during the move and at its end, and that were wrong.</param>
-/// <param name="Reads">Reads of the client during the move.</param>
-/// <param name="P99">99th percentile of the latency of these reads, in ms.</param>
-/// <param name="WorstP99">The same of the worst tenth of the move.</param>
+/// <param name="OperationRate">What the client did during the move, in operations per second.</param>
+/// <param name="ReadP99">99th percentile of the latency of its reads during the move, in ms.</param>
+/// <param name="WorstReadP99">The same of the worst tenth of the move.</param>
+/// <param name="WriteP99">99th percentile of the latency of its writes during the move, in ms.</param>
 /// <param name="PauseAtEnd">The longest operation around the switch, or the hand-over if it comes last, in ms.</param>
 internal sealed record MoveFigures(
     double FirstReply, double HandOver, double Seconds, double ToIdeal, double BytesOverIdeal, int Lost,
-    double Differences, int Reads, double P99, double WorstP99, double PauseAtEnd)
+    double Differences, double OperationRate, double ReadP99, double WorstReadP99, double WriteP99, double PauseAtEnd)
 {
     private const int Parts = 10;
 
@@ -27,8 +28,8 @@ internal sealed record MoveFigures(
     public static MoveFigures Of(MoveStage stage, Line line, double differences)
     {
         (long start, long end) = stage.Time;
-        Sample[] reads = [.. stage.Client.Samples.Where(
-            sample => sample.IsRead && sample.Start >= start && sample.End <= end)];
+        Sample[] samples = [.. stage.Client.Samples.Where(sample => sample.End >= start && sample.End <= end)];
+        Sample[] reads = [.. samples.Where(sample => sample.IsRead)];
         double seconds = Stopwatch.GetElapsedTime(start, end).TotalSeconds;
         double worst = reads.GroupBy(read => (read.End - start) * Parts / (end - start + 1))
             .Select(part => P99Of(part)).DefaultIfEmpty(double.NaN).Max();
@@ -37,8 +38,8 @@ internal sealed record MoveFigures(
             : double.NaN;
         return new MoveFigures(
             stage.FirstReply, stage.HandOver, seconds, seconds / line.IdealSeconds,
-            stage.Bytes - MovingDisk.AllocatedBytes, stage.Client.Lost, differences, reads.Length, P99Of(reads), worst,
-            pause);
+            stage.Bytes - MovingDisk.AllocatedBytes, stage.Client.Lost, differences, samples.Length / seconds,
+            P99Of(reads), worst, P99Of(samples.Where(sample => !sample.IsRead)), pause);
     }
 
     private static double P99Of(IEnumerable<Sample> samples)

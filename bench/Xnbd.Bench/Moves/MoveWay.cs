@@ -53,7 +53,9 @@ internal sealed record MoveWay(
         }
 
         await move;
-        stage.CompleteAt = complete - (Stopwatch.Frequency / 50); // the event took some of these 20 ms
+        if (complete == 0)
+            complete = Stopwatch.GetTimestamp(); // the switch was faster than the hook
+        stage.CompleteAt = complete - (Stopwatch.Frequency / 50); // the event, or the command's end, took some of these
         stage.StopClock();
     }
 
@@ -112,13 +114,17 @@ internal sealed record MoveWay(
         stage.StopClock();
     }
 
-    /// <summary>The client at the destination, and nbdcopy as another one that reads everything once.</summary>
+    /// <summary>
+    /// The client at the destination, and nbdcopy as another one that reads everything once. nbdkit asks the kernel to
+    /// be ended with the thread that has started it, and ours end earlier than the move: so a shell starts it.
+    /// </summary>
     private static async Task Nbdkit(MoveStage stage, RunningPeer source)
     {
         string port = stage.OpenLine(source);
         stage.StartClock();
-        RunningPeer proxy = stage.Start("nbdkit", "nbdkit", s =>
+        RunningPeer proxy = stage.Start("nbdkit", "sh", s =>
             [
+                "-c", "nbdkit \"$@\"; exit $?", "nbdkit",
                 "-f", "-U", s.Endpoint.Path, "--filter=cow", "nbd", $"uri=nbd://127.0.0.1:{port}", "cow-on-read=true",
             ]);
         await stage.HandOverTo(proxy);
