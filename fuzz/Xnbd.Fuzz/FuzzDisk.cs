@@ -85,13 +85,17 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
 
     public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer) => Do(
+    public override bool IsFar(long offset, long length, bool isWrite) => false;
+
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default) => Do(
         offset, buffer.Length, () => _bytes.AsSpan((int)offset, buffer.Length).CopyTo(buffer.Span));
 
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable) => Change(
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default) => Change(
         offset, data.Length, durable, () => data.Span.CopyTo(_bytes.AsSpan((int)offset)));
 
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
     {
         if ((mode & ZeroMode.FastOnly) != 0 && IsSlow(offset, length))
             return ValueTask.FromException(new DiskException(DiskError.NotSupported, "there are no fast zeroes here"));
@@ -99,7 +103,8 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
     }
 
     /// <summary>Makes zeroes of the range: so the range of a trim can be seen.</summary>
-    public override ValueTask TrimAsync(long offset, long length, bool durable) => Change(
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
+        => Change(
         offset, length, durable, () => _bytes.AsSpan((int)offset, (int)length).Clear());
 
     public override ValueTask FlushAsync()
@@ -108,7 +113,8 @@ internal sealed class FuzzDisk(bool isReadOnly) : Disk
         return ValueTask.CompletedTask;
     }
 
-    public override ValueTask PrefetchAsync(long offset, long length) => Do(offset, length, () => { });
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => Do(offset, length, () => { });
 
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents) => Do(offset, length, () =>
     {

@@ -237,6 +237,30 @@ internal sealed partial class RemoteConnections
         sender?.SendSoon();
     }
 
+    /// <summary>Ends a request that nobody wants any more, if it still waits for a connection.</summary>
+    /// <param name="request">The request; it may have ended meanwhile, and stand for another one.</param>
+    /// <param name="use">Its <see cref="RemoteRequest.Use"/>.</param>
+    public void Withdraw(RemoteRequest request, int use)
+    {
+        bool isFound = false;
+        lock (_lock)
+        {
+            if (request.Use != use)
+                return;
+            for (int left = _waiting.Count; left > 0; left--)
+            {
+                RemoteRequest waiting = _waiting.Dequeue();
+                if (ReferenceEquals(waiting, request))
+                    isFound = true;
+                else
+                    _waiting.Enqueue(waiting);
+            }
+        }
+
+        if (isFound)
+            request.Fail(new OperationCanceledException());
+    }
+
     /// <summary>Sends a question where zeroes are, if a connection can take it now.</summary>
     public bool TryAsk(RemoteRequest question)
     {

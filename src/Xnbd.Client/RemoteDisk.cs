@@ -88,31 +88,39 @@ public sealed class RemoteDisk : Disk
     public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
     /// <inheritdoc/>
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite) => true;
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         uint block = _connections.BlockBytes;
         if (offset % block + buffer.Length > _connections.MaxReadBytes)
-            return ReadInParts(offset, buffer);
-        return offset % block != 0 || buffer.Length % block != 0 ? ReadWidened(offset, buffer) : Read(offset, buffer);
+            return ReadInParts(offset, buffer, cancel);
+        return offset % block != 0 || buffer.Length % block != 0
+            ? ReadWidened(offset, buffer, cancel)
+            : Read(offset, buffer, cancel);
     }
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
         => ValueTask.FromException(ReadOnlyFailure());
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
         => ValueTask.FromException(ReadOnlyFailure());
 
     /// <inheritdoc/>
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
         => ValueTask.FromException(ReadOnlyFailure());
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync() => ValueTask.CompletedTask;
 
     /// <inheritdoc/>
-    public override ValueTask PrefetchAsync(long offset, long length) => ValueTask.CompletedTask;
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => ValueTask.CompletedTask;
 
     /// <inheritdoc/>
     /// <remarks>
@@ -152,33 +160,44 @@ public sealed class RemoteDisk : Disk
     private DiskException ReadOnlyFailure()
         => new(DiskError.Permission, $"{Address}: nothing is written to a remote disk");
 
-    private ValueTask Read(long offset, Memory<byte> buffer)
+    private ValueTask Read(long offset, Memory<byte> buffer, CancellationToken cancel)
     {
         RemoteRequest request = RemoteRequest.Rent(offset, buffer, _time.GetTimestamp());
         ValueTask task = request.Task;
+        int use = request.Use;
         _connections.Submit(request);
-        return task;
+        return cancel.CanBeCanceled ? Wait(task, request, use, cancel) : task;
     }
 
-    private async ValueTask ReadInParts(long offset, Memory<byte> buffer)
+    /// <summary>
+    /// Waits for a read that may be given up as long as it waits for a connection. (Then a connection may be filling
+    /// its buffer.)
+    /// </summary>
+    private async ValueTask Wait(ValueTask task, RemoteRequest request, int use, CancellationToken cancel)
+    {
+        using (cancel.Register(() => _connections.Withdraw(request, use)))
+            await task;
+    }
+
+    private async ValueTask ReadInParts(long offset, Memory<byte> buffer, CancellationToken cancel)
     {
         for (int done = 0; done < buffer.Length;)
         {
             // The block in which a part begins counts whole.
             long max = _connections.MaxReadBytes - ((offset + done) % _connections.BlockBytes);
             int length = (int)Math.Min(buffer.Length - done, max);
-            await ReadAsync(offset + done, buffer.Slice(done, length));
+            await ReadAsync(offset + done, buffer.Slice(done, length), cancel);
             done += length;
         }
     }
 
     /// <summary>For servers that take whole blocks only.</summary>
-    private async ValueTask ReadWidened(long offset, Memory<byte> buffer)
+    private async ValueTask ReadWidened(long offset, Memory<byte> buffer, CancellationToken cancel)
     {
         long block = _connections.BlockBytes, start = offset / block * block;
         long end = Math.Min((offset + buffer.Length + block - 1) / block * block, Length);
         byte[] wide = new byte[end - start];
-        await Read(start, wide);
+        await Read(start, wide, cancel);
         wide.AsMemory((int)(offset - start), buffer.Length).CopyTo(buffer);
     }
 

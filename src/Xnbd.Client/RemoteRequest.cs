@@ -43,6 +43,9 @@ internal sealed class RemoteRequest : PooledOperation
     /// <summary>The time stamp at which the request was made.</summary>
     public long StartedAt { get; private set; }
 
+    /// <summary>Tells this use of the object from earlier and later ones.</summary>
+    public int Use { get; private set; }
+
     /// <summary>All data have arrived, or some of the answer.</summary>
     public bool IsComplete
         => Extents is null ? _covered.Count == 1 && _covered[0] == (0, Buffer.Length) : Extents.Length > 0;
@@ -58,6 +61,7 @@ internal sealed class RemoteRequest : PooledOperation
         request.Buffer = buffer;
         request.Length = buffer.Length;
         request.StartedAt = now;
+        request.Use++;
         request.Restart();
         return request;
     }

@@ -23,6 +23,21 @@ public enum Readiness
     Broken = 8,
 }
 
+/// <summary>Whether the peer of a connection is still there.</summary>
+public enum PeerPresence
+{
+    /// <summary>It may send.</summary>
+    Open,
+
+    /// <summary>
+    /// It sends nothing more. It may still receive, or have closed its socket: over TCP this looks the same.
+    /// </summary>
+    HalfClosed,
+
+    /// <summary>The connection is closed both ways, or was reset: nothing reaches the peer any more.</summary>
+    Gone,
+}
+
 /// <summary>
 /// Stream sockets by descriptor, with the flags that the BCL's <c>Socket</c> does not offer. Methods that return a
 /// <c>long</c> return a count of bytes, or a negated <see cref="Errno"/> (see <see cref="ErrnoExtensions"/>).
@@ -34,7 +49,7 @@ public static unsafe class LinuxSocket
     private const int NoSignal = 0x4000;
     private const int More = 0x8000;
 
-    private const short PollIn = 1, PollOut = 4, PollError = 8, PollHangUp = 16;
+    private const short PollIn = 1, PollOut = 4, PollError = 8, PollHangUp = 16, PollPeerHangUp = 0x2000;
 
     /// <summary>Receives what is there, without waiting.</summary>
     /// <returns>Bytes received; 0 when the peer has closed its side; -EAGAIN when nothing is there.</returns>
@@ -132,6 +147,26 @@ public static unsafe class LinuxSocket
                 first!.Handle.DangerousRelease();
             if (addedSecond)
                 second!.Handle.DangerousRelease();
+        }
+    }
+
+    /// <summary>Looks whether the peer is still there; waits for nothing.</summary>
+    public static PeerPresence LookForPeer(SafeHandle socket)
+    {
+        bool added = false;
+        try
+        {
+            socket.DangerousAddRef(ref added);
+            int descriptor = (int)socket.DangerousGetHandle();
+            var entry = new LibC.PollEntry { Descriptor = descriptor, Events = PollPeerHangUp };
+            if (LibC.Poll(&entry, 1, 0) <= 0)
+                return PeerPresence.Open; // also when interrupted: callers look again
+            return (entry.Returned & (PollError | PollHangUp)) != 0 ? PeerPresence.Gone : PeerPresence.HalfClosed;
+        }
+        finally
+        {
+            if (added)
+                socket.DangerousRelease();
         }
     }
 

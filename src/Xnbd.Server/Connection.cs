@@ -12,6 +12,7 @@ internal sealed class Connection : IDisposable
 {
     private readonly Socket _socket;
     private string? _endReason;
+    private bool _isProbed; // by the connection's own thread
 
     public Connection(Socket socket)
     {
@@ -68,6 +69,40 @@ internal sealed class Connection : IDisposable
     /// </summary>
     public void AddToEndReason(string explanation)
         => Volatile.Write(ref _endReason, EndReason is { } reason ? $"{explanation} ({reason})" : explanation);
+
+    /// <summary>
+    /// Whether nothing reaches the client any more. A client that has only closed its sending side still gets its
+    /// replies. If it has closed its socket, over TCP that looks the same at first: nothing is sent to it that it could
+    /// refuse. So it is asked, by the probes of TCP, whether the socket is still there. For a minute its kernel says
+    /// yes in any case.
+    /// </summary>
+    public bool IsClientGone()
+    {
+        PeerPresence client = LinuxSocket.LookForPeer(Handle);
+        if (client == PeerPresence.HalfClosed && !_isProbed)
+        {
+            _isProbed = true;
+            ProbeClient();
+        }
+
+        return client == PeerPresence.Gone;
+    }
+
+    private void ProbeClient()
+    {
+        if (IsUnix)
+            return; // there it is seen at once
+        try
+        {
+            const int time = ServerLimits.ProbeSeconds;
+            _socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, time);
+            _socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, time);
+        }
+        catch (SocketException)
+        {
+            // Then the probes of the system's settings find out, in some hours.
+        }
+    }
 
     /// <summary>Breaks the connection off, from any thread. Threads that wait for it are woken.</summary>
     public void Abort(string reason)

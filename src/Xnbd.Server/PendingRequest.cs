@@ -23,6 +23,7 @@ internal sealed class PendingRequest
     private ReplySender? _sender;
     private ValueTaskAwaiter _awaiter;
     private long _claimedBytes;
+    private bool _isFar;
     private bool _replyIsSmall;
 
     private PendingRequest() => _onCompleted = OnCompleted;
@@ -49,14 +50,16 @@ internal sealed class PendingRequest
     /// <param name="request">The request's header.</param>
     /// <param name="buffer">A buffer, which the request owns from now on; may be null.</param>
     /// <param name="claimedBytes">Bytes of the budget, which the request owns from now on; may be 0.</param>
+    /// <param name="isFar">They belong to the share of requests that may wait for another machine.</param>
     public static PendingRequest Rent(
-        ReplySender sender, in NbdRequest request, NativeBuffer? buffer, long claimedBytes)
+        ReplySender sender, in NbdRequest request, NativeBuffer? buffer, long claimedBytes, bool isFar)
     {
         PendingRequest pending = s_pool.Rent();
         pending._sender = sender;
         pending.Request = request;
         pending.Buffer = buffer;
         pending._claimedBytes = claimedBytes;
+        pending._isFar = isFar;
         return pending;
     }
 
@@ -66,7 +69,7 @@ internal sealed class PendingRequest
         if (Buffer is { } buffer)
             services.Buffers.Return(buffer);
         if (_claimedBytes > 0)
-            services.Budget.Release(_claimedBytes);
+            services.Budget.Release(_claimedBytes, _isFar);
         _sender = null;
         Buffer = null;
         _claimedBytes = 0;

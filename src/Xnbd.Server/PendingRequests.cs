@@ -148,16 +148,20 @@ internal sealed class PendingRequests(bool keepsOrder)
 
     /// <summary>
     /// Waits until a reply is ready to be sent, or until no more than <paramref name="maxCount"/> requests are in
-    /// flight. For the session's thread, which must have done its deferred work before.
+    /// flight, or until a time is over. For the session's thread, which must have done its deferred work before.
     /// </summary>
+    /// <param name="maxCount">How many may be left in flight.</param>
+    /// <param name="maxTime">How long it waits at most.</param>
     /// <returns>False when no more than that are in flight.</returns>
-    public bool WaitForReply(int maxCount)
+    public bool WaitForReply(int maxCount, TimeSpan maxTime)
     {
         lock (_finished)
         {
             _isAwaited = true;
-            while (_count > maxCount && _finished.Count == 0)
-                Monitor.Wait(_finished);
+            while (_count > maxCount && _finished.Count == 0 && Monitor.Wait(_finished, maxTime))
+            {
+            }
+
             _isAwaited = false;
             return _count > maxCount;
         }

@@ -34,6 +34,11 @@ internal sealed class ReplyBuilder(Agreement agreement, FailureLog failures, str
                     break;
             }
         }
+        catch (OperationCanceledException)
+        {
+            // The client is gone, and nothing is sent to it any more.
+            pending.ReplySmall(WriteError(pending.SmallReply, request, NbdError.Shutdown, "the client is gone"));
+        }
         catch (Exception failure)
         {
             NbdError error = LogFailure(request, failure);

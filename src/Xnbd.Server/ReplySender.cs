@@ -24,6 +24,7 @@ internal sealed class ReplySender : IDisposable
     private readonly SessionServices _services;
     private readonly ReplyBuilder _builder;
     private readonly Action _sendFinished;
+    private readonly CancellationTokenSource _gone = new();
     private volatile bool _isBlocked;
     private volatile bool _isBroken;
 
@@ -43,6 +44,9 @@ internal sealed class ReplySender : IDisposable
         Pending = new PendingRequests(keepsOrder);
         Stall = new StallClock(services.Budget, services.Time);
     }
+
+    /// <summary>Cancelled when nothing reaches the client any more.</summary>
+    public CancellationToken Gone => _gone.Token;
 
     /// <summary>The requests whose replies have not been sent.</summary>
     public PendingRequests Pending { get; }
@@ -159,14 +163,36 @@ internal sealed class ReplySender : IDisposable
     /// <returns>False when the connection is broken. Then, too, no more are in flight than that.</returns>
     public bool WaitUntilFinished(int maxInFlight)
     {
-        while (Pending.WaitForReply(maxInFlight))
+        while (Pending.WaitForReply(maxInFlight, ServerLimits.ClientCheckTime))
         {
-            lock (_sending)
-                SendFinishedWaiting();
+            if (Pending.FinishedCount > 0)
+            {
+                lock (_sending)
+                    SendFinishedWaiting();
+            }
+            else
+            {
+                _ = EndIfGone();
+            }
         }
 
         SendFinished(); // what came while others were being sent
         return !_isBroken;
+    }
+
+    /// <summary>
+    /// Ends the connection of a client that is gone, and the waiting of its requests for another machine: they would
+    /// keep others waiting for their places.
+    /// </summary>
+    /// <returns>True when nothing reaches the client any more.</returns>
+    public bool EndIfGone()
+    {
+        if (!_isBroken && !_connection.IsClientGone())
+            return false;
+        _connection.End("closed by client before its replies");
+        _isBroken = true;
+        _gone.Cancel(); // requests end on this thread, which holds no lock
+        return true;
     }
 
     /// <summary>Ends the connection of a client that keeps others waiting for bytes and hardly moves its own.</summary>
@@ -203,7 +229,11 @@ internal sealed class ReplySender : IDisposable
     }
 
     /// <summary>Gives the event back. No request is in flight.</summary>
-    public void Dispose() => _wakeUp?.Dispose();
+    public void Dispose()
+    {
+        _wakeUp?.Dispose();
+        _gone.Dispose();
+    }
 
     /// <summary>
     /// Sends all finished replies, waiting for the client; those of a broken connection are dropped. The lock is held.

@@ -98,6 +98,17 @@ public static class ServerLimits
     /// </summary>
     public const int StallCheckMilliseconds = 1000;
 
+    /// <summary>
+    /// How often a session that waits for something else looks whether its client is still there.
+    /// </summary>
+    public static readonly TimeSpan ClientCheckTime = TimeSpan.FromSeconds(1);
+
+    /// <summary>
+    /// How often a TCP client that has closed its sending side, and waits for replies, is asked whether its socket is
+    /// still there.
+    /// </summary>
+    public const int ProbeSeconds = 15;
+
     /// <summary>A write up to this length is received in the input buffer; a longer one gets its own buffer.</summary>
     public const int MaxBatchedWrite = 64 * 1024;
 

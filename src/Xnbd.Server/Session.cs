@@ -164,9 +164,10 @@ internal sealed class Session
             long offset = (long)request.Offset;
             return Begin(pending, request.Command switch
             {
-                NbdCommand.Trim => _disk.TrimAsync(offset, request.Length, isDurable),
-                NbdCommand.WriteZeroes => _disk.ZeroAsync(offset, request.Length, ZeroModeOf(request.Flags), isDurable),
-                NbdCommand.Cache => _disk.PrefetchAsync(offset, request.Length),
+                NbdCommand.Trim => _disk.TrimAsync(offset, request.Length, isDurable, _sender.Gone),
+                NbdCommand.WriteZeroes => _disk.ZeroAsync(
+                    offset, request.Length, ZeroModeOf(request.Flags), isDurable, _sender.Gone),
+                NbdCommand.Cache => _disk.PrefetchAsync(offset, request.Length, _sender.Gone),
                 _ => throw new UnreachableException($"command {request.Command} passed the rules"),
             });
         }
@@ -193,8 +194,10 @@ internal sealed class Session
         // Its data will stand behind room for the headers of as many chunks as it may be cut into.
         int length = (int)request.Length, headers = ReadChunks.HeaderRoom(length);
         bool hasBytes = result == FastReadResult.ReadElsewhere;
-        return TryClaim(request, headers + length, out PendingRequest? pending, hasBytes)
-            && Begin(pending, _disk.ReadAsync((long)request.Offset, pending.Buffer!.Memory.Slice(headers, length)));
+        if (!TryClaim(request, headers + length, out PendingRequest? pending, hasBytes))
+            return false;
+        Memory<byte> data = pending.Buffer!.Memory.Slice(headers, length);
+        return Begin(pending, _disk.ReadAsync((long)request.Offset, data, _sender.Gone));
     }
 
     private bool ServeWrite(in NbdRequest request, bool isDurable)
@@ -220,7 +223,7 @@ internal sealed class Session
         if (!TryClaim(request, length, out PendingRequest? pending))
             return false;
         payload.CopyTo(pending.Buffer!.GetSpan());
-        return Begin(pending, _disk.WriteAsync(offset, pending.Buffer.Memory[..length], isDurable));
+        return Begin(pending, _disk.WriteAsync(offset, pending.Buffer.Memory[..length], isDurable, _sender.Gone));
     }
 
     /// <summary>A write whose payload is received into a buffer of its own.</summary>
@@ -240,7 +243,7 @@ internal sealed class Session
 
             BytesWritten += length;
             if (!isFast || !_disk.TryWrite(offset, buffer.Slice(0, length)))
-                return Begin(pending, _disk.WriteAsync(offset, buffer.Memory[..length], isDurable));
+                return Begin(pending, _disk.WriteAsync(offset, buffer.Memory[..length], isDurable, _sender.Gone));
         }
         catch (DiskException)
         {
@@ -281,14 +284,18 @@ internal sealed class Session
             return false;
 
         NativeBuffer? buffer = null;
+        bool isFar = false;
         if (bufferLength > 0)
         {
-            if (!hasBytes && !_services.Budget.TryAcquire(bufferLength))
+            if (!hasBytes)
             {
+                isFar = _disk.IsFar((long)request.Offset, request.Length, request.Command == NbdCommand.Write);
                 // Who waits must hold nothing: first all that is under way here is finished and sent.
-                if (!_output.FinishAll())
+                if (!_services.Budget.TryAcquire(bufferLength, isFar)
+                    && (!_output.FinishAll() || !_services.Budget.Acquire(bufferLength, isFar, _sender.EndIfGone)))
+                {
                     return false;
-                _services.Budget.Acquire(bufferLength);
+                }
             }
 
             try
@@ -297,12 +304,12 @@ internal sealed class Session
             }
             catch (OutOfMemoryException)
             {
-                _services.Budget.Release(bufferLength);
+                _services.Budget.Release(bufferLength, isFar);
                 throw;
             }
         }
 
-        pending = PendingRequest.Rent(_sender, request, buffer, bufferLength);
+        pending = PendingRequest.Rent(_sender, request, buffer, bufferLength, isFar);
         return true;
     }
 

@@ -14,6 +14,10 @@ namespace Xnbd.Storage;
 /// <item>An operation that fails throws <see cref="DiskException"/> (an async one through its task, never at the call).
 /// A part of it may have happened.</item>
 /// <item>A disk that is read-only is never asked to write, zero or trim.</item>
+/// <item>An operation may be given up by whoever waits for it. If it waits for another machine, or for an operation
+/// that does, then it ends soon as <see cref="OperationCanceledException"/>; a write may have happened in part. Until
+/// its task has completed, its buffer belongs to the disk all the same. A disk that answers soon need not
+/// look.</item>
 /// </list>
 /// Reads and writes have a fast form, <c>Try...</c>, which completes on the calling thread without waiting for a
 /// disk or a network, or says no; and an async form, which does whatever it takes. Every operation is abstract: each
@@ -55,8 +59,16 @@ public abstract class Disk : IDisposable
     /// </returns>
     public abstract FileRange TryLocate(long offset, int length, bool findHoles);
 
+    /// <summary>
+    /// Whether a read or a write of a range may wait for another machine. An estimate; it costs little.
+    /// </summary>
+    /// <param name="offset">Offset of the first byte.</param>
+    /// <param name="length">Length in bytes, at least 1.</param>
+    /// <param name="isWrite">It is written.</param>
+    public abstract bool IsFar(long offset, long length, bool isWrite);
+
     /// <summary>Reads a range; <paramref name="buffer"/> belongs to the disk until the task completes.</summary>
-    public abstract ValueTask ReadAsync(long offset, Memory<byte> buffer);
+    public abstract ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default);
 
     /// <summary>
     /// A hint: another thread makes <see cref="ReadAsync"/>, and one is idle now. Then a long read may go there
@@ -65,25 +77,27 @@ public abstract class Disk : IDisposable
     public virtual bool HasIdleReader => false;
 
     /// <summary>Writes a range; <paramref name="data"/> belongs to the disk until the task completes.</summary>
-    public abstract ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable);
+    public abstract ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default);
 
     /// <summary>Makes a range read as zeroes. A range of length 0 is left alone.</summary>
     /// <exception cref="DiskException">
     /// The kind is <see cref="DiskError.NotSupported"/> only with <see cref="ZeroMode.FastOnly"/>; then the range is
     /// unchanged.
     /// </exception>
-    public abstract ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable);
+    public abstract ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default);
 
     /// <summary>
     /// Tells the disk that the contents of a range are no longer needed. What is read there afterwards is undefined.
     /// </summary>
-    public abstract ValueTask TrimAsync(long offset, long length, bool durable);
+    public abstract ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default);
 
     /// <summary>Makes durable all that had completed when it was called.</summary>
     public abstract ValueTask FlushAsync();
 
     /// <summary>Hints that a range will be read soon; may complete before the data is there.</summary>
-    public abstract ValueTask PrefetchAsync(long offset, long length);
+    public abstract ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default);
 
     /// <summary>Tells data from holes, and which file holds them.</summary>
     /// <param name="offset">Offset of the first byte.</param>

@@ -33,35 +33,41 @@ public sealed class MemoryDisk(int length) : Disk
     public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
     /// <inheritdoc/>
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite) => false;
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         _ = TryRead(offset, buffer.Span);
         return ValueTask.CompletedTask;
     }
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
     {
         _ = TryWrite(offset, data.Span);
         return ValueTask.CompletedTask;
     }
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
     {
         _bytes.AsSpan((int)offset, (int)length).Clear();
         return ValueTask.CompletedTask;
     }
 
     /// <inheritdoc/>
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
         => ZeroAsync(offset, length, ZeroMode.MayPunch, durable);
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync() => ValueTask.CompletedTask;
 
     /// <inheritdoc/>
-    public override ValueTask PrefetchAsync(long offset, long length) => ValueTask.CompletedTask;
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => ValueTask.CompletedTask;
 
     /// <inheritdoc/>
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)

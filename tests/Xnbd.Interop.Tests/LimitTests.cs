@@ -229,6 +229,57 @@ public sealed class LimitTests : IDisposable
         }
     }
 
+    [Fact]
+    public void Clients_that_miss_and_leave_while_the_remote_is_away_leave_nothing_behind()
+    {
+        const int count = 1000, half = Size / 2;
+        string origin = _folder.File("o"), socket = _folder.File("p");
+        ServerProcess first = StartOrigin(origin);
+        using ServerProcess proxy = ServerProcess.Start(socket, ProxyArguments(socket, origin));
+        using NbdTestClient stays = proxy.Open();
+        stays.Read(0, 256 * 1024);
+        stays.Write(0, new byte[4096]);
+        first.Dispose();
+        long threads = proxy.Status("Threads"), memory = proxy.Status("VmRSS");
+        int descriptors = proxy.OpenDescriptors;
+        for (int round = 0; round < 2; round++)
+        {
+            for (int i = 0; i < count; i++)
+            {
+                NbdTestClient client = proxy.Open();
+                _clients.Add(client);
+                ulong offset = half + ((ulong)i * 4096);
+                if (i % 8 == 0)
+                    client.SendRequest(NbdCommand.Write, offset + 10, 5, payload: new byte[5]);
+                else
+                    client.SendRequest(NbdCommand.Read, offset, i % 2 == 0 ? 65536u : 4096u);
+                if (i % 50 == 0)
+                    AssertHitsAreServed(stays);
+            }
+
+            AssertHitsAreServed(stays);
+            _clients.ForEach(client => client.Dispose());
+            _clients.Clear();
+            Wait.Until(() => proxy.OpenDescriptors <= descriptors, "descriptors are back");
+        }
+
+        Wait.Until(() => proxy.Status("Threads") <= threads + 40, "threads are back"); // some for disks stay
+        AssertHitsAreServed(stays);
+        Assert.InRange(proxy.Status("VmRSS"), 0, memory + (100 << 10));
+        using ServerProcess second = StartOrigin(origin);
+        Assert.Equal(_before[half..], stays.Read(half, half));
+        Assert.Equal(0, Query().Result.GetProperty("requests-in-flight").GetInt32());
+
+        static void AssertHitsAreServed(NbdTestClient client)
+        {
+            long start = Environment.TickCount64;
+            Assert.Equal(NbdError.None, client.Write(512, new byte[512], NbdCommandFlags.Fua)); // takes a place
+            Assert.Equal(NbdError.None, client.Write(8192, new byte[128 * 1024]));
+            client.Read(0, 4096);
+            Assert.InRange(Environment.TickCount64 - start, 0, 5000);
+        }
+    }
+
     /// <summary>
     /// A connect has a time limit, and needs no thread of the runtime: the server's queue is full.
     /// </summary>

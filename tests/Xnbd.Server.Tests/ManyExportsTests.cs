@@ -197,18 +197,18 @@ public sealed class ManyExportsTests : IDisposable
     {
         var total = new BudgetTotal(16 << 20);
         RequestBudget first = new(RequestLimits.Default, total), second = new(RequestLimits.Default, total);
-        Assert.True(first.TryAcquire(8 << 20));
-        Assert.False(first.TryAcquire(1)); // one export: at most half
-        Assert.True(second.TryAcquire(4 << 20));
-        Assert.False(second.TryAcquire(1)); // then half of the rest
-        first.Release(8 << 20);
-        Assert.True(second.TryAcquire(2 << 20));
+        Assert.True(first.TryAcquire(8 << 20, isFar: false));
+        Assert.False(first.TryAcquire(1, isFar: false)); // one export: at most half
+        Assert.True(second.TryAcquire(4 << 20, isFar: false));
+        Assert.False(second.TryAcquire(1, isFar: false)); // then half of the rest
+        first.Release(8 << 20, isFar: false);
+        Assert.True(second.TryAcquire(2 << 20, isFar: false));
         var third = new RequestBudget(RequestLimits.Default, total);
-        Assert.True(third.TryAcquire(10 << 20)); // its only request, which fits
+        Assert.True(third.TryAcquire(10 << 20, isFar: false)); // its only request, which fits
         var fourth = new RequestBudget(RequestLimits.Default, total);
-        Assert.False(fourth.TryAcquire(ServerLimits.SurePassBytes + 1)); // which does not
-        Assert.True(fourth.TryAcquire(ServerLimits.SurePassBytes)); // nor this one, but it is short
-        Assert.False(fourth.TryAcquire(1));
+        Assert.False(fourth.TryAcquire(ServerLimits.SurePassBytes + 1, isFar: false)); // which does not
+        Assert.True(fourth.TryAcquire(ServerLimits.SurePassBytes, isFar: false)); // nor this one, but it is short
+        Assert.False(fourth.TryAcquire(1, isFar: false));
     }
 
     [Fact]
@@ -216,14 +216,14 @@ public sealed class ManyExportsTests : IDisposable
     {
         var total = new BudgetTotal(4 << 20);
         RequestBudget first = new(RequestLimits.Default, total), second = new(RequestLimits.Default, total);
-        first.Acquire(3 << 20); // its only request
-        Task waiting = Task.Run(() => second.Acquire(2 << 20));
+        first.Acquire(3 << 20, isFar: false, () => false); // its only request
+        Task waiting = Task.Run(() => second.Acquire(2 << 20, isFar: false, () => false));
         Wait.Until(() => total.Waiting == 1, "it waits");
         Assert.True(first.IsContended);
-        first.Release(3 << 20);
+        first.Release(3 << 20, isFar: false);
         await waiting.WaitAsync(s_deadline);
         Assert.False(first.IsContended || second.IsContended);
-        second.Release(2 << 20);
+        second.Release(2 << 20, isFar: false);
         Assert.Equal(0, total.Bytes);
     }
 

@@ -12,10 +12,11 @@ internal sealed class ServerFixture : IDisposable
         Disk? disk = null,
         HandshakeStyle style = HandshakeStyle.FixedNewstyle,
         string name = "disk",
-        TimeProvider? time = null)
+        TimeProvider? time = null,
+        RequestLimits? limits = null)
     {
         Disk = disk ?? new MemoryDisk(1 << 20);
-        Export = new Export(name, "a test's disk", Disk);
+        Export = new Export(name, "a test's disk", Disk) { Limits = limits ?? RequestLimits.Default };
         Server = new NbdServer(
             new ExportTable(Export), style, LogToTest(), time: time);
         Server.Listen(SocketPath);

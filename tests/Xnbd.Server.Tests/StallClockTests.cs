@@ -58,8 +58,8 @@ public class StallClockTests
     /// <summary>Somebody waits for bytes of the budget until the result is disposed of.</summary>
     private Release LetSomebodyWait()
     {
-        Assert.True(_budget.TryAcquire(1));
-        Task waiting = Task.Run(() => _budget.Acquire(1));
+        Assert.True(_budget.TryAcquire(1, isFar: false));
+        Task waiting = Task.Run(() => _budget.Acquire(1, isFar: false, () => false));
         Assert.True(SpinWait.SpinUntil(() => _budget.IsContended, 10_000));
         return new Release(_budget, waiting);
     }
@@ -68,7 +68,7 @@ public class StallClockTests
     {
         public void Dispose()
         {
-            budget.Release(1);
+            budget.Release(1, isFar: false);
             waiting.Wait();
         }
     }

@@ -204,7 +204,7 @@ public sealed class CachingDiskTests : IDisposable
     }
 
     [Fact]
-    public async Task Neighbouring_misses_go_out_as_one_request_of_at_most_a_MiB()
+    public async Task Neighbouring_misses_go_out_as_one_request()
     {
         using CachingDisk disk = Open();
         var reads = new List<(int Block, Task<byte[]> Task)>();
@@ -219,9 +219,14 @@ public sealed class CachingDiskTests : IDisposable
         // 501 came after 500 and 502, and went with the former.
         Assert.Equal([(499L * Block, 3L * Block), (502L * Block, 2L * Block), (700L * Block, Block)], Asked.Order());
 
-        reads.Clear();
-        lock (_asked)
-            _asked.Clear();
+    }
+
+    [Fact]
+    public async Task Neighbouring_misses_of_more_than_a_MiB_go_out_as_requests_of_a_MiB()
+    {
+        // No other fetch goes before: the thread on which one ends sends what has been gathered by then.
+        using CachingDisk disk = Open();
+        var reads = new List<(int Block, Task<byte[]> Task)>();
         DeferredWork.Begin();
         for (int block = 1500; block > 1500 - 300; block--) // downwards: nobody takes it for a stream
             reads.Add((block, Read(disk, (long)block * Block, Block)));
@@ -229,6 +234,47 @@ public sealed class CachingDiskTests : IDisposable
         foreach ((int block, Task<byte[]> task) in reads)
             Assert.Equal(Expected((long)block * Block, Block), await Soon(task));
         Assert.Equal([(1201L * Block, 44L * Block), (1245L * Block, 256L * Block)], Asked.Order());
+    }
+
+    [Fact]
+    public async Task A_write_whose_client_leaves_lets_the_next_writer_in_and_changes_nothing()
+    {
+        using CachingDisk disk = Open();
+        var hold = new TaskCompletionSource();
+        Hold(hold.Task);
+        using CancellationTokenSource first = new(), second = new();
+        Task fetching = disk.WriteAsync(10, new byte[] { 1, 2, 3 }, durable: false, first.Token).AsTask();
+        Task waiting = disk.WriteAsync(20, new byte[] { 4, 5, 6 }, durable: false, second.Token).AsTask();
+        Task zeroing = disk.ZeroAsync(30, 8, ZeroMode.MayPunch, durable: false, second.Token).AsTask();
+        Task prefetching = disk.PrefetchAsync(0, 3 << 20, second.Token).AsTask();
+        Task staying = disk.WriteAsync(40, new byte[] { 7, 8, 9 }, durable: false).AsTask();
+        second.Cancel();
+        foreach (Task left in (Task[])[waiting, zeroing, prefetching])
+            await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Soon(new ValueTask(left)));
+        Assert.False(fetching.IsCompleted);
+        first.Cancel();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Soon(new ValueTask(fetching)));
+        Assert.False(staying.IsCompleted);
+        hold.SetResult();
+        await Soon(new ValueTask(staying));
+        byte[] expected = Expected(0, 2 * Block);
+        ((byte[])[7, 8, 9]).CopyTo(expected, 40);
+        Assert.Equal(expected, await Soon(Read(disk, 0, 2 * Block)));
+    }
+
+    [Fact]
+    public async Task Only_what_is_absent_is_far()
+    {
+        using CachingDisk disk = Open();
+        await Read(disk, 0, 2 * Block);
+        await disk.FlushAll();
+        await disk.WaitUntilStored();
+        Assert.False(disk.IsFar(100, 2 * Block - 100, isWrite: false));
+        Assert.True(disk.IsFar(100, 2 * Block, isWrite: false));
+        Assert.False(disk.IsFar(100, 3 * Block - 100, isWrite: true)); // the absent block is written as a whole
+        Assert.True(disk.IsFar(100, 2 * Block, isWrite: true));
+        Assert.True(disk.IsFar((10 * Block) - 1, 1, isWrite: true));
+        Assert.False(disk.IsFar(Length - (Length % Block), Length % Block, isWrite: true)); // a short last block
     }
 
     [Fact]

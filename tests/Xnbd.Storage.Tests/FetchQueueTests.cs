@@ -23,7 +23,7 @@ public sealed class FetchQueueTests : IDisposable
     {
         return _queue = new FetchQueue(_origin, _map, new CacheLimits(requests, bytes), ReadLocal, _arrived.Add, time);
 
-        ValueTask ReadLocal(long offset, Memory<byte> buffer)
+        ValueTask ReadLocal(long offset, Memory<byte> buffer, CancellationToken cancel)
         {
             _readLocally.Add(offset);
             return ValueTask.CompletedTask;
@@ -88,7 +88,7 @@ public sealed class FetchQueueTests : IDisposable
             _origin,
             _map,
             new CacheLimits(4, 1 << 20),
-            (_, _) => ValueTask.CompletedTask,
+            (_, _, _) => ValueTask.CompletedTask,
             fetch => queue.End([(fetch, full)]));
         Task<byte[]> read = Read(5000, 100);
         _origin.Answer(0);
@@ -345,6 +345,80 @@ public sealed class FetchQueueTests : IDisposable
         await stored.WaitAsync(TimeSpan.FromSeconds(20), TestContext.Current.CancellationToken);
     }
 
+    /// <summary>
+    /// The worst that could happen: data of one client in a buffer that belongs to another one by now.
+    /// </summary>
+    [Theory]
+    [InlineData(100)]
+    [InlineData(3 << 20)] // of several fetches
+    public async Task Whoever_leaves_gets_its_buffer_back_untouched_and_others_get_their_data(int length)
+    {
+        FetchQueue queue = Open();
+        using var gone = new CancellationTokenSource();
+        byte[] buffer = new byte[length];
+        Task read = queue.ReadAsync(5000, buffer, gone.Token).AsTask();
+        Task<byte[]> other = Read(5000, length);
+        int asked = _origin.Asked.Count;
+        if (asked > 1)
+            _origin.Answer(1); // it waits for the first one all the same
+        gone.Cancel();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => read);
+        buffer.AsSpan().Fill(0xEE); // whoever uses it now
+        for (int i = 0; i < asked; i++)
+        {
+            if (asked == 1 || i != 1)
+                _origin.Answer(i);
+        }
+
+        Assert.Equal(Expected(5000, length), await other);
+        StoreArrived();
+        Assert.False(buffer.AsSpan().ContainsAnyExcept((byte)0xEE));
+        Assert.Equal((0, 0L), queue.InFlight);
+        Assert.Empty(queue.Ranges);
+        Assert.Equal(asked, _origin.Asked.Count);
+    }
+
+    [Fact]
+    public async Task Clients_that_come_and_leave_while_the_origin_is_away_leave_nothing_behind()
+    {
+        FetchQueue queue = Open(requests: 1);
+        Task<byte[]> stays = Read(0, Block);
+        for (int i = 0; i < 100; i++)
+        {
+            using var gone = new CancellationTokenSource();
+            Task[] reads =
+            [
+                queue.ReadAsync((100 + (i * 5)) * Block, new byte[3 * Block], gone.Token).AsTask(),
+                queue.ReadAsync((101 + (i * 5)) * Block, new byte[Block], gone.Token).AsTask(),
+                queue.FetchAsync(new BlockRange(2000 + i, 1), FetchPurpose.ReadAhead, gone.Token),
+            ];
+            gone.Cancel();
+            foreach (Task read in reads)
+                await Assert.ThrowsAnyAsync<OperationCanceledException>(() => read);
+        }
+
+        Assert.Equal([new BlockRange(0, 1)], queue.Ranges);
+        Task<byte[]> last = Read(100 * Block, Block);
+        _origin.Answer(0);
+        _origin.Answer(1);
+        Assert.Equal(Expected(0, Block), await stays);
+        Assert.Equal(Expected(100 * Block, Block), await last);
+        Assert.Equal([new BlockRange(0, 1), new BlockRange(100, 1)], _origin.Asked);
+    }
+
+    [Fact]
+    public async Task A_read_that_passes_through_ends_when_its_reader_leaves()
+    {
+        FetchQueue queue = Open();
+        using var gone = new CancellationTokenSource();
+        byte[] buffer = new byte[100];
+        Task read = queue.ReadThroughAsync(5000, buffer, gone.Token).AsTask();
+        gone.Cancel();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => read);
+        _origin.Answer(0);
+        Assert.Equal(new byte[100], buffer);
+    }
+
     /// <summary>An origin that answers when it is told to.</summary>
     private sealed class Origin : Disk
     {
@@ -376,7 +450,9 @@ public sealed class FetchQueueTests : IDisposable
         public void Fail(int number, DiskError error)
             => AsOnThreadsOfTheServer(() => _reads[number].Done.SetException(new DiskException(error, "it failed")));
 
-        public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+        public override bool IsFar(long offset, long length, bool isWrite) => true;
+
+        public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
         {
             var done = new TaskCompletionSource();
             lock (_reads)
@@ -390,18 +466,22 @@ public sealed class FetchQueueTests : IDisposable
 
         public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
-        public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+        public override ValueTask WriteAsync(
+            long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
             => throw new InvalidOperationException();
 
-        public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+        public override ValueTask ZeroAsync(
+            long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
             => throw new InvalidOperationException();
 
-        public override ValueTask TrimAsync(long offset, long length, bool durable)
+        public override ValueTask TrimAsync(
+            long offset, long length, bool durable, CancellationToken cancel = default)
             => throw new InvalidOperationException();
 
         public override ValueTask FlushAsync() => throw new InvalidOperationException();
 
-        public override ValueTask PrefetchAsync(long offset, long length) => throw new InvalidOperationException();
+        public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+            => throw new InvalidOperationException();
 
         public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
             => throw new InvalidOperationException();

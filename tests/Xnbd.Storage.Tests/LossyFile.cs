@@ -199,22 +199,26 @@ internal sealed class LossyDisk(LossyFile file, long start, long length, bool is
 
     public override FileRange TryLocate(long offset, int length, bool findHoles) => FileRange.None;
 
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite) => false;
+
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         TryRead(offset, buffer.Span);
         return ValueTask.CompletedTask;
     }
 
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
     {
         TryWrite(offset, data.Span);
         return durable ? FlushAsync() : ValueTask.CompletedTask;
     }
 
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
         => WriteAsync(offset, new byte[length], durable);
 
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
         => ZeroAsync(offset, length, ZeroMode.MayPunch, durable);
 
     public override ValueTask FlushAsync()
@@ -224,7 +228,8 @@ internal sealed class LossyDisk(LossyFile file, long start, long length, bool is
         return ValueTask.CompletedTask;
     }
 
-    public override ValueTask PrefetchAsync(long offset, long length) => ValueTask.CompletedTask;
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => ValueTask.CompletedTask;
 
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
     {

@@ -29,6 +29,9 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>The disk says that another thread reads, and is idle.</summary>
     public bool IsReaderIdle { get; init; }
 
+    /// <summary>The disk reports that its operations wait for another machine.</summary>
+    public bool IsRemote { get; init; }
+
     /// <summary>The disk reports that it is read-only.</summary>
     public bool ReadOnly { get; init; }
 
@@ -60,22 +63,27 @@ public sealed class FaultDisk(Disk inner) : Disk
     public override FileRange TryLocate(long offset, int length, bool findHoles)
         => IsSlow(offset) ? FileRange.None : inner.TryLocate(offset, length, findHoles);
 
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
-        => Run("read", offset, buffer.Length, false, () => inner.ReadAsync(offset, buffer));
+    public override bool IsFar(long offset, long length, bool isWrite)
+        => IsRemote || inner.IsFar(offset, length, isWrite);
 
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
-        => Run("write", offset, data.Length, durable, () => inner.WriteAsync(offset, data, durable));
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
+        => Run("read", offset, buffer.Length, false, () => inner.ReadAsync(offset, buffer, cancel), cancel);
 
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
-        => Run("zero", offset, length, durable, () => inner.ZeroAsync(offset, length, mode, durable));
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
+        => Run("write", offset, data.Length, durable, () => inner.WriteAsync(offset, data, durable, cancel));
 
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
-        => Run("trim", offset, length, durable, () => inner.TrimAsync(offset, length, durable));
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
+        => Run("zero", offset, length, durable, () => inner.ZeroAsync(offset, length, mode, durable, cancel));
+
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
+        => Run("trim", offset, length, durable, () => inner.TrimAsync(offset, length, durable, cancel));
 
     public override ValueTask FlushAsync() => Run("flush", 0, 0, true, inner.FlushAsync);
 
-    public override ValueTask PrefetchAsync(long offset, long length)
-        => Run("prefetch", offset, length, false, () => inner.PrefetchAsync(offset, length));
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => Run("prefetch", offset, length, false, () => inner.PrefetchAsync(offset, length, cancel));
 
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
         => Run("extents", offset, length, false, () =>
@@ -94,10 +102,16 @@ public sealed class FaultDisk(Disk inner) : Disk
 
     private bool IsSlow(long offset) => Slow || SlowAt?.Invoke(offset) == true;
 
-    private async ValueTask Run(string operation, long offset, long length, bool durable, Func<ValueTask> action)
+    private async ValueTask Run(
+        string operation,
+        long offset,
+        long length,
+        bool durable,
+        Func<ValueTask> action,
+        CancellationToken cancel = default)
     {
         if (Before is { } before)
-            await Task.Run(() => before(operation, offset, length));
+            await Task.Run(() => before(operation, offset, length), CancellationToken.None).WaitAsync(cancel);
         await action();
         if (After is { } after)
             await Task.Run(() => after(operation, offset, length));

@@ -34,10 +34,13 @@ public sealed class RecordingDisk(Disk disk, AccessRecord record) : Disk
     }
 
     /// <inheritdoc/>
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite) => disk.IsFar(offset, length, isWrite);
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         record.Note(offset, buffer.Length);
-        return disk.ReadAsync(offset, buffer);
+        return disk.ReadAsync(offset, buffer, cancel);
     }
 
     /// <inheritdoc/>
@@ -48,28 +51,31 @@ public sealed class RecordingDisk(Disk disk, AccessRecord record) : Disk
     }
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
     {
         NoteEdges(offset, data.Length);
-        return disk.WriteAsync(offset, data, durable);
+        return disk.WriteAsync(offset, data, durable, cancel);
     }
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
     {
         NoteEdges(offset, length);
-        return disk.ZeroAsync(offset, length, mode, durable);
+        return disk.ZeroAsync(offset, length, mode, durable, cancel);
     }
 
     /// <inheritdoc/>
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
-        => disk.TrimAsync(offset, length, durable);
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
+        => disk.TrimAsync(offset, length, durable, cancel);
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync() => disk.FlushAsync();
 
     /// <inheritdoc/>
-    public override ValueTask PrefetchAsync(long offset, long length) => disk.PrefetchAsync(offset, length);
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
+        => disk.PrefetchAsync(offset, length, cancel);
 
     /// <inheritdoc/>
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)

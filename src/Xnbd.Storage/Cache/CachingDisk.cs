@@ -178,17 +178,19 @@ internal sealed class CachingDisk : OverlayDisk
     }
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
     {
         BeginWithWrite();
-        return base.WriteAsync(offset, data, durable);
+        return base.WriteAsync(offset, data, durable, cancel);
     }
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
     {
         BeginWithWrite();
-        return base.ZeroAsync(offset, length, mode, durable);
+        return base.ZeroAsync(offset, length, mode, durable, cancel);
     }
 
     private void BeginWithWrite()
@@ -371,13 +373,13 @@ internal sealed class CachingDisk : OverlayDisk
     protected override bool TryReadAbsent(long offset, Span<byte> buffer) => false;
 
     /// <inheritdoc/>
-    protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer)
+    protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer, CancellationToken cancel)
     {
         Interlocked.Increment(ref _misses);
         if (_isIncoming)
-            return _fetches.ReadThroughAsync(offset, buffer);
+            return _fetches.ReadThroughAsync(offset, buffer, cancel);
         BlockRange ahead = _readAhead.Next(BlockRange.Touching(offset, buffer.Length), _fetches.HasRoomAhead);
-        ValueTask read = _fetches.ReadAsync(offset, buffer); // first of all what is waited for
+        ValueTask read = _fetches.ReadAsync(offset, buffer, cancel); // first of all what is waited for
         _fill.NoteMiss(offset / BlockRange.BlockSize);
         StartAhead(ahead);
         return read;
@@ -387,16 +389,17 @@ internal sealed class CachingDisk : OverlayDisk
     protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles) => FileRange.None;
 
     /// <inheritdoc/>
-    protected override async ValueTask PrefetchAbsentAsync(long offset, long length)
+    protected override async ValueTask PrefetchAbsentAsync(
+        long offset, long length, CancellationToken cancel)
     {
         if (_isIncoming)
             return; // nothing is kept
         // A request of any length must not fill the room: it is worked off in pieces, a few at a time.
-        var options = new ParallelOptions { MaxDegreeOfParallelism = MaxPrefetchPieces };
+        var options = new ParallelOptions { MaxDegreeOfParallelism = MaxPrefetchPieces, CancellationToken = cancel };
         await Parallel.ForEachAsync(
             Pieces(BlockRange.Touching(offset, length), _fetches.AheadBlocks),
             options,
-            async (piece, _) => await FetchAsync(piece, FetchPurpose.ReadAhead));
+            async (piece, end) => await FetchAsync(piece, FetchPurpose.ReadAhead, end));
     }
 
     private static IEnumerable<BlockRange> Pieces(BlockRange range, int pieceBlocks)
@@ -466,23 +469,23 @@ internal sealed class CachingDisk : OverlayDisk
     }
 
     /// <summary>Fetches what is absent of a range, until it is in the file, and fails if it cannot be.</summary>
-    private async Task FetchAsync(BlockRange range, FetchPurpose purpose)
+    private async Task FetchAsync(BlockRange range, FetchPurpose purpose, CancellationToken cancel = default)
     {
         while (range.Count > 0)
         {
-            (BlockRange covered, bool isStored) = await _fetches.FetchAsync(range, purpose);
+            (BlockRange covered, bool isStored) = await _fetches.FetchAsync(range, purpose, cancel);
             if (isStored)
             {
                 range = range.After(covered);
                 continue;
             }
 
-            await Changing.EnterAsync(covered); // when its writers have left, it is asked for again
+            await Changing.EnterAsync(covered, cancel); // when its writers have left, it is asked for again
             Changing.Leave(covered);
         }
 
         while (_store.StepToWaitFor() is { } step)
-            await step;
+            await step.WaitAsync(cancel);
     }
 
     private Task CopyAsync(BlockRange range)

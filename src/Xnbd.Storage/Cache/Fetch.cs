@@ -47,8 +47,8 @@ internal sealed class Fetch(BlockRange range, FetchPurpose purpose)
     /// <summary>Who wants it.</summary>
     public FetchPurpose Purpose { get; set; } = purpose;
 
-    /// <summary>It does not wait for room any more.</summary>
-    public bool IsLetIn { get; set; }
+    /// <summary>Its place among those that wait for room, or their turn; null when it has been let in.</summary>
+    public LinkedListNode<Fetch>? Place { get; set; }
 
     /// <summary>The fetch has not been sent, and blocks next to it may be added.</summary>
     public bool MayGrow { get; set; } = purpose == FetchPurpose.Miss;

@@ -73,23 +73,50 @@ internal sealed partial class FetchQueue
     /// <summary>Reads the origin as it is now: no other read is joined, and nothing is kept.</summary>
     /// <param name="offset">Offset in bytes.</param>
     /// <param name="buffer">At least one byte.</param>
+    /// <param name="cancel">Ends the waiting.</param>
     /// <exception cref="DiskException">The origin failed, or is detached.</exception>
-    public async ValueTask ReadThroughAsync(long offset, Memory<byte> buffer)
+    public async ValueTask ReadThroughAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         long since = Stopwatch.GetTimestamp();
-        byte[] own = new byte[buffer.Length]; // the read may still be under way when the queue is detached
-        try
-        {
-            await _origin.ReadAsync(offset, own).AsTask().WaitAsync(Detaching);
-        }
-        catch (OperationCanceledException)
-        {
-            throw Replaced();
-        }
-
+        byte[] own = new byte[buffer.Length];
+        await ReadOrigin(offset, own, cancel);
         Interlocked.Add(ref _fetchedBytes, own.Length);
         own.CopyTo(buffer);
         Latency.Note(since);
+    }
+
+    /// <summary>
+    /// Reads the origin, and waits no longer than that makes sense. The read may go on when this has ended, so its
+    /// buffer must belong to nobody else.
+    /// </summary>
+    private async Task ReadOrigin(long offset, byte[] own, CancellationToken cancel)
+    {
+        try
+        {
+            Task read = _origin.ReadAsync(offset, own, cancel).AsTask();
+            await read.WaitAsync(Detaching).WaitAsync(cancel);
+        }
+        catch (OperationCanceledException) when (!cancel.IsCancellationRequested)
+        {
+            throw Replaced();
+        }
+    }
+
+    /// <summary>
+    /// Whoever has waited for a fetch will not any more. If nobody else does, and it still waits for room or its turn,
+    /// it is dropped: otherwise clients that come and leave while the origin is away would leave more and more behind.
+    /// One that was let in goes on.
+    /// </summary>
+    private void GiveUp(Fetch fetch)
+    {
+        lock (_lock)
+        {
+            if (fetch.Place is { } place && fetch.References == 2)
+            {
+                Unqueue(fetch, place);
+                _fetches.Remove(fetch);
+            }
+        }
     }
 
     private CancellationToken Detaching

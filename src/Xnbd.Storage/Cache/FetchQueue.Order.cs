@@ -12,7 +12,7 @@ internal sealed partial class FetchQueue
     private const int MaxAheadBlocks = 64;
 
     private readonly FetchPace _pace = new(); // guarded by _lock
-    private readonly Queue<Fetch>[] _waiting = [new(), new(), new()]; // for room, or their turn; by purpose
+    private readonly LinkedList<Fetch>[] _waiting = [new(), new(), new()]; // for room, or their turn; by purpose
     private readonly Queue<TaskCompletionSource<int>> _turns = new(); // who wants to copy the next piece
     private readonly int[] _inFlight = new int[3]; // requests, by purpose
     private long _bytesAhead; // that wait for their turn; read as an estimate without the lock
@@ -100,18 +100,26 @@ internal sealed partial class FetchQueue
 
     private void Enqueue(Fetch fetch)
     {
-        _waiting[(int)fetch.Purpose].Enqueue(fetch);
+        fetch.Place = _waiting[(int)fetch.Purpose].AddLast(fetch);
         if (fetch.Purpose == FetchPurpose.ReadAhead)
             _bytesAhead += BytesOf(fetch);
     }
 
-    /// <summary>Somebody waits for a fetch who comes before those who wanted it so far. The lock is held.</summary>
-    private void Promote(Fetch fetch, FetchPurpose purpose)
+    /// <summary>A fetch waits no more. The lock is held.</summary>
+    private void Unqueue(Fetch fetch, LinkedListNode<Fetch> place)
     {
+        _waiting[(int)fetch.Purpose].Remove(place);
+        fetch.Place = null;
         if (fetch.Purpose == FetchPurpose.ReadAhead)
             _bytesAhead -= BytesOf(fetch);
+    }
+
+    /// <summary>Somebody waits for a fetch who comes before those who wanted it so far. The lock is held.</summary>
+    private void Promote(Fetch fetch, LinkedListNode<Fetch> place, FetchPurpose purpose)
+    {
+        Unqueue(fetch, place);
         fetch.Purpose = purpose;
-        Enqueue(fetch); // its old place is passed over
+        Enqueue(fetch);
     }
 
     /// <summary>
@@ -123,21 +131,15 @@ internal sealed partial class FetchQueue
         double now = double.NaN;
         for (var purpose = FetchPurpose.Miss; purpose <= FetchPurpose.Copy; purpose++)
         {
-            while (_waiting[(int)purpose].TryPeek(out Fetch? next))
+            while (_waiting[(int)purpose].First is { Value: var next } place)
             {
-                if (next.IsLetIn || next.Purpose != purpose)
-                {
-                    _waiting[(int)purpose].Dequeue();
-                    continue;
-                }
-
                 if (double.IsNaN(now))
                     now = Now;
                 if (_requestsInFlight >= _maxRequests || !HasRoom(BytesOf(next)))
                     return;
                 if (!IsTurn(next, now))
                     break;
-                _waiting[(int)purpose].Dequeue();
+                Unqueue(next, place);
                 LetIn(next, now);
             }
         }
@@ -156,13 +158,10 @@ internal sealed partial class FetchQueue
             _pace.Resume(now);
         if (fetch.Purpose == FetchPurpose.Miss)
             _pace.NoteMiss(now);
-        if (fetch.Purpose == FetchPurpose.ReadAhead)
-            _bytesAhead -= BytesOf(fetch);
         _inFlight[(int)fetch.Purpose]++;
         _requestsInFlight++;
         _bytesInFlight += BytesOf(fetch);
         fetch.IsCounted = true;
-        fetch.IsLetIn = true;
         bool isCopying = fetch.Purpose == FetchPurpose.Copy || _waiting[(int)FetchPurpose.Copy].Count > 0;
         long window = _pace.Window(now, isCopying && _pace.IsPolite(now));
         fetch.Mark = _pace.Send(now, _bytesInFlight, window, isCopying || fetch.Purpose == FetchPurpose.ReadAhead);

@@ -36,7 +36,7 @@ internal sealed partial class FetchQueue : IDisposable
     private readonly long _length;
     private readonly long _maxBytes;
     private readonly int _maxRequests;
-    private readonly Func<long, Memory<byte>, ValueTask> _readLocal;
+    private readonly Func<long, Memory<byte>, CancellationToken, ValueTask> _readLocal;
     private readonly Action<Fetch> _arrived;
     private readonly TimeProvider _time;
     private readonly Action _send;
@@ -71,7 +71,7 @@ internal sealed partial class FetchQueue : IDisposable
         Disk origin,
         BlockMap map,
         CacheLimits limits,
-        Func<long, Memory<byte>, ValueTask> readLocal,
+        Func<long, Memory<byte>, CancellationToken, ValueTask> readLocal,
         Action<Fetch> arrived,
         TimeProvider? time = null)
     {
@@ -117,8 +117,9 @@ internal sealed partial class FetchQueue : IDisposable
     /// <summary>Reads blocks that were absent. All fetches have been asked for when this returns.</summary>
     /// <param name="offset">Offset in bytes.</param>
     /// <param name="buffer">At least one byte.</param>
+    /// <param name="cancel">Ends the waiting; nothing of a fetch is copied into the buffer afterwards.</param>
     /// <exception cref="DiskException">The origin failed, or is detached.</exception>
-    public async ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public async ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         long since = Stopwatch.GetTimestamp();
         BlockRange left = BlockRange.Touching(offset, buffer.Length);
@@ -126,7 +127,7 @@ internal sealed partial class FetchQueue : IDisposable
         left = left.After(covered);
         if (left.Count == 0)
         {
-            await ReadPart(first, offset, buffer);
+            await ReadPart(first, offset, buffer, cancel);
             Latency.Note(since);
             return;
         }
@@ -140,21 +141,22 @@ internal sealed partial class FetchQueue : IDisposable
             left = left.After(covered);
         }
 
-        DiskException? failure = null;
+        Exception? failure = null;
         foreach ((Fetch? fetch, BlockRange range) in parts)
         {
             long start = Math.Max(offset, range.Offset);
             long end = Math.Min(offset + buffer.Length, range.End * BlockRange.BlockSize);
             try
             {
-                await ReadPart(fetch, start, buffer[(int)(start - offset)..(int)(end - offset)]);
+                await ReadPart(fetch, start, buffer[(int)(start - offset)..(int)(end - offset)], cancel);
             }
-            catch (DiskException caught)
+            catch (Exception caught) when (caught is DiskException or OperationCanceledException)
             {
                 failure ??= caught; // the others are waited for all the same: each holds its buffer
             }
         }
 
+        cancel.ThrowIfCancellationRequested();
         if (failure is not null)
             throw failure;
         Latency.Note(since);
@@ -163,19 +165,26 @@ internal sealed partial class FetchQueue : IDisposable
     /// <summary>Fetches the start of a range, until it is in the file and in the map.</summary>
     /// <param name="range">At least one block.</param>
     /// <param name="purpose">Who wants it.</param>
+    /// <param name="cancel">Ends the waiting.</param>
     /// <returns>
     /// The start of the range; and false if some of it was not stored, because writers hold it: then it is to be asked
     /// for again when they have left.
     /// </returns>
     /// <exception cref="DiskException">The origin failed, or the data cannot be stored.</exception>
-    public async Task<(BlockRange Covered, bool IsStored)> FetchAsync(BlockRange range, FetchPurpose purpose)
+    public async Task<(BlockRange Covered, bool IsStored)> FetchAsync(
+        BlockRange range, FetchPurpose purpose, CancellationToken cancel = default)
     {
         if (Join(range, purpose, out BlockRange covered) is not { } fetch)
             return (covered, true);
         try
         {
-            await fetch.Stored.Task;
+            await fetch.Stored.Task.WaitAsync(cancel);
             return (covered, !fetch.IsSkipped);
+        }
+        catch (OperationCanceledException)
+        {
+            GiveUp(fetch);
+            throw;
         }
         finally
         {
@@ -230,10 +239,10 @@ internal sealed partial class FetchQueue : IDisposable
             if (present is not null)
             {
                 present.References++;
-                if (present.IsLetIn || purpose >= present.Purpose)
+                if (present.Place is not { } place || purpose >= present.Purpose)
                     return present;
                 fetch = present;
-                Promote(fetch, purpose);
+                Promote(fetch, place, purpose);
             }
             else
             {
@@ -357,20 +366,25 @@ internal sealed partial class FetchQueue : IDisposable
     }
 
     /// <summary>Waits for a fetch, takes a part of its data, and releases it.</summary>
-    private async ValueTask ReadPart(Fetch? fetch, long offset, Memory<byte> buffer)
+    private async ValueTask ReadPart(Fetch? fetch, long offset, Memory<byte> buffer, CancellationToken cancel)
     {
         if (fetch is null)
         {
-            await _readLocal(offset, buffer);
+            await _readLocal(offset, buffer, cancel);
             return;
         }
 
         BlockRange needed = BlockRange.Touching(offset, buffer.Length);
         try
         {
-            await fetch.Arrived.Task;
+            await fetch.Arrived.Task.WaitAsync(cancel);
             fetch.Buffer!.Slice((int)(offset - fetch.Range.Offset), buffer.Length).CopyTo(buffer.Span);
             return;
+        }
+        catch (OperationCanceledException)
+        {
+            GiveUp(fetch);
+            throw;
         }
         catch (DiskException failure) when (fetch.Range.Count > needed.Count
             && failure.Error is not (DiskError.Replaced or DiskError.TimedOut or DiskError.Unreachable))
@@ -383,15 +397,7 @@ internal sealed partial class FetchQueue : IDisposable
         }
 
         byte[] alone = new byte[needed.LengthOn(_length)];
-        try
-        {
-            await _origin.ReadAsync(needed.Offset, alone).AsTask().WaitAsync(Detaching);
-        }
-        catch (OperationCanceledException)
-        {
-            throw Replaced();
-        }
-
+        await ReadOrigin(needed.Offset, alone, cancel);
         alone.AsMemory((int)(offset - needed.Offset), buffer.Length).CopyTo(buffer);
     }
 

@@ -65,37 +65,48 @@ internal sealed class SwitchableDisk(Disk first) : Disk
         => _current.TryLocate(offset, length, findHoles);
 
     /// <inheritdoc/>
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
-        => Run((offset, buffer), static (disk, read) => disk.ReadAsync(read.offset, read.buffer));
+    public override bool IsFar(long offset, long length, bool isWrite) => _current.IsFar(offset, length, isWrite);
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
+        => Run(
+            (offset, buffer), static (disk, read, cancel) => disk.ReadAsync(read.offset, read.buffer, cancel), cancel);
 
     /// <inheritdoc/>
     public override bool HasIdleReader => _current.HasIdleReader;
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
         => Run(
-            (offset, data, durable), static (disk, write) => disk.WriteAsync(write.offset, write.data, write.durable));
+            (offset, data, durable),
+            static (disk, write, cancel) => disk.WriteAsync(write.offset, write.data, write.durable, cancel),
+            cancel);
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
         => Run(
             (offset, length, mode, durable),
-            static (disk, zero) => disk.ZeroAsync(zero.offset, zero.length, zero.mode, zero.durable));
+            static (disk, zero, cancel) => disk.ZeroAsync(zero.offset, zero.length, zero.mode, zero.durable, cancel),
+            cancel);
 
     /// <inheritdoc/>
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
         => Run(
-            (offset, length, durable), static (disk, trim) => disk.TrimAsync(trim.offset, trim.length, trim.durable));
+            (offset, length, durable),
+            static (disk, trim, cancel) => disk.TrimAsync(trim.offset, trim.length, trim.durable, cancel),
+            cancel);
 
     /// <inheritdoc/>
-    public override ValueTask FlushAsync() => Run(0, static (disk, _) => disk.FlushAsync());
+    public override ValueTask FlushAsync() => Run(0, static (disk, _, _) => disk.FlushAsync(), default);
 
     /// <inheritdoc/>
-    public override async ValueTask PrefetchAsync(long offset, long length)
+    public override async ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
     {
         try
         {
-            await _current.PrefetchAsync(offset, length);
+            await _current.PrefetchAsync(offset, length, cancel);
         }
         catch (DiskException failure) when (failure.Error == DiskError.Replaced)
         {
@@ -105,11 +116,14 @@ internal sealed class SwitchableDisk(Disk first) : Disk
 
     /// <inheritdoc/>
     public override ValueTask GetExtentsAsync(long offset, long length, ExtentList extents)
-        => Run((offset, length, extents), static (disk, question) =>
-        {
-            question.extents.Clear(); // an earlier disk may have added some
-            return disk.GetExtentsAsync(question.offset, question.length, question.extents);
-        });
+        => Run(
+            (offset, length, extents),
+            static (disk, question, _) =>
+            {
+                question.extents.Clear(); // an earlier disk may have added some
+                return disk.GetExtentsAsync(question.offset, question.length, question.extents);
+            },
+            default);
 
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
@@ -118,14 +132,20 @@ internal sealed class SwitchableDisk(Disk first) : Disk
             _current.Dispose();
     }
 
-    private ValueTask Run<T>(T arguments, Func<Disk, T, ValueTask> start)
+    private ValueTask Run<T>(
+        T arguments, Func<Disk, T, CancellationToken, ValueTask> start, CancellationToken cancel)
     {
         Disk disk = _current;
-        ValueTask operation = start(disk, arguments);
-        return operation.IsCompletedSuccessfully ? operation : CarryOver(disk, operation, arguments, start);
+        ValueTask operation = start(disk, arguments, cancel);
+        return operation.IsCompletedSuccessfully ? operation : CarryOver(disk, operation, arguments, start, cancel);
     }
 
-    private async ValueTask CarryOver<T>(Disk disk, ValueTask operation, T arguments, Func<Disk, T, ValueTask> start)
+    private async ValueTask CarryOver<T>(
+        Disk disk,
+        ValueTask operation,
+        T arguments,
+        Func<Disk, T, CancellationToken, ValueTask> start,
+        CancellationToken cancel)
     {
         while (true)
         {
@@ -139,9 +159,9 @@ internal sealed class SwitchableDisk(Disk first) : Disk
                 // Carried over.
             }
 
-            await _switched;
+            await _switched.WaitAsync(cancel);
             disk = _current;
-            operation = start(disk, arguments);
+            operation = start(disk, arguments, cancel);
         }
     }
 }

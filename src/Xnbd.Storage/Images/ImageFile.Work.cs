@@ -23,29 +23,34 @@ public sealed partial class ImageFile
     }
 
     /// <inheritdoc/>
-    public override ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite) => false;
+
+    /// <inheritdoc/>
+    public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
         => Work.Rent(this, Operation.Read, offset, buffer.Length).Start(buffer: buffer);
 
     /// <inheritdoc/>
     public override bool HasIdleReader => Readers.IsMostlyIdle;
 
     /// <inheritdoc/>
-    public override ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
         => Work.Rent(this, Operation.Write, offset, data.Length, durable).Start(data: data);
 
     /// <inheritdoc/>
-    public override ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
         => Work.Rent(this, Operation.Zero, offset, length, durable).Start(mode: mode);
 
     /// <inheritdoc/>
-    public override ValueTask TrimAsync(long offset, long length, bool durable)
+    public override ValueTask TrimAsync(long offset, long length, bool durable, CancellationToken cancel = default)
         => Work.Rent(this, Operation.Trim, offset, length, durable).Start();
 
     /// <inheritdoc/>
     public override ValueTask FlushAsync() => Work.Rent(this, Operation.Flush, 0, Length).Start();
 
     /// <inheritdoc/>
-    public override ValueTask PrefetchAsync(long offset, long length)
+    public override ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
         => Work.Rent(this, Operation.Prefetch, offset, Math.Min(length, MaxPrefetchBytes)).Start();
 
     /// <inheritdoc/>

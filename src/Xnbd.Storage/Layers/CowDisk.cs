@@ -35,14 +35,19 @@ internal sealed class CowDisk : OverlayDisk
     protected override bool TryReadAbsent(long offset, Span<byte> buffer) => Base.TryRead(offset, buffer);
 
     /// <inheritdoc/>
-    protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer) => Base.ReadAsync(offset, buffer);
+    protected override bool IsAbsentFar(long offset, long length) => Base.IsFar(offset, length, isWrite: false);
+
+    /// <inheritdoc/>
+    protected override ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer, CancellationToken cancel)
+        => Base.ReadAsync(offset, buffer, cancel);
 
     /// <inheritdoc/>
     protected override FileRange TryLocateAbsent(long offset, int length, bool findHoles)
         => Base.TryLocate(offset, length, findHoles);
 
     /// <inheritdoc/>
-    protected override ValueTask PrefetchAbsentAsync(long offset, long length) => Base.PrefetchAsync(offset, length);
+    protected override ValueTask PrefetchAbsentAsync(long offset, long length, CancellationToken cancel)
+        => Base.PrefetchAsync(offset, length, cancel);
 
     /// <inheritdoc/>
     protected override ValueTask GetAbsentExtentsAsync(long offset, long length, ExtentList extents)

@@ -35,16 +35,43 @@ internal sealed class BlockLocks
     }
 
     /// <summary>Enters a range; the task completes when it has been entered.</summary>
-    public ValueTask EnterAsync(BlockRange range)
+    /// <param name="range">The range.</param>
+    /// <param name="cancel">Ends the waiting: the range is not entered then.</param>
+    public ValueTask EnterAsync(BlockRange range, CancellationToken cancel = default)
     {
+        TaskCompletionSource waiter;
         lock (_lock)
         {
+            if (!IsTaken(range, _entries.Count))
+            {
+                _entries.Add((range, null));
+                return ValueTask.CompletedTask;
+            }
+
             // Its continuation must not run inside the Leave of another range.
-            TaskCompletionSource? waiter = IsTaken(range, _entries.Count)
-                ? new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)
-                : null;
+            waiter = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
             _entries.Add((range, waiter));
-            return waiter is null ? ValueTask.CompletedTask : new ValueTask(waiter.Task);
+        }
+
+        return cancel.CanBeCanceled ? Wait(range, waiter, cancel) : new ValueTask(waiter.Task);
+    }
+
+    /// <summary>Waits for a range, and gives its place up if it is told to.</summary>
+    private async ValueTask Wait(BlockRange range, TaskCompletionSource waiter, CancellationToken cancel)
+    {
+        try
+        {
+            await waiter.Task.WaitAsync(cancel);
+        }
+        catch (OperationCanceledException)
+        {
+            lock (_lock)
+            {
+                int waiting = _entries.FindIndex(entry => entry.Waiter == waiter);
+                Remove(waiting >= 0 ? waiting : IndexInside(range)); // meanwhile it may have been its turn
+            }
+
+            throw;
         }
     }
 
@@ -52,20 +79,7 @@ internal sealed class BlockLocks
     public void Leave(BlockRange range)
     {
         lock (_lock)
-        {
-            int left = 0;
-            while (_entries[left].Range != range || _entries[left].Waiter is not null)
-                left++;
-            _entries.RemoveAt(left);
-            for (int i = 0; i < _entries.Count; i++)
-            {
-                (BlockRange waiting, TaskCompletionSource? waiter) = _entries[i];
-                if (waiter is null || IsTaken(waiting, i))
-                    continue;
-                _entries[i] = (waiting, null);
-                waiter.SetResult();
-            }
-        }
+            Remove(IndexInside(range));
     }
 
     /// <summary>
@@ -116,18 +130,26 @@ internal sealed class BlockLocks
         }
     }
 
-    /// <summary>Waits for a range, and gives the wait up if it is told to.</summary>
-    private async Task EnterAsync(BlockRange range, CancellationToken cancel)
+    /// <summary>The place of a range that has been entered. The lock is held.</summary>
+    private int IndexInside(BlockRange range)
     {
-        Task entered = EnterAsync(range).AsTask();
-        try
+        int index = 0;
+        while (_entries[index].Range != range || _entries[index].Waiter is not null)
+            index++;
+        return index;
+    }
+
+    /// <summary>Removes an entry, and lets those in that have waited for it. The lock is held.</summary>
+    private void Remove(int index)
+    {
+        _entries.RemoveAt(index);
+        for (int i = index; i < _entries.Count; i++)
         {
-            await entered.WaitAsync(cancel);
-        }
-        catch (OperationCanceledException)
-        {
-            _ = entered.ContinueWith(_ => Leave(range), TaskScheduler.Default); // it is its turn some day
-            throw;
+            (BlockRange waiting, TaskCompletionSource? waiter) = _entries[i];
+            if (waiter is null || IsTaken(waiting, i))
+                continue;
+            _entries[i] = (waiting, null);
+            waiter.SetResult();
         }
     }
 

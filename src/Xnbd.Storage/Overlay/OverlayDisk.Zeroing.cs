@@ -10,7 +10,8 @@ internal abstract partial class OverlayDisk
     private static readonly ReadOnlyMemory<byte> s_zeroBlock = new byte[BlockSize];
 
     /// <inheritdoc/>
-    public override async ValueTask ZeroAsync(long offset, long length, ZeroMode mode, bool durable)
+    public override async ValueTask ZeroAsync(
+        long offset, long length, ZeroMode mode, bool durable, CancellationToken cancel = default)
     {
         if ((mode & ZeroMode.FastOnly) != 0)
             RefuseIfEdgesAreSlow(offset, length);
@@ -21,7 +22,7 @@ internal abstract partial class OverlayDisk
         {
             BlockRange part = left with { Count = Math.Min(left.Count, BlockLocks.MaxHeldBlocks) };
             left = left.After(part);
-            await Changing.EnterAsync(part);
+            await Changing.EnterAsync(part, cancel);
             try
             {
                 await ((mode & ZeroMode.MayPunch) != 0 ? Discard(part) : Allocate(part, mode));
@@ -35,20 +36,21 @@ internal abstract partial class OverlayDisk
         long end = offset + length, headEnd = Math.Min(end, inside.Offset);
         long tail = inside.Count > 0 ? Math.Min(end, inside.End * BlockSize) : headEnd;
         if (offset < headEnd)
-            await ZeroEdge(offset, headEnd - offset, mode);
+            await ZeroEdge(offset, headEnd - offset, mode, cancel);
         if (tail < end)
-            await ZeroEdge(tail, end - tail, mode);
+            await ZeroEdge(tail, end - tail, mode, cancel);
 
         if (durable)
             await FlushAsync();
     }
 
     /// <inheritdoc/>
-    public override async ValueTask TrimAsync(long offset, long length, bool durable)
+    public override async ValueTask TrimAsync(
+        long offset, long length, bool durable, CancellationToken cancel = default)
     {
         BlockRange inside = BlockRange.Inside(offset, length, Length);
         if (inside.Count > 0)
-            await ZeroAsync(inside.Offset, inside.LengthOn(Length), ZeroMode.MayPunch, durable);
+            await ZeroAsync(inside.Offset, inside.LengthOn(Length), ZeroMode.MayPunch, durable, cancel);
         else if (durable)
             await FlushAsync();
     }
@@ -99,8 +101,8 @@ internal abstract partial class OverlayDisk
     }
 
     /// <summary>Zeroes a part of one block.</summary>
-    private ValueTask ZeroEdge(long offset, long length, ZeroMode mode)
+    private ValueTask ZeroEdge(long offset, long length, ZeroMode mode, CancellationToken cancel)
         => (mode & ZeroMode.MayPunch) != 0 && _map[offset / BlockSize] == BlockState.Zero
             ? ValueTask.CompletedTask
-            : WriteAsync(offset, s_zeroBlock[..(int)length], durable: false);
+            : WriteAsync(offset, s_zeroBlock[..(int)length], durable: false, cancel);
 }

@@ -68,17 +68,20 @@ internal abstract partial class OverlayDisk : Disk
     /// </summary>
     protected virtual bool IsAbsentSlow => false;
 
+    /// <summary>As <see cref="Disk.IsFar"/>, of what is read and the local file does not hold.</summary>
+    protected virtual bool IsAbsentFar(long offset, long length) => IsAbsentSlow;
+
     /// <summary>Reads what the local file does not hold, if that needs no waiting.</summary>
     protected abstract bool TryReadAbsent(long offset, Span<byte> buffer);
 
     /// <summary>Reads what the local file does not hold.</summary>
-    protected abstract ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer);
+    protected abstract ValueTask ReadAbsentAsync(long offset, Memory<byte> buffer, CancellationToken cancel);
 
     /// <summary>As <see cref="Disk.TryLocate"/>, of what the local file does not hold.</summary>
     protected abstract FileRange TryLocateAbsent(long offset, int length, bool findHoles);
 
     /// <summary>As <see cref="Disk.PrefetchAsync"/>, of what the local file does not hold.</summary>
-    protected abstract ValueTask PrefetchAbsentAsync(long offset, long length);
+    protected abstract ValueTask PrefetchAbsentAsync(long offset, long length, CancellationToken cancel);
 
     /// <summary>
     /// As <see cref="Disk.GetExtentsAsync"/>, of what the local file does not hold. Depths are counted from the source.
@@ -147,7 +150,18 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     /// <inheritdoc/>
-    public override async ValueTask ReadAsync(long offset, Memory<byte> buffer)
+    public override bool IsFar(long offset, long length, bool isWrite)
+    {
+        var range = BlockRange.Touching(offset, length);
+        if (!isWrite)
+            return HasFar(range);
+        long end = offset + length; // only a block that is written in part is needed
+        return (offset % BlockSize != 0 && HasFar(range with { Count = 1 }))
+            || (end % BlockSize != 0 && end != Length && HasFar(new BlockRange(range.End - 1, 1)));
+    }
+
+    /// <inheritdoc/>
+    public override async ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
     {
         while (buffer.Length > 0)
         {
@@ -155,8 +169,8 @@ internal abstract partial class OverlayDisk : Disk
             if (!TryReadRun(offset, buffer.Span[..length], state))
             {
                 await (state == BlockState.Absent
-                    ? ReadAbsentAsync(offset, buffer[..length])
-                    : _local.ReadAsync(offset, buffer[..length]));
+                    ? ReadAbsentAsync(offset, buffer[..length], cancel)
+                    : _local.ReadAsync(offset, buffer[..length], cancel));
             }
 
             offset += length;
@@ -165,7 +179,8 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     /// <inheritdoc/>
-    public override async ValueTask WriteAsync(long offset, ReadOnlyMemory<byte> data, bool durable)
+    public override async ValueTask WriteAsync(
+        long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
     {
         if (data.Length > 0)
         {
@@ -176,10 +191,10 @@ internal abstract partial class OverlayDisk : Disk
             }
             else
             {
-                await Changing.EnterAsync(range);
+                await Changing.EnterAsync(range, cancel);
                 try
                 {
-                    await WriteChanging(offset, data);
+                    await WriteChanging(offset, data, cancel);
                 }
                 finally
                 {
@@ -202,7 +217,7 @@ internal abstract partial class OverlayDisk : Disk
     internal ValueTask FlushAll() => new(_commits.RunAsync());
 
     /// <inheritdoc/>
-    public override async ValueTask PrefetchAsync(long offset, long length)
+    public override async ValueTask PrefetchAsync(long offset, long length, CancellationToken cancel = default)
     {
         while (length > 0)
         {
@@ -210,8 +225,8 @@ internal abstract partial class OverlayDisk : Disk
             if (state != BlockState.Zero)
             {
                 await (state == BlockState.Absent
-                    ? PrefetchAbsentAsync(offset, run)
-                    : _local.PrefetchAsync(offset, run));
+                    ? PrefetchAbsentAsync(offset, run, cancel)
+                    : _local.PrefetchAsync(offset, run, cancel));
             }
 
             offset += run;
@@ -257,6 +272,20 @@ internal abstract partial class OverlayDisk : Disk
         return (int)Math.Min(length, (run.End * BlockSize) - offset);
     }
 
+    /// <summary>Whether some of these blocks are read from another machine.</summary>
+    private bool HasFar(BlockRange range)
+    {
+        for (BlockRange left = range; left.Count > 0;)
+        {
+            BlockRange run = _map.Run(left, out BlockState state);
+            if (state == BlockState.Absent && IsAbsentFar(run.Offset, run.LengthOn(Length)))
+                return true;
+            left = left.After(run);
+        }
+
+        return false;
+    }
+
     private bool TryReadRun(long offset, Span<byte> buffer, BlockState state)
     {
         switch (state)
@@ -277,7 +306,7 @@ internal abstract partial class OverlayDisk : Disk
             : _local.WriteAsync(offset, data, durable: false);
 
     /// <summary>A write to blocks of which some are not in the file yet; the caller holds them.</summary>
-    private async ValueTask WriteChanging(long offset, ReadOnlyMemory<byte> data)
+    private async ValueTask WriteChanging(long offset, ReadOnlyMemory<byte> data, CancellationToken cancel)
     {
         var range = BlockRange.Touching(offset, data.Length);
         OwnFetched(range);
@@ -285,13 +314,13 @@ internal abstract partial class OverlayDisk : Disk
         if (offset % BlockSize != 0 && !IsLocal(_map[range.First]))
         {
             whole = Math.Min(end, (range.First + 1) * BlockSize);
-            await WriteMerged(range.First, offset, data[..(int)(whole - offset)]);
+            await WriteMerged(range.First, offset, data[..(int)(whole - offset)], cancel);
         }
 
         if (whole < end && end % BlockSize != 0 && end != Length && !IsLocal(_map[range.End - 1]))
         {
             wholeEnd = Math.Max(whole, (range.End - 1) * BlockSize);
-            await WriteMerged(range.End - 1, wholeEnd, data[(int)(wholeEnd - offset)..]);
+            await WriteMerged(range.End - 1, wholeEnd, data[(int)(wholeEnd - offset)..], cancel);
         }
 
         if (whole < wholeEnd)
@@ -317,7 +346,8 @@ internal abstract partial class OverlayDisk : Disk
     }
 
     /// <summary>Writes a whole block to the file: a part that is new, and the rest as it is.</summary>
-    private async ValueTask WriteMerged(long block, long offset, ReadOnlyMemory<byte> part)
+    private async ValueTask WriteMerged(
+        long block, long offset, ReadOnlyMemory<byte> part, CancellationToken cancel)
     {
         long start = block * BlockSize;
         int length = (int)Math.Min(BlockSize, Length - start);
@@ -327,7 +357,7 @@ internal abstract partial class OverlayDisk : Disk
             Memory<byte> merged = rented.AsMemory(0, length);
             BlockState state = _map[block];
             if (!TryReadRun(start, merged.Span, state))
-                await ReadAbsentAsync(start, merged);
+                await ReadAbsentAsync(start, merged, cancel);
             part.CopyTo(merged[(int)(offset - start)..]);
             await WriteLocal(start, merged);
         }
