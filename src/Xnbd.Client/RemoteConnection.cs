@@ -56,7 +56,7 @@ internal sealed class RemoteConnection : IDisposable
     private byte[] _outputBeingSent = new byte[MaxUnderWay * NbdSize.Request];
     private int _outputLength;
     private bool _isSending; // a thread sends, or has promised to
-    private string? _reason; // why it is broken
+    private string? _reason; // why it is broken; it begins with the server's name
 
     private long _lastNumber;
     private long _answeredNumber; // the highest number that was answered
@@ -225,7 +225,7 @@ internal sealed class RemoteConnection : IDisposable
                 long count = LinuxSocket.Send(_socket.SafeHandle, left, more: false);
                 if (count <= 0)
                 {
-                    Break(Errno.Of(count).Describe());
+                    Break($"{_address}: {Errno.Of(count).Describe()}");
                     break; // the next round ends the sending
                 }
 
@@ -235,7 +235,7 @@ internal sealed class RemoteConnection : IDisposable
     }
 
     /// <summary>Ends it; requests that are under way go back to the owner.</summary>
-    public void Dispose() => Break("closed");
+    public void Dispose() => Break($"{_address}: the connection is not needed any more");
 
     /// <summary>The receiving thread.</summary>
     private void ReceiveAll()

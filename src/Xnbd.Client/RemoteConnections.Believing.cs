@@ -47,6 +47,8 @@ internal sealed partial class RemoteConnections
     {
         DiskSamples samples = _takeSamples();
         RemoteConnection connection = Open(address);
+        if (isRequired && samples.Blocks.Count == 0 && _lastServer is { } last && last != address)
+            LogUnknown(_log, address);
         try
         {
             List<byte[]?> others = ReadSamples(connection, address, samples);
@@ -90,7 +92,7 @@ internal sealed partial class RemoteConnections
             if (connection.TryAdd(request, out bool isFirst))
                 mustSend |= isFirst;
             else
-                request.Fail(DiskError.Unreachable, "the connection has broken");
+                request.Fail(DiskError.Unreachable, $"{address}: the connection has broken");
         }
 
         if (mustSend)
@@ -112,7 +114,7 @@ internal sealed partial class RemoteConnections
             }
             catch (AggregateException failure)
             {
-                throw new RemoteException($"{address}: {failure.InnerException!.Message}");
+                throw new RemoteException(failure.InnerException!.Message); // it names the server
             }
         }
 

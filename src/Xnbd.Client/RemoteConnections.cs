@@ -361,6 +361,11 @@ internal sealed partial class RemoteConnections
             + "{Offset}")]
     private static partial void LogChanged(ILogger log, RemoteAddress address, long offset);
 
+    [LoggerMessage(
+        Level = LogLevel.Warning,
+        Message = "{Address}: nothing of the disk is known yet: this server was recognized by its length alone")]
+    private static partial void LogUnknown(ILogger log, RemoteAddress address);
+
     [LoggerMessage(Level = LogLevel.Information, Message = "the remote is now {Address}")]
     private static partial void LogSwitched(ILogger log, RemoteAddress address);
 }

@@ -214,6 +214,64 @@ public sealed class RemoteServersTests : IDisposable
     }
 
     [Fact]
+    public void A_message_names_its_server_once()
+    {
+        Know(0, 7);
+        string path = _folder.File("a");
+        using FakeServer server = new FakeServer(path, _image) { Answer = Leave }.Start();
+        string message = Assert.Throws<RemoteException>(() => Connect("a")).Message;
+        Assert.Equal(2, message.Split(path).Length);
+
+        static bool Leave(FakeServer.Peer peer, int connection, NbdRequest request)
+        {
+            peer.Close();
+            return true;
+        }
+    }
+
+    [Fact]
+    public async Task That_a_server_is_recognized_by_its_length_alone_is_logged()
+    {
+        using FakeServer second = Serve("b");
+        FakeServer first = Serve("a");
+        using RemoteDisk disk = Connect("a", "b");
+        Assert.DoesNotContain("by its length alone", LogText, StringComparison.Ordinal);
+        End(first);
+        Assert.Equal(_image[..Block], await Read(disk, 0, Block));
+        Assert.Contains("recognized by its length alone", LogText, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_read_that_nobody_wants_any_more_is_not_sent_when_the_server_is_back()
+    {
+        int asked = 0;
+        FakeServer first = Serve("a");
+        using RemoteDisk disk = Connect("a");
+        End(first);
+        Wait.Until(() => disk.ConnectionCount == 0, "it is lost");
+        using var gone = new CancellationTokenSource();
+        byte[] buffer = new byte[Block];
+        Task[] left = [.. Enumerable.Range(1, 20).Select(
+            i => disk.ReadAsync(i * Block, buffer, gone.Token).AsTask())];
+        Task<byte[]> stays = Read(disk, 0, Block);
+        Assert.Equal(21, disk.State.WaitingReads);
+        gone.Cancel();
+        foreach (Task read in left)
+            await Assert.ThrowsAnyAsync<OperationCanceledException>(() => read);
+        Assert.Equal(1, disk.State.WaitingReads);
+        using FakeServer again = new FakeServer(_folder.File("a"), _image) { Answer = Count }.Start();
+        Assert.Equal(_image[..Block], await stays);
+        Assert.Equal(1, Volatile.Read(ref asked));
+        Assert.Equal(new byte[Block], buffer);
+
+        bool Count(FakeServer.Peer peer, int connection, NbdRequest request)
+        {
+            Interlocked.Increment(ref asked);
+            return false;
+        }
+    }
+
+    [Fact]
     public void A_server_whose_trail_comes_back_is_refused()
     {
         foreach ((ulong[] trail, bool isRefused) in ((ulong[], bool)[])[([1, 7], true), ([7], true), ([1, 2], false)])

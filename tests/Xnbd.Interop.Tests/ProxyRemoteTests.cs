@@ -152,6 +152,25 @@ public sealed class ProxyRemoteTests : IDisposable
     }
 
     [Fact]
+    public async Task As_long_as_nothing_is_kept_a_server_is_recognized_by_what_has_passed_through()
+    {
+        string wrongImage = _folder.Random("wrong.img", Size, seed: 5), socket = Proxies.Socket(_folder);
+        string Uri(string name) => $"nbd+unix:///?socket={_folder.File(name)}";
+        using ServerProcess first = Serve("a"), wrong = Serve("b", wrongImage), third = Serve("c");
+        using ServerProcess proxy = Start("a", "--incoming", "--remote", Uri("b"), "--remote", Uri("c"));
+        using NbdTestClient client = proxy.Open();
+        Assert.Equal(_bytes[..8192], client.Read(0, 8192));
+        ToolResult refused = await Control("--reconnect", socket, Uri("b"));
+        Assert.Equal((1, ""), (refused.ExitCode, refused.Output));
+        Assert.Contains("another disk", refused.Errors, StringComparison.Ordinal);
+        first.Kill();
+        Assert.Equal(_bytes, client.Read(0, Size));
+        Assert.Equal(Uri("c"), (await Query()).GetProperty("remote").GetString());
+        client.Dispose();
+        Assert.Equal(0, proxy.Stop());
+    }
+
+    [Fact]
     public void After_a_restart_only_the_server_that_was_used_last_need_not_have_the_same_blocks()
     {
         string[] options = ["--remote", $"nbd+unix:///?socket={_folder.File("second")}"];

@@ -55,6 +55,32 @@ public sealed class IncomingTests : IDisposable
     }
 
     [Fact]
+    public async Task What_has_passed_through_tells_the_disk_from_another_one()
+    {
+        using OriginCache cache = Open();
+        Assert.True(cache.TryPassThrough());
+        Assert.Empty(cache.TakeSamples().Blocks);
+        for (int block = 0; block < 200; block++)
+            await Read(cache, (block * Block) + 10, 3 * Block); // two blocks as a whole
+        await Read(cache, 5 * Block, 100); // no block as a whole
+        DiskSamples samples = cache.TakeSamples();
+        Assert.Equal(DiskSamples.MaxCount, samples.Blocks.Count);
+        Assert.All(samples.Blocks, block => Assert.InRange(block.Offset, 138 * Block, 202 * Block)); // the last ones
+        Assert.Null(samples.FindDifference(Others(offset => _bytes.AsSpan((int)offset, Block).ToArray())));
+        Assert.NotNull(samples.FindDifference(Others(_ => new byte[Block])));
+
+        // The machine goes on writing: some blocks have changed.
+        Assert.Null(samples.FindDifference(
+            Others(offset => offset / Block % 4 == 0 ? new byte[Block] : _bytes.AsSpan((int)offset, Block).ToArray())));
+        Assert.True(cache.Begin());
+        await Read(cache, 0, Block);
+        Assert.Equal(DiskSamples.MaxCount, cache.TakeSamples().Blocks.Count); // one that is kept says less
+
+        List<byte[]?> Others(Func<long, byte[]> read)
+            => [.. samples.Blocks.Select(block => (byte[]?)read(block.Offset))];
+    }
+
+    [Fact]
     public async Task A_read_sees_the_origin_as_it_is_although_an_older_read_is_under_way()
     {
         using OriginCache cache = Open();

@@ -67,6 +67,7 @@ internal sealed class CachingDisk : OverlayDisk
     private readonly ReadAhead _readAhead;
     private readonly CacheFill _fill;
     private readonly CopyThrottle _throttle = new(TimeProvider.System);
+    private readonly PassedBlocks _passed = new();
     private volatile bool _isIncoming;
     private long _hits;
     private long _misses;
@@ -216,9 +217,16 @@ internal sealed class CachingDisk : OverlayDisk
     public Task Verify(CacheVerification result, CancellationToken cancel)
         => new CacheVerify(_origin, Local, Map, Changing, CopyTurnAsync, ReadAgainAsync).RunAsync(result, cancel);
 
-    /// <summary>Takes blocks that are as the origin has them. Blocks that somebody holds are left out.</summary>
+    /// <summary>
+    /// Takes blocks that are as the origin has them. Blocks that somebody holds are left out. As long as hardly any are
+    /// kept, blocks that have passed through tell more.
+    /// </summary>
     public DiskSamples TakeSamples()
-        => CacheSamples.Take(Map, TryCopy, (Map.Header.Flags & MapFlags.MayHoldWrites) != 0);
+    {
+        DiskSamples kept = CacheSamples.Take(Map, TryCopy, (Map.Header.Flags & MapFlags.MayHoldWrites) != 0);
+        DiskSamples passed = _passed.Take();
+        return passed.Blocks.Count > kept.Blocks.Count ? passed : kept;
+    }
 
     /// <returns>A block; null if it is not as the origin has it, or if somebody holds it.</returns>
     private byte[]? TryCopy(BlockRange block)
@@ -275,6 +283,7 @@ internal sealed class CachingDisk : OverlayDisk
 
         _fetches.Forget();
         _fill.Forget();
+        _passed.Clear();
 
         // Absent blocks, too: one of them may be being stored, by a thread that has looked at its fetch before.
         using var late = new CancellationTokenSource(s_maxOriginTime);
@@ -377,12 +386,18 @@ internal sealed class CachingDisk : OverlayDisk
     {
         Interlocked.Increment(ref _misses);
         if (_isIncoming)
-            return _fetches.ReadThroughAsync(offset, buffer, cancel);
+            return ReadThrough(offset, buffer, cancel);
         BlockRange ahead = _readAhead.Next(BlockRange.Touching(offset, buffer.Length), _fetches.HasRoomAhead);
         ValueTask read = _fetches.ReadAsync(offset, buffer, cancel); // first of all what is waited for
         _fill.NoteMiss(offset / BlockRange.BlockSize);
         StartAhead(ahead);
         return read;
+    }
+
+    private async ValueTask ReadThrough(long offset, Memory<byte> buffer, CancellationToken cancel)
+    {
+        await _fetches.ReadThroughAsync(offset, buffer, cancel);
+        _passed.Note(offset, buffer.Span);
     }
 
     /// <inheritdoc/>
