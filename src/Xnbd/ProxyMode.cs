@@ -47,6 +47,15 @@ internal sealed class ProxyMode : ServedDisk
             _cache = saved.OpenSwitched(options.RemoteNames, options.CacheImage, options.Opening, readOnly);
             log.LogInformation(
                 "this proxy was switched before: it is a target of '{Image}', and asks no remote", options.CacheImage);
+            if (_cache.ExcessBytes > 0)
+            {
+                log.LogWarning(
+                    "the cache image '{Image}' is {Excess} bytes longer than the disk that was switched, and these are"
+                        + " not served; if it was enlarged on purpose, serve it with --target from now on",
+                    options.CacheImage,
+                    _cache.ExcessBytes);
+            }
+
             foreach (string abandoned in readOnly ? [] : _cache.Image!.RemoveAbandonedSnapshots())
                 log.LogWarning("removed an unfinished snapshot that a killed server left: {Path}", abandoned);
         }

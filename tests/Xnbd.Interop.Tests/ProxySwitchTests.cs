@@ -224,10 +224,12 @@ public sealed class ProxySwitchTests : IDisposable
         Proxies.Start(_folder, "unix:" + remote, "-", "--target-exportname", "other", "--rebind").Dispose();
         File.WriteAllBytes(image, expected[..^1]);
         Assert.Contains($"has {Size - 1} bytes", Refused(), StringComparison.Ordinal);
-        File.WriteAllBytes(image, [.. expected, 1]); // a device may be longer than its disk, too
+        File.WriteAllBytes(image, [.. expected, 1]);
         using ServerProcess longer = Proxies.Start(_folder, "unix:" + remote, "-");
         using NbdTestClient last = longer.Open();
         Assert.Equal((ulong)Size, last.Size);
+        Wait.Until(
+            () => longer.Log.Contains("is 1 bytes longer than the disk", StringComparison.Ordinal), "it is said");
 
         string Refused(params string[] options)
             => Assert.Throws<InvalidOperationException>(

@@ -59,6 +59,12 @@ public sealed class OriginCache : IDisposable
     /// <summary>The image, if it alone is the disk now, after a switch; null before.</summary>
     public ImageFile? Image => ReferenceEquals(_disk.Current, _image) ? _image : null;
 
+    /// <summary>
+    /// Bytes that the image's file has beyond the disk, if the cache was switched before the start: it was enlarged
+    /// since, or has always been larger. They are not served.
+    /// </summary>
+    public long ExcessBytes { get; init; }
+
     /// <summary>What has been done so far.</summary>
     public CacheStatistics Statistics => _cache.Statistics;
 

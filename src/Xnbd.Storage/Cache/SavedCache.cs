@@ -112,14 +112,14 @@ public sealed class SavedCache : IDisposable
         {
             if (!originNames.Contains(OriginName) && (opening & CacheOpening.Rebind) == 0)
                 throw CacheFiles.OtherOrigin(_mapPath, OriginName, originNames[0]);
-            image = ImageFile.OpenSwitched(imagePath, Length, readOnly);
+            image = ImageFile.OpenSwitched(imagePath, Length, readOnly, out long excess);
             file = OpenMap(_mapPath, OpenMode.ReadOnly);
             BlockMap? map = file is null ? null : Load(file);
             if (map is null || map.Header.Id != _header.Id || (map.Header.Flags & MapFlags.Switched) == 0)
                 throw new DiskException(DiskError.InUse, $"the map '{_mapPath}' has changed meanwhile");
             // Nothing is missing, so that no origin is ever read: the image stands in for it.
             var cache = new CachingDisk(image, image, map, readOnly, new CacheLimits(1, Fetch.MaxBytes), _ => { });
-            return new OriginCache(cache, image, file!, image, isSwitched: true);
+            return new OriginCache(cache, image, file!, image, isSwitched: true) { ExcessBytes = excess };
         }
         catch
         {

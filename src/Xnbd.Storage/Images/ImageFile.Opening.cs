@@ -62,10 +62,13 @@ public sealed partial class ImageFile
     /// <param name="path">A regular file or a block device.</param>
     /// <param name="length">Length of the disk in bytes; what the file has beyond is not served.</param>
     /// <param name="readOnly">Open it for reading only.</param>
+    /// <param name="excess">How many bytes a regular file has beyond; 0 for a block device, which may be larger than
+    /// the disk from the start.</param>
     /// <exception cref="DiskException">It cannot be opened, is in use, or too short.</exception>
-    internal static ImageFile OpenSwitched(string path, long length, bool readOnly)
+    internal static ImageFile OpenSwitched(string path, long length, bool readOnly, out long excess)
     {
         ImageFile whole = Open(path, readOnly, ImageUse.OnlyWriter);
+        excess = whole._kind == FileKind.Regular ? whole.Length - length : 0;
         if (whole.Length == length)
             return whole;
         if (whole.Length > length)
