@@ -24,6 +24,7 @@ internal sealed class ProxyJob
     private readonly Task _task;
     private readonly long _start = Stopwatch.GetTimestamp();
     private volatile string _phase;
+    private volatile bool _isEnding;
     private volatile CacheVerification? _verification;
     private string _state = "running";
     private string? _error;
@@ -50,14 +51,24 @@ internal sealed class ProxyJob
     /// <summary>The job has not ended.</summary>
     public bool IsRunning => !_task.IsCompleted;
 
+    /// <summary>It will do no more than it has begun: no other work joins it.</summary>
+    public bool IsEnding
+    {
+        get => _isEnding || _cancel.IsCancellationRequested;
+        set => _isEnding = value;
+    }
+
     /// <summary>Tells the job to end, without waiting for it.</summary>
     public void End() => _cancel.Cancel();
+
+    /// <summary>Waits for the end of a job that ends soon.</summary>
+    public void WaitUntilEnded() => _task.Wait(s_maxWait);
 
     /// <summary>Tells the job to end, and waits for that.</summary>
     public void Cancel()
     {
         End();
-        _task.Wait(s_maxWait);
+        WaitUntilEnded();
     }
 
     /// <summary>The comparison with the remote is under way, or is over.</summary>

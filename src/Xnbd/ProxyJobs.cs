@@ -31,7 +31,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// </summary>
     /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
     public ProxyJob CacheAll(int blocksPerRequest)
-        => Start(CacheAllKind, joins: [MoveKind], replaces: [PrefetchKind], FetchStep(blocksPerRequest));
+        => Start(CacheAllKind, joins: [MoveKind], replaces: [PrefetchKind], null, FetchStep(blocksPerRequest));
 
     /// <summary>
     /// Fetches what is missing of some ranges, in their order. A copy of all, or a move, that is under way, or is
@@ -42,33 +42,48 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// <exception cref="ControlException">The disk is being compared with the remote.</exception>
     public ProxyJob Prefetch(IReadOnlyList<BlockRange> ranges)
     {
-        if (_last is { IsRunning: true, Kind: VerifyKind } verifying)
-            throw Busy(verifying);
-        _cache.Prefer(ranges);
-        try
+        var fetch = new ProxyJobStep(FetchPhase, async (job, cancel) =>
         {
-            return Start(
-                PrefetchKind,
-                joins: [CacheAllKind, MoveKind],
-                replaces: [],
-                new ProxyJobStep(FetchPhase, async (_, cancel) =>
-                {
-                    await _cache.CachePreferred(cancel);
-                    return null;
-                }));
-        }
-        catch
+            do
+                await _cache.CachePreferred(cancel);
+            while (!TryEnd(job));
+            return null;
+        });
+        return Start(
+            PrefetchKind, joins: [CacheAllKind, MoveKind], replaces: [], () => _cache.Prefer(ranges), fetch);
+    }
+
+    /// <summary>A job has fetched its lists: it ends, unless another one has joined meanwhile.</summary>
+    private bool TryEnd(ProxyJob job)
+    {
+        lock (_lock)
         {
-            _cache.PreferNothing();
-            throw;
+            if (_cache.PreferredBlocks > 0)
+                return false;
+            job.IsEnding = true;
+            return true;
         }
+    }
+
+    /// <summary>Ends a job, waits for that, and forgets the lists that it had to fetch, and no later ones.</summary>
+    public void Cancel(ProxyJob job)
+    {
+        lock (_lock)
+        {
+            if (job.IsRunning)
+                job.End(); // from now on nobody joins it
+            if (_last == job)
+                _cache.PreferNothing();
+        }
+
+        job.Cancel();
     }
 
     /// <summary>Compares what was fetched with the remote.</summary>
     /// <exception cref="ControlException">This is a target, or another job is under way.</exception>
     public ProxyJob Verify()
         => _cache.Image is null
-            ? Start(VerifyKind, joins: [], replaces: [], VerifyStep())
+            ? Start(VerifyKind, joins: [], replaces: [], null, VerifyStep())
             : throw new ControlException(
                 ControlException.Failed, "this is a target now: there is no remote to compare with");
 
@@ -89,6 +104,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             MoveKind,
             joins: [],
             replaces: [CacheAllKind, PrefetchKind],
+            null,
             isVerified ? [fetch, VerifyStep(), end] : [fetch, end]);
     }
 
@@ -117,22 +133,32 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// <param name="kind">The job that is wanted.</param>
     /// <param name="joins">Kinds that do the same and more: one that runs is the answer.</param>
     /// <param name="replaces">Kinds that are a part of it: one that runs is ended.</param>
+    /// <param name="prepare">Done when it is certain that the job begins, or another one does its work.</param>
     /// <param name="steps">What the job does.</param>
-    private ProxyJob Start(string kind, string[] joins, string[] replaces, params ProxyJobStep[] steps)
+    private ProxyJob Start(
+        string kind, string[] joins, string[] replaces, Action? prepare, params ProxyJobStep[] steps)
     {
         if (kind != VerifyKind)
             _cache.RefuseIfIncoming();
-        if (_last is { IsRunning: true } part && replaces.Contains(part.Kind))
-            part.Cancel(); // this may take a while
+        if (_last is { IsRunning: true } last)
+        {
+            if (replaces.Contains(last.Kind))
+                last.Cancel(); // this may take a while
+            else if (last.IsEnding)
+                last.WaitUntilEnded();
+        }
+
         lock (_lock)
         {
             if (_last is { IsRunning: true } running)
             {
-                if (running.Kind == kind || joins.Contains(running.Kind))
-                    return running;
-                throw Busy(running);
+                if (running.IsEnding || (running.Kind != kind && !joins.Contains(running.Kind)))
+                    throw Busy(running);
+                prepare?.Invoke();
+                return running;
             }
 
+            prepare?.Invoke();
             return _last = new ProxyJob(++_count, kind, _cache, _log, steps);
         }
     }

@@ -54,8 +54,7 @@ internal sealed class ProxyMethods
                     return FindJob(parameters).Status(parameters["wait-ms"]?.GetValue<int>() ?? 0);
                 case "job.cancel":
                     ProxyJob job = FindJob(parameters);
-                    job.Cancel();
-                    _cache.PreferNothing();
+                    _jobs.Cancel(job);
                     return job.Status(0);
                 case "prefetch":
                     return _jobs.Prefetch(ReadList(parameters)).Status(0);

@@ -46,6 +46,31 @@ public sealed class ProxyCopyTests : IDisposable
     private void AssertRead(NbdTestClient client, int offset, uint length)
         => Assert.Equal(_bytes[offset..(offset + (int)length)], client.Read((ulong)offset, length));
 
+    /// <summary>What is told to be done has been fetched, whatever another operator cancels meanwhile.</summary>
+    [Fact]
+    public async Task A_list_that_comes_while_another_one_is_cancelled_is_fetched_or_cancelled_as_well()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        for (int round = 0; round < 20; round++)
+        {
+            int at = round * 64 * Block;
+            await Succeed("--pause", Socket);
+            await Succeed("--prefetch", List((at, 8 * Block)), "--detach", Socket);
+            Task<ToolResult> cancel = Control("--cancel", Socket);
+            Task<ToolResult> second = Control("--prefetch", List((at + (32 * Block), 8 * Block)), Socket);
+            await cancel;
+            await Succeed("--resume", Socket);
+            ToolResult result = await second;
+            if (result.ExitCode != 0)
+                continue; // it has joined the first one
+            using NbdTestClient client = proxy.Open();
+            long misses = (await Query()).GetProperty("misses").GetInt64();
+            AssertRead(client, at + (32 * Block), 8 * Block);
+            Assert.Equal(misses, (await Query()).GetProperty("misses").GetInt64());
+        }
+    }
+
     [Fact]
     public async Task The_copy_is_limited_and_clients_are_not()
     {
