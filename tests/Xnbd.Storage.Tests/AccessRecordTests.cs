@@ -43,6 +43,37 @@ public sealed class AccessRecordTests : IDisposable
     }
 
     [Fact]
+    public void Random_ranges_are_recorded_as_block_for_block()
+    {
+        var random = new Random(7);
+        var touched = new HashSet<long>();
+        var expected = new List<long>();
+        using (AccessRecord record = Open())
+        {
+            for (int i = 0; i < 500; i++)
+            {
+                int length = random.Next(1, i % 10 == 0 ? 4 << 20 : 3 * Block);
+                long offset = random.NextInt64(Length - length);
+                record.Note(offset, length);
+                var range = BlockRange.Touching(offset, length);
+                for (long block = range.First; block < range.End; block++)
+                {
+                    if (touched.Add(block))
+                        expected.Add(block);
+                }
+            }
+        }
+
+        IReadOnlyList<BlockRange> ranges = List();
+        Assert.Equal(
+            expected,
+            ranges.SelectMany(range => Enumerable.Range(0, (int)range.Count).Select(i => range.First + i)));
+        Assert.All(ranges, range => Assert.InRange(range.Count, 1, 256));
+        for (int i = 1; i < ranges.Count; i++)
+            Assert.True(ranges[i - 1].End != ranges[i].First || ranges[i - 1].Count == 256, $"{i} is joined");
+    }
+
+    [Fact]
     public void Long_ranges_are_cut()
     {
         using (AccessRecord record = Open())

@@ -1,4 +1,6 @@
 using System.Globalization;
+using System.Numerics;
+using System.Runtime.InteropServices;
 using System.Text;
 using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
@@ -84,15 +86,16 @@ public sealed class AccessRecord : IDisposable
         BlockRange range = BlockRange.Touching(offset, length);
         lock (_lock)
         {
-            for (long block = range.First; block < range.End && !_isStopped; block++)
+            while (range.Count > 0 && !_isStopped)
             {
-                ulong bit = 1UL << (int)(block % WordBlocks);
-                ref ulong word = ref System.Runtime.InteropServices.CollectionsMarshal.GetValueRefOrAddDefault(
-                    _touched, block / WordBlocks, out _);
-                bool isNew = (word & bit) == 0;
-                word |= bit;
-                if (isNew)
-                    Add(block); // this may clear the set
+                long word = range.First / WordBlocks;
+                int first = (int)(range.First % WordBlocks), count = (int)Math.Min(WordBlocks - first, range.Count);
+                ulong bits = (ulong.MaxValue >> (WordBlocks - count)) << first;
+                ref ulong touched = ref CollectionsMarshal.GetValueRefOrAddDefault(_touched, word, out _);
+                ulong added = bits & ~touched;
+                touched |= bits;
+                AddAll(word * WordBlocks, added); // this may clear the set
+                range = range.After(new BlockRange(range.First, count));
             }
         }
     }
@@ -128,17 +131,35 @@ public sealed class AccessRecord : IDisposable
         return new FileStream(file!, FileAccess.Write, bufferSize: 0);
     }
 
-    private void Add(long block)
+    /// <summary>Adds the blocks of a word whose bits are set.</summary>
+    private void AddAll(long start, ulong bits)
     {
-        if (_last.Count > 0 && block == _last.End && _last.Count < MaxMergedBlocks)
+        while (bits != 0)
         {
-            _last = _last with { Count = _last.Count + 1 };
-            return;
+            int first = BitOperations.TrailingZeroCount(bits);
+            int count = BitOperations.TrailingZeroCount(~(bits >> first));
+            Add(new BlockRange(start + first, count));
+            bits &= ~((ulong.MaxValue >> (WordBlocks - count)) << first);
         }
+    }
 
-        EndLast();
-        if (!_isStopped)
-            (_last, _lastAt) = (new BlockRange(block, 1), _time.GetElapsedTime(_start));
+    private void Add(BlockRange run)
+    {
+        while (run.Count > 0 && !_isStopped)
+        {
+            long room = _last.Count > 0 && run.First == _last.End ? MaxMergedBlocks - _last.Count : 0;
+            if (room == 0)
+            {
+                EndLast();
+                (_last, _lastAt, room) = (run with { Count = 0 }, _time.GetElapsedTime(_start), MaxMergedBlocks);
+                if (_isStopped)
+                    break;
+            }
+
+            long count = Math.Min(room, run.Count);
+            _last = _last with { Count = _last.Count + count };
+            run = run.After(run with { Count = count });
+        }
     }
 
     private void EndLast()
