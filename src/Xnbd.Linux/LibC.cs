@@ -146,6 +146,9 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "sigwaitinfo", SetLastError = true)]
     internal static partial int SigWaitInfo(SignalSet* set, byte* info);
 
+    [LibraryImport(Name, EntryPoint = "getppid")]
+    internal static partial int GetParentId();
+
     [LibraryImport(Name, EntryPoint = "prctl", SetLastError = true)]
     internal static partial int PrCtl(int option, byte* argument, nuint third, nuint fourth, nuint fifth);
 

@@ -10,6 +10,19 @@ public static class LinuxProcess
     public static Errno StartSession() => LibC.Outcome(LibC.SetSid());
 
     /// <summary>
+    /// Ends this process as SIGTERM does when the thread that has started it ends, or no more. It does not hold if that
+    /// thread has ended already.
+    /// </summary>
+    public static unsafe void EndWithParent(bool isWanted)
+    {
+        const int setParentDeathSignal = 1, terminate = 15; // PR_SET_PDEATHSIG, SIGTERM
+        _ = LibC.PrCtl(setParentDeathSignal, (byte*)(nint)(isWanted ? terminate : 0), 0, 0, 0);
+    }
+
+    /// <summary>The id of the process that has started this one; another one's if that has ended.</summary>
+    public static int ParentId => LibC.GetParentId();
+
+    /// <summary>
     /// Stops the process as Ctrl-Z does, until it is continued. If nobody could continue it, nothing happens, as with
     /// Ctrl-Z.
     /// </summary>

@@ -23,7 +23,7 @@ internal sealed class ControlProgress
     private readonly string _kind;
     private readonly bool _isShown;
     private readonly bool _isTerminal = !Console.IsErrorRedirected;
-    private readonly ManualResetEventSlim _interrupted = new();
+    private volatile bool _isInterrupted;
     private string _phase; // the present one, and what there was at its start
     private long _phaseStart;
     private long _fetchedBefore;
@@ -58,8 +58,8 @@ internal sealed class ControlProgress
     {
         using var sigint = PosixSignalRegistration.Create(PosixSignal.SIGINT, context =>
         {
-            context.Cancel = !_interrupted.IsSet; // the second one ends the program, whatever it is doing
-            _interrupted.Set();
+            context.Cancel = !_isInterrupted; // the second one ends the program, whatever it is doing
+            _isInterrupted = true;
         });
         var question = new JsonObject { ["job"] = _id, ["wait-ms"] = 200 };
         while (true)
@@ -75,7 +75,7 @@ internal sealed class ControlProgress
                 return status;
             }
 
-            if (_interrupted.IsSet)
+            if (_isInterrupted)
                 throw Interrupted();
         }
     }

@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Globalization;
 using Xnbd.Linux;
 
 namespace Xnbd.Programs;
@@ -6,6 +7,8 @@ namespace Xnbd.Programs;
 /// <summary>
 /// Going into the background. A .NET process cannot fork, so the parent starts the same program again. It waits on a
 /// pipe (the child's stdout) until the child says that it serves. If the child fails, its messages on stderr say why.
+/// If the parent is killed before that, the child ends, too: whoever has killed it counts on a start that has failed,
+/// and will use the image.
 /// </summary>
 internal static class Daemon
 {
@@ -19,15 +22,18 @@ internal static class Daemon
     /// <param name="program">The program's name.</param>
     public static bool IsChild(string program)
     {
-        bool isChild = Environment.GetEnvironmentVariable(ChildVariable) is not null;
-        if (isChild)
+        string? parent = Environment.GetEnvironmentVariable(ChildVariable);
+        if (parent is not null)
         {
+            LinuxProcess.EndWithParent(true);
+            if (LinuxProcess.ParentId.ToString(CultureInfo.InvariantCulture) != parent)
+                Environment.Exit(ExitCode.Failure); // it was killed before this
             Environment.SetEnvironmentVariable(ChildVariable, null);
             _ = LinuxProcess.StartSession();
             LinuxProcess.SetName(program); // in case there was no link of that name
         }
 
-        return isChild;
+        return parent is not null;
     }
 
     /// <summary>Starts a program of this executable in the background.</summary>
@@ -41,7 +47,7 @@ internal static class Daemon
             RedirectStandardOutput = true,
             UseShellExecute = false,
         };
-        start.Environment[ChildVariable] = "1";
+        start.Environment[ChildVariable] = Environment.ProcessId.ToString(CultureInfo.InvariantCulture);
         using Process child = StartChild(start);
         if (child.StandardOutput.ReadLine() == Ready)
             return ExitCode.Success;
@@ -83,6 +89,7 @@ internal static class Daemon
     /// <summary>In the child: tells the parent that this process serves, and releases terminal and directory.</summary>
     public static void SayReady()
     {
+        LinuxProcess.EndWithParent(false); // it ends as soon as it knows
         Console.Out.WriteLine(Ready);
         Console.Out.Flush();
         StandardStreams.RedirectToNull(0, 1, 2);

@@ -67,6 +67,40 @@ public sealed class DaemonTests : IDisposable
         Assert.False(Path.Exists(socket));
     }
 
+    /// <summary>Whoever has killed the start has given it up, and will use the image.</summary>
+    [Fact]
+    public void A_server_that_does_not_serve_yet_ends_with_the_parent_that_waits_for_it()
+    {
+        string socket = _folder.File("s"), remote = _folder.File("absent");
+        using Process parent = Process.Start(new ProcessStartInfo(
+            ServerProcess.Executable,
+            ["--proxy", "--daemonize", "--wait-remote", "60", "--unix", socket, "unix:" + remote, "-",
+            _folder.File("cache"), _folder.File("map"), _folder.File("control")]))!;
+        int child = 0;
+        Wait.Until(() => (child = ChildOf(parent.Id)) != 0, "the child runs");
+        Thread.Sleep(300); // it waits for its remote
+        parent.Kill();
+        parent.WaitForExit();
+        Wait.Until(() => !Directory.Exists($"/proc/{child}") || IsZombie(child), "the child has ended");
+
+        static int ChildOf(int id)
+            => int.TryParse(
+                File.ReadAllText($"/proc/{id}/task/{id}/children").Trim(), CultureInfo.InvariantCulture, out int child)
+                ? child : 0;
+
+        static bool IsZombie(int id)
+        {
+            try
+            {
+                return File.ReadAllText($"/proc/{id}/stat").Split(") ")[^1][0] == 'Z';
+            }
+            catch (IOException)
+            {
+                return true;
+            }
+        }
+    }
+
     [Fact]
     public async Task Of_many_servers_that_start_together_on_a_stale_socket_one_serves()
     {

@@ -16,6 +16,30 @@ public sealed class SnapshotTests : IDisposable
     public async Task A_snapshot_holds_a_prefix_of_the_writes_by_copy()
         => await CheckPrefix(_folder.Path, isReflink: false);
 
+    [Fact]
+    public void A_snapshot_of_an_image_that_is_too_long_to_be_copied_is_refused()
+    {
+        string path = $"/dev/shm/xnbd-{Guid.NewGuid():N}"; // tmpfs has such files, and shares no blocks
+        try
+        {
+            using (FileStream file = File.Create(path))
+                file.SetLength(long.MaxValue);
+            using ImageFile image = ImageFile.Open(path, readOnly: false);
+            DiskException refused = Assert.Throws<DiskException>(() => image.TakeSnapshot(
+                DateTimeOffset.UtcNow, () => { }, _ => { }, TestContext.Current.CancellationToken));
+            Assert.Contains("can share blocks", refused.Message, StringComparison.Ordinal);
+            Assert.Empty(Directory.GetFiles("/dev/shm", Path.GetFileName(path) + ".snapshot*"));
+        }
+        catch (Exception failure) when (failure is IOException or DirectoryNotFoundException)
+        {
+            Assert.Skip($"no file of that length: {failure.Message}");
+        }
+        finally
+        {
+            File.Delete(path);
+        }
+    }
+
     [Theory]
     [InlineData("xfs")]
     [InlineData("btrfs")]

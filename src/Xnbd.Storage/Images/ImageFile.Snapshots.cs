@@ -98,7 +98,9 @@ public sealed partial class ImageFile
     /// <returns>True when the file system shares the blocks; false when they were copied.</returns>
     private bool Fill(SafeFileHandle target, Action begun, Action<long> progress, CancellationToken cancel)
     {
-        var copy = new SnapshotCopy(_file, _finder.Opening, target, Length);
+        SnapshotCopy? copy = SnapshotCopy.CanCopy(Length)
+            ? new SnapshotCopy(_file, _finder.Opening, target, Length)
+            : null;
         Errno cloned = Errno.EOPNOTSUPP;
         _gate.RunClosed(() =>
         {
@@ -107,6 +109,14 @@ public sealed partial class ImageFile
             if (cloned != Errno.None)
                 _saving = copy;
         });
+        if (cloned != Errno.None && copy is null)
+        {
+            throw new DiskException(
+                DiskError.NotSupported,
+                $"the image has {Length} bytes: a snapshot of more than {SnapshotCopy.MaxLength} is made only where the"
+                + " file system can share blocks between files");
+        }
+
         begun();
         if (cloned == Errno.None)
             return true;
@@ -114,7 +124,7 @@ public sealed partial class ImageFile
         try
         {
             Check(LinuxFile.Truncate(target, Length), "extend", "the snapshot");
-            copy.CopyAll(progress, cancel);
+            copy!.CopyAll(progress, cancel);
         }
         finally
         {

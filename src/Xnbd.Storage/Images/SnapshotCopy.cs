@@ -22,6 +22,12 @@ internal sealed class SnapshotCopy
     /// <summary>How much is saved at a time, in bytes: a writer waits for no more.</summary>
     public const int BlockSize = 64 * 1024;
 
+    /// <summary>
+    /// Length of the longest image in bytes that is copied: 256 TiB. What is saved is noted in memory, 512 MiB for that
+    /// length.
+    /// </summary>
+    public const long MaxLength = 256L << 40;
+
     private const int Stripes = 64;
 
     private readonly SafeFileHandle _image;
@@ -43,6 +49,9 @@ internal sealed class SnapshotCopy
         for (int i = 0; i < Stripes; i++)
             _locks[i] = new Lock();
     }
+
+    /// <summary>Whether an image is not too long.</summary>
+    public static bool CanCopy(long length) => length <= MaxLength;
 
     /// <summary>Why the copy cannot be completed; null as long as it can.</summary>
     public DiskException? Failure => _failure;

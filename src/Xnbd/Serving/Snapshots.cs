@@ -156,7 +156,7 @@ internal sealed class Snapshots(Func<ImageFile?> getImage, ILogger log, Cancella
                         if (Stopwatch.GetElapsedTime(lastLine) < s_progressTime)
                             return;
                         lastLine = Stopwatch.GetTimestamp();
-                        log.LogInformation("snapshot: {Percent} % copied", position / (image.Length / 100.0));
+                        log.LogInformation("snapshot: {Percent} % copied", (int)(position / (image.Length / 100.0)));
                     },
                     _cancel.Token);
                 (_isReflink, _position) = (result.IsReflink, image.Length);
