@@ -38,6 +38,7 @@ internal sealed class ProxyJob
     public ProxyJob(int id, string kind, OriginCache cache, ILogger log, params ProxyJobStep[] steps)
     {
         (Id, Kind, _cache, _phase) = (id, kind, cache, steps[0].Phase);
+        Phases = [.. steps.Select(step => step.Phase)];
         log.LogInformation("{Job} begins", kind);
         _task = Task.Run(() => Run(steps, log));
     }
@@ -47,6 +48,9 @@ internal sealed class ProxyJob
 
     /// <summary>What it does, as the method of the control channel is called.</summary>
     public string Kind { get; }
+
+    /// <summary>The names of its steps.</summary>
+    public IReadOnlyList<string> Phases { get; }
 
     /// <summary>The job has not ended.</summary>
     public bool IsRunning => !_task.IsCompleted;

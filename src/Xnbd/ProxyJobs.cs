@@ -14,7 +14,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
 {
     public const string CacheAllKind = "cache-all", VerifyKind = "verify", MoveKind = "move", PrefetchKind = "prefetch";
 
-    private const string FetchPhase = "fetch";
+    private const string FetchPhase = "fetch", VerifyPhase = "verify";
 
     private readonly ProxyMode _proxy = proxy;
     private readonly OriginCache _cache = cache;
@@ -31,7 +31,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// </summary>
     /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
     public ProxyJob CacheAll(int blocksPerRequest)
-        => Start(CacheAllKind, joins: [MoveKind], replaces: [PrefetchKind], null, FetchStep(blocksPerRequest));
+        => Start(CacheAllKind, joins: [MoveKind], replaces: [PrefetchKind], null, [FetchStep(blocksPerRequest)]);
 
     /// <summary>
     /// Fetches what is missing of some ranges, in their order. A copy of all, or a move, that is under way, or is
@@ -50,7 +50,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             return null;
         });
         return Start(
-            PrefetchKind, joins: [CacheAllKind, MoveKind], replaces: [], () => _cache.Prefer(ranges), fetch);
+            PrefetchKind, joins: [CacheAllKind, MoveKind], replaces: [], () => _cache.Prefer(ranges), [fetch]);
     }
 
     /// <summary>A job has fetched its lists: it ends, unless another one has joined meanwhile.</summary>
@@ -83,14 +83,14 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// <exception cref="ControlException">This is a target, or another job is under way.</exception>
     public ProxyJob Verify()
         => _cache.Image is null
-            ? Start(VerifyKind, joins: [], replaces: [], null, VerifyStep())
+            ? Start(VerifyKind, joins: [], replaces: [], null, [VerifyStep()])
             : throw new ControlException(
                 ControlException.Failed, "this is a target now: there is no remote to compare with");
 
     /// <summary>Fetches all that is missing, compares it with the remote, and switches.</summary>
     /// <param name="blocksPerRequest">How many blocks one request fetches at most, 1 to 256.</param>
     /// <param name="isVerified">Whether it is compared.</param>
-    /// <exception cref="ControlException">Another job is under way.</exception>
+    /// <exception cref="ControlException">Another job is under way, or a move that does not compare.</exception>
     public ProxyJob Move(int blocksPerRequest, bool isVerified)
     {
         ProxyJobStep fetch = FetchStep(blocksPerRequest);
@@ -105,7 +105,8 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             joins: [],
             replaces: [CacheAllKind, PrefetchKind],
             null,
-            isVerified ? [fetch, VerifyStep(), end] : [fetch, end]);
+            isVerified ? [fetch, VerifyStep(), end] : [fetch, end],
+            mustVerify: isVerified);
     }
 
     /// <summary>Finds a job.</summary>
@@ -135,8 +136,14 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
     /// <param name="replaces">Kinds that are a part of it: one that runs is ended.</param>
     /// <param name="prepare">Done when it is certain that the job begins, or another one does its work.</param>
     /// <param name="steps">What the job does.</param>
+    /// <param name="mustVerify">A job that does not compare with the remote does not do this one's work.</param>
     private ProxyJob Start(
-        string kind, string[] joins, string[] replaces, Action? prepare, params ProxyJobStep[] steps)
+        string kind,
+        string[] joins,
+        string[] replaces,
+        Action? prepare,
+        ProxyJobStep[] steps,
+        bool mustVerify = false)
     {
         if (kind != VerifyKind)
             _cache.RefuseIfIncoming();
@@ -152,8 +159,13 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
         {
             if (_last is { IsRunning: true } running)
             {
-                if (running.IsEnding || (running.Kind != kind && !joins.Contains(running.Kind)))
+                if (running.IsEnding
+                    || (running.Kind != kind && !joins.Contains(running.Kind))
+                    || (mustVerify && !running.Phases.Contains(VerifyPhase)))
+                {
                     throw Busy(running);
+                }
+
                 prepare?.Invoke();
                 return running;
             }
@@ -183,7 +195,7 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
         return null;
     });
 
-    private ProxyJobStep VerifyStep() => new("verify", async (job, cancel) =>
+    private ProxyJobStep VerifyStep() => new(VerifyPhase, async (job, cancel) =>
     {
         if (_cache.Image is not null)
             return null; // a switch has overtaken the move

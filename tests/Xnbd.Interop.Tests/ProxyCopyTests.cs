@@ -46,6 +46,25 @@ public sealed class ProxyCopyTests : IDisposable
     private void AssertRead(NbdTestClient client, int offset, uint length)
         => Assert.Equal(_bytes[offset..(offset + (int)length)], client.Read((ulong)offset, length));
 
+    /// <summary>Whoever wants the copy compared is not told that it was moved when it was not compared.</summary>
+    [Fact]
+    public async Task A_move_that_verifies_does_not_join_one_that_does_not()
+    {
+        using ServerProcess origin = ServerProcess.Start(_folder, _image, "--readonly");
+        using ServerProcess proxy = Proxies.Start(_folder, origin);
+        await Succeed("--pause", Socket);
+        await Succeed("--move", "--no-verify", "--detach", Socket);
+        ToolResult refused = await Control("--move", Socket);
+        Assert.Equal(1, refused.ExitCode);
+        Assert.Contains("the disk is being moved: stop that first", refused.Errors, StringComparison.Ordinal);
+        await Succeed("--cancel", Socket);
+        await Succeed("--move", "--detach", Socket);
+        await Succeed("--move", "--no-verify", "--detach", Socket); // it joins
+        await Succeed("--resume", Socket);
+        Wait.Until(() => Query().Result.GetProperty("mode").GetString() == "target", "it is moved");
+        Assert.Equal(JsonValueKind.Object, (await Job()).GetProperty("verification").ValueKind);
+    }
+
     /// <summary>What is told to be done has been fetched, whatever another operator cancels meanwhile.</summary>
     [Fact]
     public async Task A_list_that_comes_while_another_one_is_cancelled_is_fetched_or_cancelled_as_well()

@@ -29,7 +29,7 @@ public sealed class FaultDisk(Disk inner) : Disk
     /// <summary>The disk says that another thread reads, and is idle.</summary>
     public bool IsReaderIdle { get; init; }
 
-    /// <summary>The disk reports that its operations wait for another machine.</summary>
+    /// <summary>The disk reports that its operations wait for another machine; reads can be given up then.</summary>
     public bool IsRemote { get; init; }
 
     /// <summary>The disk reports that it is read-only.</summary>
@@ -67,7 +67,13 @@ public sealed class FaultDisk(Disk inner) : Disk
         => IsRemote || inner.IsFar(offset, length, isWrite);
 
     public override ValueTask ReadAsync(long offset, Memory<byte> buffer, CancellationToken cancel = default)
-        => Run("read", offset, buffer.Length, false, () => inner.ReadAsync(offset, buffer, cancel), cancel);
+        => Run(
+            "read",
+            offset,
+            buffer.Length,
+            false,
+            () => inner.ReadAsync(offset, buffer, cancel),
+            IsRemote ? cancel : default);
 
     public override ValueTask WriteAsync(
         long offset, ReadOnlyMemory<byte> data, bool durable, CancellationToken cancel = default)
