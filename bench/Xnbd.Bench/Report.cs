@@ -16,8 +16,12 @@ internal static class Report
             return;
         }
 
-        Console.WriteLine(Line($"Medians of {options.Rounds} rounds of {options.Seconds:0.#} s."));
-        PrintFigures(results);
+        if (!options.IsFootprintsOnly)
+        {
+            Console.WriteLine(Line($"Medians of {options.Rounds} rounds of {options.Seconds:0.#} s."));
+            PrintFigures(results);
+        }
+
         PrintRatios(results, "best peer", results.ToBestPeer);
         PrintRatios(results, "its own", results.ToTargetMode);
         PrintShares(results);
