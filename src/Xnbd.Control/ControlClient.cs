@@ -34,6 +34,9 @@ public sealed class ControlClient : IDisposable
         }
     }
 
+    /// <summary>The export that all calls are about, of a server of many; null for none.</summary>
+    public string? Export { get; set; }
+
     /// <summary>Calls a method and waits for its result.</summary>
     /// <exception cref="ControlException">
     /// The server says that it failed, or what it says is no answer of the control channel.
@@ -41,12 +44,15 @@ public sealed class ControlClient : IDisposable
     /// <exception cref="IOException">The server has gone.</exception>
     public JsonNode? Call(string method, JsonObject? parameters = null)
     {
+        parameters ??= [];
+        if (Export is not null)
+            parameters["export"] = Export;
         var request = new JsonObject
         {
             ["jsonrpc"] = "2.0",
             ["id"] = ++_id,
             ["method"] = method,
-            ["params"] = parameters ?? [],
+            ["params"] = parameters,
         };
         try
         {
@@ -103,5 +109,5 @@ public sealed class ControlClient : IDisposable
     }
 
     private static ControlException NoChannel(string what)
-        => new(ControlException.ParseError, $"this is no control channel of a proxy: it sends {what}");
+        => new(ControlException.ParseError, $"this is no control channel: it sends {what}");
 }

@@ -40,12 +40,14 @@ public sealed class NbdServer(
     private readonly FailureLog _failures = new(logger, time ?? TimeProvider.System);
     private readonly RefusalLog _refusals = new(logger, time ?? TimeProvider.System);
     private readonly List<Socket> _listeners = [];
+    private readonly List<Func<string, string>> _uris = []; // of an export, for each listener
     private readonly int _descriptorLimit = LinuxDescriptors.Limit;
     private UnixSocket? _unixSocket;
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Export, ExportSessions> _sessions = [];
     private int _connectionCount;
+    private volatile bool _isDraining;
     private volatile bool _isStopping;
 
     /// <summary>The number of connections.</summary>
@@ -110,6 +112,7 @@ public sealed class NbdServer(
 
         _listeners.Add(listener);
         var actual = (IPEndPoint)listener.LocalEndPoint!;
+        _uris.Add(name => UriOf(actual, name));
         string place = isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString();
         logger.Listening(place, UriOf(actual, exports.DefaultName ?? ""));
         return actual;
@@ -122,6 +125,8 @@ public sealed class NbdServer(
     {
         _unixSocket = UnixSocket.Listen(path, isPrivate: false);
         _listeners.Add(_unixSocket.Socket);
+        string full = _unixSocket.Path;
+        _uris.Add(name => UriOf(full, name));
         logger.Listening(path, UriOf(path, exports.DefaultName ?? ""));
     }
 
@@ -177,9 +182,7 @@ public sealed class NbdServer(
     public void Stop()
     {
         _isStopping = true;
-        _unixSocket?.Dispose();
-        foreach (Socket listener in _listeners)
-            listener.Dispose();
+        CloseListeners();
 
         lock (_connections)
         {
@@ -195,6 +198,19 @@ public sealed class NbdServer(
                 sessions.Abort(StopReason);
             WaitUntil(() => OpenSessions == 0, TimeSpan.FromSeconds(1));
         }
+    }
+
+    /// <summary>
+    /// Accepts no more connections, and returns when all clients have left, when their time is over, or when the server
+    /// is stopped. <see cref="Stop"/> must follow.
+    /// </summary>
+    /// <param name="grace">How long clients may go on.</param>
+    public void Drain(TimeSpan grace)
+    {
+        _isDraining = true;
+        CloseListeners();
+        lock (_connections)
+            WaitUntil(() => (OpenSessions == 0 && _handshakes.Count == 0) || _isStopping, grace);
     }
 
     /// <summary>
@@ -234,10 +250,17 @@ public sealed class NbdServer(
     /// <summary>Stops the server.</summary>
     public void Dispose() => Stop();
 
+    private void CloseListeners()
+    {
+        _unixSocket?.Dispose();
+        foreach (Socket listener in _listeners)
+            listener.Dispose();
+    }
+
     private void Accept(Socket listener)
     {
         SafeFileHandle? spare = OpenSpare();
-        while (!_isStopping)
+        while (!_isStopping && !_isDraining)
         {
             try
             {
@@ -245,7 +268,7 @@ public sealed class NbdServer(
             }
             catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
             {
-                if (_isStopping)
+                if (_isStopping || _isDraining)
                     break;
                 if (failure is SocketException { SocketErrorCode: SocketError.TooManyOpenSockets } && spare is not null)
                 {
@@ -304,9 +327,7 @@ public sealed class NbdServer(
     /// <summary>The URIs of an export, one for each address on which this server listens.</summary>
     /// <param name="name">The export's name; empty for the default one.</param>
     public IReadOnlyList<string> UrisOf(string name)
-        => [.. _listeners.Select(listener => listener.LocalEndPoint is IPEndPoint address
-            ? UriOf(address, name)
-            : UriOf(_unixSocket!.Path, name))];
+        => [.. _uris.Select(uriOf => uriOf(name))];
 
     private static string UriOf(IPEndPoint address, string name)
     {
@@ -349,6 +370,8 @@ public sealed class NbdServer(
             {
                 if (place.List is not null)
                     _handshakes.Remove(place);
+                if (_isDraining)
+                    Monitor.PulseAll(_connections);
             }
         }
     }

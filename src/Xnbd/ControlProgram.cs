@@ -204,7 +204,7 @@ internal static class ControlProgram
         if (given[0] == clients)
             return ShowClients(client.Call("clients")!, isJson);
         if (given[0] == snapshot)
-            return FollowSnapshot(client, [], isJson);
+            return FollowSnapshot(client, isJson);
         if (given[0] == switches)
         {
             JsonNode answer = client.Call("switch", new JsonObject { ["force"] = result.GetValue(force) })!;
@@ -295,7 +295,9 @@ internal static class ControlProgram
         return parameters;
     }
 
-    private static ControlClient Connect(string path)
+    /// <summary>Connects to a control socket.</summary>
+    /// <exception cref="FailureException">Nobody listens there.</exception>
+    internal static ControlClient Connect(string path)
     {
         try
         {
@@ -305,34 +307,30 @@ internal static class ControlProgram
         {
             throw new FailureException(
                 $"the control socket '{path}' belongs to another user: "
-                + "run this program as the proxy's own user, or as root");
+                + "run this program as the server's own user, or as root");
         }
         catch (Exception failure) when (failure is SocketException or ArgumentException)
         {
             throw new FailureException(File.Exists(path)
-                ? $"nobody listens on '{path}': the proxy has ended, or this is not a control socket "
+                ? $"nobody listens on '{path}': the server has ended, or this is not a control socket "
                     + $"({failure.Message})"
-                : $"there is no control socket '{path}': is the proxy running?");
+                : $"there is no control socket '{path}': is the server running?");
         }
     }
 
     /// <summary>Starts a snapshot, waits for it, and reports its end.</summary>
-    /// <param name="client">The channel.</param>
-    /// <param name="which">Parameters that say of what.</param>
-    /// <param name="isJson">Report as JSON.</param>
-    internal static int FollowSnapshot(ControlClient client, JsonObject which, bool isJson)
+    internal static int FollowSnapshot(ControlClient client, bool isJson)
     {
-        JsonNode status = client.Call("snapshot", which.DeepClone().AsObject())!;
-        which["wait-ms"] = 10_000;
+        JsonNode status = client.Call("snapshot")!;
         while (status["state"]!.GetValue<string>() == "running")
-            status = client.Call("snapshot.status", which.DeepClone().AsObject())!;
+            status = client.Call("snapshot.status", new JsonObject { ["wait-ms"] = 10_000 })!;
         return status["state"]!.GetValue<string>() == "done"
             ? Say(status, isJson, status["path"]!.GetValue<string>())
             : throw new FailureException($"no snapshot was made: {Snapshot(status)}");
     }
 
     /// <summary>Waits for a job, and reports its end.</summary>
-    private static int Follow(ControlClient client, JsonNode job, bool isShown, bool isJson)
+    internal static int Follow(ControlClient client, JsonNode job, bool isShown, bool isJson)
     {
         JsonNode status = ControlProgress.WaitFor(client, job, isShown);
         JsonNode? comparison = status["verification"];

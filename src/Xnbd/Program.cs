@@ -1,5 +1,6 @@
 using Xnbd.Linux;
 using Xnbd.Programs;
+using Xnbd.Programs.Wrapper;
 
 StandardStreams.OpenMissing();
 
@@ -10,6 +11,8 @@ var programs = new Dictionary<string, Func<string[], int>>
     [ServerProgram.Name] = ServerProgram.Run,
     [LayerProgram.Name] = LayerProgram.Run,
     [ControlProgram.Name] = ControlProgram.Run,
+    [WrapperProgram.Name] = WrapperProgram.Run,
+    [WrapperControlProgram.Name] = WrapperControlProgram.Run,
 };
 
 string calledAs = Path.GetFileName(Environment.GetCommandLineArgs()[0]);

@@ -122,6 +122,17 @@ internal sealed class ProxyMode : ServedDisk
     /// <inheritdoc/>
     public override RequestLimits Limits => _options.ClientLimits;
 
+    /// <summary>How much of the disk is cached, in percent.</summary>
+    public double CachedPercent
+    {
+        get
+        {
+            CacheStatistics figures = _cache.Statistics;
+            long cached = figures.FetchedBlocks + figures.WrittenBlocks, blocks = cached + figures.AbsentBlocks;
+            return blocks == 0 ? 100 : Math.Floor(1000.0 * cached / blocks) / 10; // 100 only if nothing is missing
+        }
+    }
+
     /// <summary>How often fetched data could not be cached.</summary>
     public long StoreFailures => Interlocked.Read(ref _storeFailures);
 

@@ -96,7 +96,7 @@ public sealed class ProxyControlTests : IDisposable
             ToolResult stranger = await Tool.Run(
                 "setpriv", "--reuid=65534", "--clear-groups", Proxies.Control, "--query", path);
             string message = $"xnbd-bgctl: the control socket '{path}' belongs to another user: run this program as the"
-                + " proxy's own user, or as root\n";
+                + " server's own user, or as root\n";
             Assert.Equal((1, message), (stranger.ExitCode, stranger.Errors));
         }
 

@@ -43,6 +43,13 @@ public partial class ManualTests
         => Compare(
             await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, "xnbd-bgctl"), "--help"), Read("xnbd-bgctl.1"));
 
+    [Theory]
+    [InlineData("xnbd-wrapper")]
+    [InlineData("xnbd-wrapper-ctl")]
+    public async Task The_wrappers_pages_have_the_options_of_the_programs(string program)
+        => Compare(
+            await Tool.Succeed(Path.Combine(ServerProcess.BinFolder, program), "--help"), Read(program + ".8"));
+
     private static void Compare(string help, string page)
     {
         string[] ofProgram =
@@ -85,7 +92,7 @@ public partial class ManualTests
     {
         Assert.SkipWhen(Tool.Find("mandoc") is null, "mandoc is absent");
         string[] pages = [.. Directory.GetFiles(Path.Combine(Repository.Root, "docs"), "xnbd-*")];
-        Assert.Equal(3, pages.Length);
+        Assert.Equal(5, pages.Length);
         ToolResult lint = await Tool.Run("mandoc", ["-T", "lint", "-W", "warning", .. pages]);
         Assert.Equal("", lint.Output + lint.Errors);
     }
@@ -98,7 +105,7 @@ public partial class ManualTests
             $"## {version}", File.ReadAllText(Path.Combine(Repository.Root, "CHANGELOG.md")), StringComparison.Ordinal);
     }
 
-    [GeneratedRegex(@"^  (?:-\?, -h, )?(--[a-z-]+)(?: <([A-Z]+)>)?", RegexOptions.Multiline)]
+    [GeneratedRegex(@"^  (?:-\?, -h, |-[a-z], )?(--[a-z-]+)(?: <([A-Z]+)>)?", RegexOptions.Multiline)]
     private static partial Regex OptionInHelp();
 
     [GeneratedRegex(@"^\.It Fl Fl ([a-z-]+)(?: Ar ([A-Z]+))?$", RegexOptions.Multiline)]

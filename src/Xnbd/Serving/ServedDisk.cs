@@ -10,8 +10,8 @@ namespace Xnbd.Programs.Serving;
 
 /// <summary>
 /// A disk with what belongs to serving it: its snapshots, its sync, the methods of its control channel, what its
-/// clients do. <c>xnbd-server</c> serves one of them. The kinds are <see cref="LocalDisk"/> and
-/// <see cref="ProxyMode"/>.
+/// clients do. <c>xnbd-server</c> serves one of them, <c>xnbd-wrapper</c> many. The kinds are <see cref="LocalDisk"/>
+/// and <see cref="ProxyMode"/>.
 /// <para>
 /// First it is opened. Then a server gets an <see cref="Export"/> of it (<see cref="ExportAs"/>,
 /// <see cref="Attach"/>). Then it may open a control channel of its own. It is disposed of when no client uses it any

@@ -1,0 +1,110 @@
+using Microsoft.Extensions.Logging;
+using Xnbd.Control;
+using Xnbd.Linux;
+using Xnbd.Programs.Serving;
+using Xnbd.Server;
+using Xnbd.Storage;
+
+namespace Xnbd.Programs.Wrapper;
+
+/// <summary>The program <c>xnbd-wrapper</c>: serves many disks behind one address.</summary>
+internal sealed class WrapperProgram : ServerBase
+{
+    /// <summary>The program's name.</summary>
+    public const string Name = "xnbd-wrapper";
+
+    private readonly WrapperOptions _options;
+    private volatile WrapperExports? _exports; // null until the state was read
+
+    private WrapperProgram(WrapperOptions options, LogOutput log)
+        : base(options, log)
+        => _options = options;
+
+    /// <summary>Runs the program.</summary>
+    /// <returns>Its exit code.</returns>
+    public static int Run(string[] args)
+        => Run(Name, args, WrapperCommandLine.Parse, (options, log) => new WrapperProgram(options, log));
+
+    /// <inheritdoc/>
+    protected override void Serve()
+    {
+        var runtimeThreads = new RuntimeThreads(); // before the first socket
+        foreach (string option in _options.WithoutEffect)
+            Log.LogInformation("{Option} has no effect: this program serves by itself", option);
+        using StateFile state = StateFile.Open(_options.StatePath);
+        var table = new ExportTable(_options.DefaultExport);
+        var server = new NbdServer(
+            table, HandshakeStyle.FixedNewstyle, Log, ServerLimits.MaxBytesInFlight);
+        using var exports = new WrapperExports(_options, state, server, table, Log, Stopping);
+        _exports = exports;
+        var methods = new WrapperMethods(exports, server, Log, grace => ShutDown(server, grace));
+        ControlServer? control = null;
+        try
+        {
+            Listen(server, runtimeThreads, () =>
+            {
+                exports.OpenAll();
+                control = OpenControl(methods);
+                BeginService();
+            });
+            WaitForEnd(server, exports.FlushAll, exports.WaitUntilEnded);
+        }
+        finally
+        {
+            control?.Dispose();
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void OnUser1()
+        => Log.LogInformation("SIGUSR1 has no meaning here: xnbd-wrapper-ctl --snapshot NAME makes snapshots");
+
+    /// <inheritdoc/>
+    protected override void OnUser2()
+        => Log.LogInformation("SIGUSR2 has no meaning here: xnbd-wrapper-ctl --bgctl-switch NAME switches a proxy");
+
+    /// <inheritdoc/>
+    protected override void OnHangup()
+    {
+        try
+        {
+            IReadOnlyList<string> changes = _exports!.Reload();
+            string what = changes.Count > 0 ? string.Join(", ", changes) : "all is as it was";
+            Log.LogInformation("the state was read again; {Changes}", what);
+        }
+        catch (FailureException failure)
+        {
+            Log.LogError("not reloaded: {Cause}", failure.Message);
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void Abandon() => _exports?.Abandon();
+
+    private ControlServer OpenControl(WrapperMethods methods)
+    {
+        try
+        {
+            return ControlServer.Start(_options.ControlPath, methods.Call);
+        }
+        catch (Exception failure) when (failure is IOException or ArgumentException)
+        {
+            throw new FailureException(
+                $"cannot listen on the control socket '{_options.ControlPath}': {failure.Message}");
+        }
+    }
+
+    /// <summary>Ends the server when its clients have left, or their time is over. It returns at once.</summary>
+    private void ShutDown(NbdServer server, TimeSpan grace)
+    {
+        Log.LogInformation("the server ends when its clients have left");
+        if (LinuxThread.TryStart("shutdown", Drain) is null)
+            throw new DiskException(DiskError.NoSpace, "the system has no thread to spare");
+
+        void Drain()
+        {
+            server.Drain(grace);
+            Stop();
+        }
+    }
+}
