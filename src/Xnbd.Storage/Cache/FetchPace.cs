@@ -120,7 +120,7 @@ internal sealed class FetchPace
 
     /// <summary>How much may be under way, in bytes.</summary>
     /// <param name="now">The time in seconds.</param>
-    /// <param name="isPolite">A part of the line stays free for those who miss.</param>
+    /// <param name="isPolite">Clients miss, and would wait behind what stands in the queues.</param>
     public long Window(double now, bool isPolite)
     {
         if (_rate == 0)
