@@ -98,6 +98,10 @@ internal static unsafe partial class LibC
     [LibraryImport(Name, EntryPoint = "send", SetLastError = true)]
     internal static partial nint Send(SafeHandle socket, byte* buffer, nuint length, int flags);
 
+    [LibraryImport(Name, EntryPoint = "sendto", SetLastError = true)]
+    internal static partial nint SendTo(
+        SafeHandle socket, byte* buffer, nuint length, int flags, byte* address, uint addressLength);
+
     [LibraryImport(Name, EntryPoint = "sendfile64", SetLastError = true)]
     internal static partial nint SendFile(SafeHandle socket, SafeHandle file, long* offset, nuint count);
 
@@ -212,6 +216,7 @@ internal static unsafe partial class LibC
 
     internal const int AddressFamilyUnix = 1;
     internal const int SocketStream = 1;
+    internal const int SocketDatagram = 2;
     internal const int SocketCloseOnExec = 0x80000;
 
     /// <summary>The kernel reduces it to what the system allows.</summary>

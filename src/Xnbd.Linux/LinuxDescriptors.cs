@@ -48,6 +48,13 @@ public static unsafe class LinuxDescriptors
         _ = LibC.SetRLimit(NumberOfFiles, &limit);
     }
 
+    /// <summary>Keeps a descriptor from child processes.</summary>
+    public static Errno CloseOnExec(int descriptor)
+    {
+        const int setDescriptorFlags = 2, closeOnExec = 1; // F_SETFD, FD_CLOEXEC
+        return LibC.Outcome(LibC.FCntl(descriptor, setDescriptorFlags, closeOnExec));
+    }
+
     /// <summary>
     /// Whether a descriptor is one of the reserve. The kernel gives out the smallest free number, so all descriptors
     /// outside the reserve are in use then.

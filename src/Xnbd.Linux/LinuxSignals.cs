@@ -20,6 +20,9 @@ public static unsafe class LinuxSignals
     /// <summary>SIGUSR2.</summary>
     public const int User2 = 12;
 
+    /// <summary>SIGALRM.</summary>
+    public const int Alarm = 14;
+
     /// <summary>SIGTERM.</summary>
     public const int Terminate = 15;
 
@@ -62,6 +65,9 @@ public static unsafe class LinuxSignals
         while (signal < 0);
         return signal;
     }
+
+    /// <summary>Sends a signal to this process.</summary>
+    public static void SendToSelf(int signal) => _ = LibC.Kill(Environment.ProcessId, signal);
 
     private static ulong BitOf(int signal) => 1UL << (signal - 1);
 

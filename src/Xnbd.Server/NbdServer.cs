@@ -2,7 +2,6 @@ using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using Microsoft.Extensions.Logging;
-using Microsoft.Win32.SafeHandles;
 using Xnbd.Linux;
 using Xnbd.Storage;
 using Xnbd.Storage.Threads;
@@ -39,10 +38,8 @@ public sealed class NbdServer(
     private readonly BudgetTotal _budget = new(maxBytes);
     private readonly FailureLog _failures = new(logger, time ?? TimeProvider.System);
     private readonly RefusalLog _refusals = new(logger, time ?? TimeProvider.System);
-    private readonly List<Socket> _listeners = [];
-    private readonly List<Func<string, string>> _uris = []; // of an export, for each listener
+    private readonly List<Listener> _listeners = [];
     private readonly int _descriptorLimit = LinuxDescriptors.Limit;
-    private UnixSocket? _unixSocket;
     private readonly object _connections = new();
     private readonly LinkedList<Connection> _handshakes = [];
     private readonly Dictionary<Export, ExportSessions> _sessions = [];
@@ -58,6 +55,23 @@ public sealed class NbdServer(
     {
         lock (_connections)
             return _sessions.GetValueOrDefault(export)?.Traffic ?? default;
+    }
+
+    /// <summary>What the clients of all exports have moved so far.</summary>
+    public ServerTraffic Traffic
+    {
+        get
+        {
+            lock (_connections)
+            {
+                return _sessions.Values.Aggregate(
+                    default(ServerTraffic),
+                    (all, sessions) => new ServerTraffic(
+                        all.Connections + sessions.Traffic.Connections,
+                        all.ReadBytes + sessions.Traffic.ReadBytes,
+                        all.WrittenBytes + sessions.Traffic.WrittenBytes));
+            }
+        }
     }
 
     /// <summary>The clients that are in a session.</summary>
@@ -110,11 +124,8 @@ public sealed class NbdServer(
             throw;
         }
 
-        _listeners.Add(listener);
         var actual = (IPEndPoint)listener.LocalEndPoint!;
-        _uris.Add(name => UriOf(actual, name));
-        string place = isWildcard ? $"port {actual.Port}, all addresses" : actual.ToString();
-        logger.Listening(place, UriOf(actual, exports.DefaultName ?? ""));
+        Add(new Listener(listener));
         return actual;
     }
 
@@ -123,23 +134,35 @@ public sealed class NbdServer(
     /// <exception cref="ArgumentException">The path is empty, or too long.</exception>
     public void Listen(string path)
     {
-        _unixSocket = UnixSocket.Listen(path, isPrivate: false);
-        _listeners.Add(_unixSocket.Socket);
-        string full = _unixSocket.Path;
-        _uris.Add(name => UriOf(full, name));
-        logger.Listening(path, UriOf(path, exports.DefaultName ?? ""));
+        UnixSocket file = UnixSocket.Listen(path, isPrivate: false);
+        Add(new Listener(file.Socket, file));
     }
+
+    /// <summary>
+    /// Uses a socket that listens already. Another process may share it: at the end it is closed here, but not shut
+    /// down, and its file stays.
+    /// </summary>
+    /// <param name="listener">A TCP or Unix stream socket, which belongs to the server from now on.</param>
+    /// <exception cref="IOException">There are no more descriptors.</exception>
+    public void Listen(Socket listener) => Add(new Listener(listener));
 
     /// <summary>Starts to accept connections, on a thread for each listening socket.</summary>
     /// <exception cref="IOException">The system has no thread to spare.</exception>
     public void Start()
     {
-        foreach (Socket listener in _listeners)
+        foreach (Listener listener in _listeners)
         {
-            if (LinuxThread.TryStart("listener", () => Accept(listener)) is null)
+            if (!listener.TryStart(Take, _refusals))
                 throw new IOException("the system has no thread to spare");
         }
     }
+
+    /// <summary>
+    /// Whether every thread that accepts connections responds. One thread at a time may ask, after
+    /// <see cref="Start"/>.
+    /// </summary>
+    /// <param name="maxTime">How long each may take.</param>
+    public bool Responds(TimeSpan maxTime) => _listeners.TrueForAll(listener => listener.Responds(maxTime));
 
     /// <summary>Serves one connection on the calling thread until it ends.</summary>
     /// <param name="socket">The connection; it is closed at the end.</param>
@@ -182,7 +205,8 @@ public sealed class NbdServer(
     public void Stop()
     {
         _isStopping = true;
-        CloseListeners();
+        foreach (Listener listener in _listeners)
+            listener.Dispose();
 
         lock (_connections)
         {
@@ -208,7 +232,8 @@ public sealed class NbdServer(
     public void Drain(TimeSpan grace)
     {
         _isDraining = true;
-        CloseListeners();
+        foreach (Listener listener in _listeners)
+            listener.Dispose();
         lock (_connections)
             WaitUntil(() => (OpenSessions == 0 && _handshakes.Count == 0) || _isStopping, grace);
     }
@@ -250,41 +275,10 @@ public sealed class NbdServer(
     /// <summary>Stops the server.</summary>
     public void Dispose() => Stop();
 
-    private void CloseListeners()
+    private void Add(Listener listener)
     {
-        _unixSocket?.Dispose();
-        foreach (Socket listener in _listeners)
-            listener.Dispose();
-    }
-
-    private void Accept(Socket listener)
-    {
-        SafeFileHandle? spare = OpenSpare();
-        while (!_isStopping && !_isDraining)
-        {
-            try
-            {
-                Take(listener.Accept());
-            }
-            catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
-            {
-                if (_isStopping || _isDraining)
-                    break;
-                if (failure is SocketException { SocketErrorCode: SocketError.TooManyOpenSockets } && spare is not null)
-                {
-                    // Not even the reserve has a descriptor. The client is disconnected rather than left to wait.
-                    spare.Dispose();
-                    Refuse(listener);
-                    spare = OpenSpare();
-                    continue;
-                }
-
-                _refusals.Log(failure.Message);
-                Thread.Sleep(100); // most causes pass
-            }
-        }
-
-        spare?.Dispose();
+        _listeners.Add(listener);
+        logger.Listening(Describe(listener.Address), UriOf(listener.Address, exports.DefaultName ?? ""));
     }
 
     /// <summary>
@@ -304,44 +298,29 @@ public sealed class NbdServer(
         _refusals.Log(refusal);
     }
 
-    private void Refuse(Socket listener)
-    {
-        try
-        {
-            listener.Accept().Dispose();
-        }
-        catch (SocketException)
-        {
-            Thread.Sleep(100); // another thread has accepted it
-        }
-
-        _refusals.Log("no descriptor is left");
-    }
-
-    private static SafeFileHandle? OpenSpare()
-    {
-        _ = LinuxFile.Open("/dev/null", OpenMode.ReadOnly, out SafeFileHandle? spare);
-        return spare;
-    }
-
     /// <summary>The URIs of an export, one for each address on which this server listens.</summary>
     /// <param name="name">The export's name; empty for the default one.</param>
     public IReadOnlyList<string> UrisOf(string name)
-        => [.. _uris.Select(uriOf => uriOf(name))];
+        => [.. _listeners.Select(listener => UriOf(listener.Address, name))];
 
-    private static string UriOf(IPEndPoint address, string name)
+    private static string Describe(EndPoint address)
+        => address is IPEndPoint { Address: var host, Port: var port } && host.Equals(IPAddress.IPv6Any)
+            ? $"port {port}, all addresses"
+            : address.ToString()!;
+
+    private static string UriOf(EndPoint place, string name)
     {
+        if (place is not IPEndPoint address)
+        {
+            string path = Uri.EscapeDataString(place.ToString()!).Replace("%2F", "/", StringComparison.Ordinal);
+            return $"nbd+unix:///{Uri.EscapeDataString(name)}?socket={path}";
+        }
+
         bool isAny = address.Address.Equals(IPAddress.IPv6Any) || address.Address.Equals(IPAddress.Any);
         string host = isAny ? Environment.MachineName
             : address.AddressFamily == AddressFamily.InterNetworkV6 ? $"[{address.Address}]"
             : address.Address.ToString();
         return $"nbd://{host}:{address.Port}{(name.Length > 0 ? "/" : "")}{Uri.EscapeDataString(name)}";
-    }
-
-    private static string UriOf(string path, string name)
-    {
-        string escaped = Uri.EscapeDataString(path).Replace("%2F", "/", StringComparison.Ordinal);
-        return $"nbd+unix:///{Uri.EscapeDataString(name)}?socket={escaped}";
     }
 
     private Agreement? Negotiate(Connection connection)

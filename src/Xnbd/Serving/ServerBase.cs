@@ -28,6 +28,8 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
     private volatile PidFile? _pidFile;
     private volatile bool _isServing;
     private volatile bool _isSynced;
+    private Supervision _supervision = null!; // there before the first thread is started
+    private volatile Heartbeat? _heartbeat;
 
     /// <summary>Receives log messages.</summary>
     protected LogOutput Log => log;
@@ -55,6 +57,9 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
         {
             if (parse(args) is not { } options)
                 return ExitCode.Success;
+            Supervision supervision = Supervision.Take();
+            if (!isDaemon)
+                supervision.Validate(options);
             if (options.Daemonize && !isDaemon)
                 return Daemon.Start(name, args);
             int[] signals = ServerSignals.Block(); // before anything waits
@@ -67,7 +72,7 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
                 toSyslog: options.Syslog || (isDetached && !isElsewhere));
             output.Open();
             log = output;
-            create(options, log).Serve(signals);
+            create(options, log).Serve(signals, supervision);
             return ExitCode.Success;
         }
         catch (UsageException failure)
@@ -104,7 +109,10 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
     /// <summary>Carries out SIGUSR2; likewise.</summary>
     protected abstract void OnUser2();
 
-    /// <summary>Carries out SIGHUP, after the log was opened again; likewise.</summary>
+    /// <summary>
+    /// Carries out SIGHUP, after the log was opened again; likewise. What takes longer than a few seconds needs a
+    /// thread of its own: the service manager's watchdog waits for the signals' thread.
+    /// </summary>
     protected virtual void OnHangup()
     {
     }
@@ -124,7 +132,7 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
     {
         try
         {
-            var sockets = new ServerSockets(options);
+            var sockets = new ServerSockets(options, _supervision);
             System.Net.Sockets.Socket? connection = sockets.OpenConnection();
             if (connection is null)
                 sockets.OpenListeners(server);
@@ -135,7 +143,7 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
                 StartThread("session", () =>
                 {
                     server.Serve(connection);
-                    _stop.Cancel();
+                    Stop();
                 });
             }
 
@@ -143,6 +151,8 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
             _pidFile?.Write();
             if (options.Daemonize)
                 Daemon.SayReady();
+            _supervision.Ready();
+            _heartbeat!.Begin(server);
         }
         catch (Exception failure) when (failure is FailureException or IOException)
         {
@@ -175,7 +185,11 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
     }
 
     /// <summary>Ends the server, as SIGTERM does.</summary>
-    protected void Stop() => _stop.Cancel();
+    protected void Stop()
+    {
+        _supervision.Ending();
+        _stop.Cancel();
+    }
 
     /// <summary>Reports why the program ends: on stderr, and in the log if that is elsewhere.</summary>
     private static void Report(string name, string message, LogOutput? log, bool isInetd)
@@ -198,11 +212,13 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
             throw new FailureException("the system has no thread to spare");
     }
 
-    private void Serve(int[] signals)
+    private void Serve(int[] signals, Supervision supervision)
     {
+        _supervision = supervision;
         LinuxDescriptors.RaiseLimit();
         StartThread("signals", () => ServerSignals.Run(signals, CarryOut));
         StartThread("end", WatchEnd);
+        _heartbeat = new Heartbeat(_supervision, log, Stopping);
         using PidFile? pidFile = options.PidFile is null ? null : PidFile.Open(options.PidFile);
         _pidFile = pidFile;
         Serve();
@@ -214,14 +230,16 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
         {
             if (signal == LinuxSignals.Hangup)
                 log.Reopen(); // SIGHUP
-            if (signal is LinuxSignals.Terminate or LinuxSignals.Interrupt)
-                _stop.Cancel(); // SIGTERM, SIGINT
+            if (signal == LinuxSignals.Alarm)
+                _heartbeat?.SignalTaken(); // SIGALRM
+            else if (signal is LinuxSignals.Terminate or LinuxSignals.Interrupt)
+                Stop(); // SIGTERM, SIGINT
             else if (_stop.IsCancellationRequested)
                 log.LogInformation("the server ends: the signal is ignored");
             else if (!_isServing)
                 log.LogInformation("the server is starting: the signal is ignored");
             else if (signal == LinuxSignals.Hangup)
-                OnHangup();
+                Reload();
             else if (signal == LinuxSignals.User1)
                 OnUser1(); // SIGUSR1
             else
@@ -230,6 +248,19 @@ internal abstract class ServerBase(ListenOptions options, LogOutput log)
         catch (Exception failure)
         {
             log.LogError("a signal could not be carried out: {Cause}", failure.ToString()); // service goes on
+        }
+    }
+
+    private void Reload()
+    {
+        _supervision.Reloading();
+        try
+        {
+            OnHangup();
+        }
+        finally
+        {
+            _supervision.Ready(); // also after a failure, which the log tells: service goes on
         }
     }
 

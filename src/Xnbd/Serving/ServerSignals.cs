@@ -6,7 +6,10 @@ namespace Xnbd.Programs.Serving;
 internal static class ServerSignals
 {
     private static readonly int[] s_all =
-        [LinuxSignals.Terminate, LinuxSignals.Interrupt, LinuxSignals.Hangup, LinuxSignals.User1, LinuxSignals.User2];
+    [
+        LinuxSignals.Terminate, LinuxSignals.Interrupt, LinuxSignals.Hangup, LinuxSignals.User1, LinuxSignals.User2,
+        LinuxSignals.Alarm,
+    ];
 
     /// <summary>
     /// Blocks the signals in all threads, so that one of ours can take them. It must be called before anything waits.

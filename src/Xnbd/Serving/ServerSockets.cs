@@ -7,7 +7,9 @@ using Xnbd.Server;
 namespace Xnbd.Programs.Serving;
 
 /// <summary>The sockets of a server: the one that was handed over, or those on which it listens.</summary>
-internal sealed class ServerSockets(ListenOptions options)
+/// <param name="options">Say where it listens.</param>
+/// <param name="supervision">The service manager, which may have handed over the latter.</param>
+internal sealed class ServerSockets(ListenOptions options, Supervision supervision)
 {
     /// <summary>
     /// Redirects stdout and stderr to nowhere if they are the connection that stdin is, as an Internet super-server
@@ -49,10 +51,17 @@ internal sealed class ServerSockets(ListenOptions options)
         }
     }
 
-    /// <summary>Opens the sockets on which the server is to listen.</summary>
+    /// <summary>Opens the sockets on which the server is to listen, or takes those of the service manager.</summary>
     /// <exception cref="FailureException">One cannot be opened.</exception>
     public void OpenListeners(NbdServer server)
     {
+        if (supervision.DescriptorCount > 0)
+        {
+            foreach (Socket listener in supervision.TakeListeners())
+                server.Listen(listener);
+            return;
+        }
+
         if (options.UnixPath is { } path)
         {
             try

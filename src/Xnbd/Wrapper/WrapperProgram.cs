@@ -63,19 +63,11 @@ internal sealed class WrapperProgram : ServerBase
     protected override void OnUser2()
         => Log.LogInformation("SIGUSR2 has no meaning here: xnbd-wrapper-ctl --bgctl-switch NAME switches a proxy");
 
-    /// <inheritdoc/>
+    /// <summary>Reads the state again, on a thread of its own: an export that differs may take a while to end.</summary>
     protected override void OnHangup()
     {
-        try
-        {
-            IReadOnlyList<string> changes = _exports!.Reload();
-            string what = changes.Count > 0 ? string.Join(", ", changes) : "all is as it was";
-            Log.LogInformation("the state was read again; {Changes}", what);
-        }
-        catch (FailureException failure)
-        {
-            Log.LogError("not reloaded: {Cause}", failure.Message);
-        }
+        if (LinuxThread.TryStart("reload", Reload) is null)
+            Log.LogError("not reloaded: the system has no thread to spare");
     }
 
     /// <inheritdoc/>
@@ -91,6 +83,20 @@ internal sealed class WrapperProgram : ServerBase
         {
             throw new FailureException(
                 $"cannot listen on the control socket '{_options.ControlPath}': {failure.Message}");
+        }
+    }
+
+    private void Reload()
+    {
+        try
+        {
+            IReadOnlyList<string> changes = _exports!.Reload();
+            string what = changes.Count > 0 ? string.Join(", ", changes) : "all is as it was";
+            Log.LogInformation("the state was read again; {Changes}", what);
+        }
+        catch (FailureException failure)
+        {
+            Log.LogError("not reloaded: {Cause}", failure.Message);
         }
     }
 
