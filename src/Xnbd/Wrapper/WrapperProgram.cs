@@ -63,7 +63,9 @@ internal sealed class WrapperProgram : ServerBase
     protected override void OnUser2()
         => Log.LogInformation("SIGUSR2 has no meaning here: xnbd-wrapper-ctl --bgctl-switch NAME switches a proxy");
 
-    /// <summary>Reads the state again, on a thread of its own: an export that differs may take a while to end.</summary>
+    /// <summary>
+    /// Reads the state again, on a thread of its own: an export that differs may take a while to end.
+    /// </summary>
     protected override void OnHangup()
     {
         if (LinuxThread.TryStart("reload", Reload) is null)
