@@ -34,12 +34,19 @@ public sealed class FetchStoreTests : IDisposable
         _store = new FetchStore(_local, _map, _changing, maxHeldUpBytes: 2 << 20)
         {
             HeldUp = _heldUp.Add,
-            Ended = _ended.AddRange,
+            Ended = Note,
             CannotStore = _failures.Add,
             Flush = () => _flush(),
             RunLater = _later.Add,
             Time = _clock,
         };
+    }
+
+    /// <summary>Notes which fetches have ended; the thread that makes a hole may come at any moment.</summary>
+    private void Note(IReadOnlyList<(Fetch, DiskException?)> fetches)
+    {
+        lock (_ended)
+            _ended.AddRange(fetches);
     }
 
     public void Dispose() => _buffers.ForEach(buffer => buffer.Free());
