@@ -124,11 +124,13 @@ internal sealed class ProxyJobs(ProxyMode proxy, OriginCache cache, ILogger log)
             throw Busy(job);
     }
 
-    /// <summary>Ends a job that is running, soon.</summary>
+    /// <summary>Ends a job that is running, and waits for that.</summary>
     public void End()
     {
+        ProxyJob? last;
         lock (_lock)
-            _last?.End();
+            last = _last;
+        last?.Cancel();
     }
 
     /// <param name="kind">The job that is wanted.</param>

@@ -204,6 +204,6 @@ internal sealed class ProxyMethods
         return Query();
     }
 
-    /// <summary>Ends a job that is running, soon.</summary>
+    /// <summary>Ends a job that is running, and waits for that.</summary>
     public void EndJob() => _jobs.End();
 }

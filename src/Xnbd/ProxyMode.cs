@@ -179,9 +179,11 @@ internal sealed class ProxyMode : ServedDisk
     protected override JsonNode? CallOwn(string method, JsonObject parameters) => _methods.Call(method, parameters);
 
     /// <inheritdoc/>
+    protected override void EndJobs() => _methods.EndJob();
+
+    /// <inheritdoc/>
     protected override void Close()
     {
-        _methods.EndJob();
         _cache.Dispose(); // this also waits for a switch that a signal or a client has started
         _events.Dispose();
     }

@@ -1,5 +1,7 @@
 using System.Globalization;
+using System.Net.Sockets;
 using System.Text.Json.Nodes;
+using Xnbd.Control;
 using Xnbd.Protocol;
 using Xnbd.TestKit;
 
@@ -156,6 +158,66 @@ public sealed class WrapperLoadTests : IDisposable
         await Task.WhenAll(clients).WaitAsync(TimeSpan.FromSeconds(30));
         Assert.True(rounds > 3);
         Assert.Equal(count, (await wrapper.Served()).Length);
+    }
+
+    /// <summary>Lists, queries and jobs use a disk that is being removed, through both control channels.</summary>
+    [Fact]
+    public async Task Control_calls_amid_removals_are_answered_or_refused()
+    {
+        string image = _folder.Random("disk.img", 1 << 20), own = _folder.File("px.ctl");
+        using ServerProcess origin = ServerProcess.Start(_folder, image, "--readonly");
+        using var wrapper = new WrapperProcess(_folder);
+        using var end = new CancellationTokenSource();
+        string all = _folder.File("w.ctl");
+        (string Method, string Export, string Path)[] calls =
+            [("list", "", all), ("query", "px", all), ("query", "", own), ("cache-all", "px", all), ("watch", "", own)];
+        Task<int>[] callers =
+        [
+            .. calls.Select(call => Task.Factory.StartNew(
+                () => CallAgainAndAgain(call.Path, call.Method, call.Export, end.Token),
+                TestContext.Current.CancellationToken,
+                TaskCreationOptions.LongRunning,
+                TaskScheduler.Default)),
+        ];
+        for (int round = 0; round < 15; round++)
+        {
+            foreach (string file in (string[])["cache", "map"])
+                File.Delete(_folder.File(file));
+            await wrapper.Do(
+                "--add-proxy", "px", $"unix:{origin.SocketPath}", "-", _folder.File("cache"), _folder.File("map"), own);
+            using (NbdTestClient client = wrapper.Open("px"))
+                Assert.Equal(File.ReadAllBytes(image)[..4096], client.Read(0, 4096));
+            await wrapper.Do("--remove-by-exportname", "px", "--force");
+        }
+
+        end.Cancel();
+        int[] answers = await Task.WhenAll(callers).WaitAsync(TimeSpan.FromSeconds(30));
+        Assert.All(answers, count => Assert.True(count > 0));
+        Assert.Empty(await wrapper.List());
+    }
+
+    /// <returns>How many calls were answered with a result.</returns>
+    private static int CallAgainAndAgain(string path, string method, string export, CancellationToken end)
+    {
+        int answers = 0;
+        while (!end.IsCancellationRequested)
+        {
+            try
+            {
+                using var client = new ControlClient(path) { Export = export.Length > 0 ? export : null };
+                while (!end.IsCancellationRequested)
+                {
+                    client.Call(method);
+                    answers++;
+                }
+            }
+            catch (Exception failure) when (failure is IOException or SocketException or ControlException)
+            {
+                // It is not there, or is being removed.
+            }
+        }
+
+        return answers;
     }
 
     [Fact]

@@ -15,7 +15,7 @@ namespace Xnbd.Programs.Serving;
 /// <para>
 /// First it is opened. Then a server gets an <see cref="Export"/> of it (<see cref="ExportAs"/>,
 /// <see cref="Attach"/>). Then it may open a control channel of its own. It is disposed of when no client uses it any
-/// more. Meanwhile any thread may call its methods.
+/// more, and waits for the calls that are under way. Meanwhile any thread may call its methods.
 /// </para>
 /// </summary>
 internal abstract class ServedDisk : IDisposable
@@ -23,6 +23,9 @@ internal abstract class ServedDisk : IDisposable
     private NbdServer? _server;
     private Export? _export;
     private ControlServer? _control;
+    private readonly object _using = new(); // guards these two
+    private int _users; // calls that are under way
+    private bool _isClosing;
 
     /// <summary>Makes it, for its kinds.</summary>
     /// <param name="log">Receives what happens to it.</param>
@@ -95,6 +98,8 @@ internal abstract class ServedDisk : IDisposable
     /// <exception cref="ControlException">It failed; the message says why.</exception>
     public JsonNode? Call(string method, JsonObject parameters)
     {
+        if (!TryUse())
+            throw new ControlException(ControlException.Failed, "this disk is being closed");
         try
         {
             return method switch
@@ -110,6 +115,32 @@ internal abstract class ServedDisk : IDisposable
         catch (Exception failure) when (failure is DiskException or FailureException)
         {
             throw new ControlException(ControlException.Failed, Advice.Describe(failure));
+        }
+        finally
+        {
+            EndUse();
+        }
+    }
+
+    /// <summary>Keeps the disk open until <see cref="EndUse"/>, for one that is no client.</summary>
+    /// <returns>False when it is being closed already.</returns>
+    public bool TryUse()
+    {
+        lock (_using)
+        {
+            if (!_isClosing)
+                _users++;
+            return !_isClosing;
+        }
+    }
+
+    /// <summary>The disk may be closed; see <see cref="TryUse"/>.</summary>
+    public void EndUse()
+    {
+        lock (_using)
+        {
+            _users--;
+            Monitor.PulseAll(_using);
         }
     }
 
@@ -127,10 +158,28 @@ internal abstract class ServedDisk : IDisposable
     {
     }
 
-    /// <summary>Closes the control channel, then the disk. No client uses it any more.</summary>
+    /// <summary>
+    /// Ends jobs, waits for the calls that are under way, and closes the control channel and the disk. No client uses it
+    /// any more. Closing it again does nothing.
+    /// </summary>
     public void Dispose()
     {
+        lock (_using)
+        {
+            if (_isClosing)
+                return;
+            _isClosing = true;
+        }
+
+        EndJobs(); // calls may wait for them
         _control?.Dispose();
+        lock (_using)
+        {
+            while (_users > 0)
+                Monitor.Wait(_using);
+        }
+
+        EndJobs(); // the last call may have started one
         WaitUntilEnded();
         Close();
     }
@@ -141,6 +190,11 @@ internal abstract class ServedDisk : IDisposable
     /// <summary>Carries out a method that only this kind has.</summary>
     protected virtual JsonNode? CallOwn(string method, JsonObject parameters)
         => throw new ControlException(ControlException.NoSuchMethod, $"there is no method '{method}' in this mode");
+
+    /// <summary>Ends what works in the background, and waits for that.</summary>
+    protected virtual void EndJobs()
+    {
+    }
 
     /// <summary>Closes the disk and its files.</summary>
     protected abstract void Close();

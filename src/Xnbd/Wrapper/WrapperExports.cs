@@ -278,11 +278,19 @@ internal sealed class WrapperExports : IDisposable
     }
 
     /// <summary>Makes all disks durable.</summary>
-    public Task FlushAll()
+    public async Task FlushAll()
     {
+        ServedDisk[] disks;
         lock (_lock)
-            return Task.WhenAll(
-                _entries.Where(entry => entry.State == EntryState.Served).Select(entry => entry.Served!.FlushAll()));
+            disks = [.. _entries.Select(entry => entry.Served).OfType<ServedDisk>().Where(disk => disk.TryUse())];
+        try
+        {
+            await Task.WhenAll(disks.Select(disk => disk.FlushAll()));
+        }
+        finally
+        {
+            Array.ForEach(disks, disk => disk.EndUse());
+        }
     }
 
     /// <summary>Waits until nothing else uses the disks.</summary>
@@ -294,22 +302,19 @@ internal sealed class WrapperExports : IDisposable
                 Monitor.Wait(_lock);
         }
 
-        foreach (WrapperEntry entry in _entries)
-            entry.Served?.WaitUntilEnded();
+        Array.ForEach(Disks(), disk => disk.WaitUntilEnded());
     }
 
     /// <summary>Removes what must not stay, while operations may be under way. The process ends at once.</summary>
-    public void Abandon()
-    {
-        foreach (WrapperEntry entry in _entries.ToArray())
-            entry.Served?.Abandon();
-    }
+    public void Abandon() => Array.ForEach(Disks(), disk => disk.Abandon());
 
-    /// <summary>Closes all disks. No client uses them any more, and no method is under way.</summary>
-    public void Dispose()
+    /// <summary>Closes all disks. No client uses them any more.</summary>
+    public void Dispose() => Array.ForEach(Disks(), disk => disk.Dispose());
+
+    private ServedDisk[] Disks()
     {
-        foreach (WrapperEntry entry in _entries)
-            entry.Served?.Dispose();
+        lock (_lock)
+            return [.. _entries.Select(entry => entry.Served).OfType<ServedDisk>()];
     }
 
     private static FailureException NoExport(string name) => new($"there is no export '{name}'");
@@ -607,17 +612,25 @@ internal sealed class WrapperExports : IDisposable
             ["file"] = definition.Image,
             ["kept"] = entry.IsKept,
         };
-        if (entry.State is not (EntryState.Served or EntryState.Leaving) || entry.Served is not { } served)
+        if (entry.State is not (EntryState.Served or EntryState.Leaving) || entry.Served is not { } served
+            || !served.TryUse())
             return json;
-        ServerTraffic traffic = served.Traffic();
-        json["size"] = served.Disk.Length;
-        json["read-only"] = entry.Export!.IsReadOnly;
-        json["clients"] = traffic.Connections;
-        json["read-bytes"] = traffic.ReadBytes;
-        json["written-bytes"] = traffic.WrittenBytes;
-        if (served is ProxyMode { Image: null } proxy)
-            json["cached-percent"] = proxy.CachedPercent;
-        json["uris"] = new JsonArray([.. _server.UrisOf(definition.Name).Select(uri => JsonValue.Create(uri))]);
-        return json;
+        try
+        {
+            ServerTraffic traffic = served.Traffic();
+            json["size"] = served.Disk.Length;
+            json["read-only"] = entry.Export!.IsReadOnly;
+            json["clients"] = traffic.Connections;
+            json["read-bytes"] = traffic.ReadBytes;
+            json["written-bytes"] = traffic.WrittenBytes;
+            if (served is ProxyMode { Image: null } proxy)
+                json["cached-percent"] = proxy.CachedPercent;
+            json["uris"] = new JsonArray([.. _server.UrisOf(definition.Name).Select(uri => JsonValue.Create(uri))]);
+            return json;
+        }
+        finally
+        {
+            served.EndUse();
+        }
     }
 }
