@@ -33,6 +33,9 @@ public sealed class Export(string name, string description, Disk disk, bool canM
     /// <summary>No session may begin any more. The server's lock guards it.</summary>
     internal bool IsRemoved { get; set; }
 
+    /// <summary>Its clients have no time left to go on. The server's lock guards it.</summary>
+    internal bool IsExpelled { get; set; }
+
     /// <summary>The description with the trail.</summary>
     internal string DescriptionAndTrail
         => Trail() is { Count: > 0 } ids ? NbdProxyTrail.Append(Description, ids) : Description;

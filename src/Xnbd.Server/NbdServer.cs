@@ -81,20 +81,7 @@ public sealed class NbdServer(
         {
             lock (_connections)
             {
-                return
-                [
-                    .. from pair in _sessions
-                       from open in pair.Value.Open
-                       let session = open.Value
-                       select new ServerClient(
-                           open.Key.Peer,
-                           pair.Key.Name,
-                           session.Since,
-                           session.BytesRead,
-                           session.BytesWritten,
-                           session.RequestCount,
-                           session.InFlight),
-                ];
+                return [.. _sessions.SelectMany(pair => Describe(pair.Key, pair.Value))];
             }
         }
     }
@@ -256,7 +243,7 @@ public sealed class NbdServer(
             if (!_sessions.TryGetValue(export, out ExportSessions? sessions))
                 return true;
             bool IsEmpty() => sessions.Open.Count == 0;
-            if (!WaitUntil(() => IsEmpty() || _isStopping, grace) || !IsEmpty())
+            if (!WaitUntil(() => IsEmpty() || _isStopping || export.IsExpelled, grace) || !IsEmpty())
                 sessions.Stop();
             if (!WaitUntil(IsEmpty, ServerLimits.StopTime))
             {
@@ -270,6 +257,23 @@ public sealed class NbdServer(
             sessions.Services.Stopping.Dispose();
             return true;
         }
+    }
+
+    /// <summary>Ends the time that the clients of an export have while it is being removed.</summary>
+    public void Expel(Export export)
+    {
+        lock (_connections)
+        {
+            export.IsExpelled = true;
+            Monitor.PulseAll(_connections);
+        }
+    }
+
+    /// <summary>The clients that are in a session of an export.</summary>
+    public IReadOnlyList<ServerClient> ClientsOf(Export export)
+    {
+        lock (_connections)
+            return _sessions.TryGetValue(export, out ExportSessions? sessions) ? Describe(export, sessions) : [];
     }
 
     /// <summary>Stops the server.</summary>
@@ -397,6 +401,18 @@ public sealed class NbdServer(
             }
         }
     }
+
+    private static List<ServerClient> Describe(Export export, ExportSessions sessions) =>
+    [
+        .. sessions.Open.Select(open => new ServerClient(
+            open.Key.Peer,
+            export.Name,
+            open.Value.Since,
+            open.Value.BytesRead,
+            open.Value.BytesWritten,
+            open.Value.RequestCount,
+            open.Value.InFlight)),
+    ];
 
     private int OpenSessions => _sessions.Values.Sum(sessions => sessions.Open.Count);
 

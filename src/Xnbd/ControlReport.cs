@@ -56,15 +56,24 @@ internal static class ControlReport
     /// <summary>Lays rows out in columns.</summary>
     public static string Table(IReadOnlyList<string[]> rows)
     {
-        int[] widths = [.. Enumerable.Range(0, rows[0].Length).Select(column => rows.Max(row => row[column].Length))];
+        string[][] cells = [.. rows.Select(row => Array.ConvertAll(row, Printable))];
+        int[] widths = [.. Enumerable.Range(0, rows[0].Length).Select(column => cells.Max(row => row[column].Length))];
         var text = new System.Text.StringBuilder();
-        foreach (string[] row in rows)
+        foreach (string[] row in cells)
         {
             string line = string.Join("  ", row.Select((cell, column) => cell.PadRight(widths[column])));
             text.Append(line.TrimEnd()).Append('\n');
         }
 
         return text.ToString();
+    }
+
+    /// <summary>A text that stays in its cell: names may hold any character, and be long.</summary>
+    private static string Printable(string cell)
+    {
+        const int maxLength = 200;
+        string cut = cell.Length > maxLength ? cell[..maxLength] + "..." : cell;
+        return string.Concat(cut.Select(c => char.IsControl(c) ? '?' : c));
     }
 
     /// <summary>A snapshot's state, in words.</summary>

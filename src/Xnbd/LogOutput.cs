@@ -125,6 +125,8 @@ internal sealed class LogOutput(string program, bool toStderr, string? path, boo
             _ => ("error", SyslogSeverity.Error),
         };
         message = message.ReplaceLineEndings(" | "); // one event, one line
+        if (message.Any(char.IsControl))
+            message = string.Concat(message.Select(c => char.IsControl(c) ? '?' : c)); // of a name, for example
         if (toStderr)
         {
             string line = _isStderrStamped ? $"{Stamp(time)} {program}: {word}: {message}" : $"{program}: {message}";

@@ -27,7 +27,7 @@ public sealed class WrapperLoadTests : IDisposable
         {
             images[$"disk{i}"] = new JsonObject
             {
-                ["mode"] = i % 2 == 0 ? "target" : "cow-target",
+                ["mode"] = i % 10 == 0 ? "cow-target" : "target",
                 ["image_path"] = _folder.Sparse($"{i}.img", 1 << 20),
             };
         }

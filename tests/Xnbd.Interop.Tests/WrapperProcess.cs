@@ -22,7 +22,7 @@ internal sealed class WrapperProcess : IDisposable
         string socket = folder.File("w.s");
         Server = ServerProcess.StartCommand(
             socket, [Program, "--unix", socket, "--socket", _control, .. state, .. options]);
-        Wait.Until(() => Server.HasExited || IsOpen(_control), "all exports are opened");
+        Wait.Until(() => Server.HasExited || IsOpen(_control), "all exports are opened", 60);
     }
 
     public ServerProcess Server { get; }

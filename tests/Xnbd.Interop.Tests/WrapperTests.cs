@@ -105,6 +105,7 @@ public sealed class WrapperTests : IDisposable
                         "remote_host": "127.0.0.1",
                         "remote_port": "1"
                     },
+                    "NUL": { "mode": "target", "image_path": "/x\u0000y" },
                     "STRANGE": { "mode": "tape", "reel": 7 },
                     "TARGET": {
                         "image_path": "{{_image}}",
@@ -124,21 +125,26 @@ public sealed class WrapperTests : IDisposable
         string problem = list["STRANGE"]["problem"]!.GetValue<string>();
         Assert.Contains("mode 'tape' is unknown", problem, StringComparison.Ordinal);
         Assert.Contains("'STRANGE' of the state file", wrapper.Server.Log, StringComparison.Ordinal);
+        Assert.Contains("NUL character", list["NUL"]["problem"]!.GetValue<string>(), StringComparison.Ordinal);
+        await wrapper.Do("--reload");
         await wrapper.Do("--add-target", "new", _folder.Random("new.img", 512));
         JsonNode saved = JsonNode.Parse(File.ReadAllText(state))!;
         Assert.Equal("blue", saved["images"]!["TARGET"]!["colour"]!.GetValue<string>());
         Assert.Equal(7, saved["images"]!["STRANGE"]!["reel"]!.GetValue<int>());
         Assert.Equal("x", saved["images"]!["TEXT"]!.GetValue<string>());
         Assert.Equal("somebody", saved["made_by"]![0]!.GetValue<string>());
-        Assert.Equal(5, saved["images"]!.AsObject().Count);
+        Assert.Equal(6, saved["images"]!.AsObject().Count);
         await wrapper.Do("--remove-by-exportname", "STRANGE");
-        Assert.Equal(4, JsonNode.Parse(File.ReadAllText(state))!["images"]!.AsObject().Count);
+        Assert.Equal(5, JsonNode.Parse(File.ReadAllText(state))!["images"]!.AsObject().Count);
     }
 
     [Theory]
     [InlineData("no JSON", "is no JSON")]
     [InlineData("""{"version": 3, "images": {}}""", "is not of version 2")]
     [InlineData("""{"version": 2, "images": []}""", "images is no object")]
+    [InlineData("""{"version": 2, "images": {"a": {}, "a": {}}}""", "is no JSON")]
+    [InlineData("""{"version": 2, "images": {"a": {"mode": "target", "x": "\ud800"}}}""", "is no JSON")]
+    [InlineData("""{"version": 2, "images": {"\ud800": {}}}""", "is no JSON")]
     public async Task A_file_that_is_no_state_is_left_alone(string text, string reason)
     {
         File.WriteAllText(_folder.File("w.state"), text);
@@ -231,6 +237,54 @@ public sealed class WrapperTests : IDisposable
         File.WriteAllText(state, "broken");
         await wrapper.Refuse("is no JSON", "--reload");
         Assert.Equal(["changes", "comes", "stays"], await wrapper.Served());
+    }
+
+    [Fact]
+    public async Task An_export_is_renamed_by_a_reload_and_the_command_lines_names_are_its_own()
+    {
+        string state = _folder.File("w.state"), other = _folder.Random("other.img", 4096);
+        using var wrapper = new WrapperProcess(_folder, "--imgfile", other);
+        await wrapper.Do("--add-target", "a", _image);
+        JsonNode saved = JsonNode.Parse(File.ReadAllText(state))!;
+        JsonObject images = saved["images"]!.AsObject();
+        JsonNode entry = images["a"]!.DeepClone();
+        images.Remove("a");
+        images["b"] = entry;
+        images[other] = new JsonObject { ["mode"] = "target", ["image_path"] = _folder.Random("third.img", 512) };
+        File.WriteAllText(state, saved.ToJsonString());
+        await wrapper.Do("--reload");
+        using NbdTestClient renamed = wrapper.Open("b"), fromLine = wrapper.Open(other);
+        Assert.Equal((1UL << 20, 4096UL), (renamed.Size, fromLine.Size));
+        Assert.Contains("not of the state file", await wrapper.Do("--list", "--json"), StringComparison.Ordinal);
+        await wrapper.Do("--remove-by-exportname", other, "--force"); // that of the command line
+        Assert.True(fromLine.IsClosed());
+        Assert.NotNull(JsonNode.Parse(File.ReadAllText(state))!["images"]![other]);
+        await wrapper.Do("--reload");
+        using NbdTestClient third = wrapper.Open(other);
+        Assert.Equal(512UL, third.Size);
+    }
+
+    [Fact]
+    public async Task An_export_that_is_leaving_can_be_forced_out()
+    {
+        using var wrapper = new WrapperProcess(_folder);
+        await wrapper.Do("--add-target", "a", _image);
+        using NbdTestClient client = wrapper.Open("a");
+        await wrapper.Do("--remove-by-exportname", "a");
+        await wrapper.Do("--remove-by-exportname", "a", "--force");
+        Assert.True(client.IsClosed());
+        Assert.Empty(await wrapper.List());
+    }
+
+    [Fact]
+    public async Task Strange_names_stay_in_their_row()
+    {
+        using var wrapper = new WrapperProcess(_folder);
+        await wrapper.Do("--add-target", "a\nb\u001b[31m", _image);
+        string table = await wrapper.Do("--list");
+        Assert.Equal(2, table.TrimEnd().Split('\n').Length);
+        Assert.DoesNotContain("\u001b", table + wrapper.Server.Log, StringComparison.Ordinal);
+        Assert.Equal(["a\nb\u001b[31m"], await wrapper.Served());
     }
 
     [Fact]
@@ -355,6 +409,57 @@ public sealed class WrapperTests : IDisposable
         Assert.Equal(0, second.Server.WaitForExit());
     }
 
+    [Fact]
+    public async Task A_configuration_of_nbd_server_is_taken_over_and_what_it_cannot_mean_is_named()
+    {
+        string more = Directory.CreateDirectory(_folder.File("conf.d")).FullName, config = _folder.File("config");
+        File.WriteAllText(Path.Combine(more, "b.conf"), $"[cow]\nexportname = {_image}\ncopyonwrite = true\n");
+        File.WriteAllText(Path.Combine(more, "notes.txt"), "no configuration");
+        File.WriteAllText(
+            config,
+            $"""
+            # a comment
+            [generic]
+                user = nbd
+                port = 10809
+                allowlist = true
+                includedir = {more}
+            [disk one]
+                exportname = {_image}
+                readonly = true
+                flush = true
+                authfile = /etc/nbd-server/allow
+            [many]
+                exportname = /srv/%s.img
+            [nothing]
+            """);
+        ToolResult printed = await Tool.Run(WrapperProcess.Program, ["--import-nbd-server", config]);
+        Assert.Equal(0, printed.ExitCode);
+        JsonObject images = JsonNode.Parse(printed.Output)!["images"]!.AsObject();
+        Assert.Equal(["cow", "disk one"], images.Select(image => image.Key).Order());
+        Assert.True(images["disk one"]!["read_only"]!.GetValue<bool>());
+        Assert.Equal("cow-target", images["cow"]!["mode"]!.GetValue<string>());
+        foreach (string said in (string[])
+            ["user = nbd", "--lport 10809", "authfile = /etc/nbd-server/allow", "many: an exportname with %s",
+            "nothing: exportname is missing", "share one layer"])
+            Assert.Contains(said, printed.Errors, StringComparison.Ordinal);
+        Assert.DoesNotContain("flush", printed.Errors, StringComparison.Ordinal);
+
+        string[] load = ["--import-nbd-server", config, "--load", "--dbpath", _folder.File("w.state")];
+        Assert.Equal(0, (await Tool.Run(WrapperProcess.Program, load)).ExitCode);
+        ToolResult again = await Tool.Run(WrapperProcess.Program, load);
+        Assert.Equal(1, again.ExitCode);
+        Assert.Contains("already: nothing was changed", again.Errors, StringComparison.Ordinal);
+        using var wrapper = new WrapperProcess(_folder);
+        Assert.Equal(["cow", "disk one"], await wrapper.Served());
+        Assert.Equal(1, (await Tool.Run(WrapperProcess.Program, load)).ExitCode); // the wrapper uses the state
+
+        File.WriteAllText(config, "exportname = before any section");
+        ToolResult broken = await Tool.Run(WrapperProcess.Program, ["--import-nbd-server", config]);
+        Assert.Equal(1, broken.ExitCode);
+        Assert.Contains("line 1", broken.Errors, StringComparison.Ordinal);
+    }
+
     [Theory]
     [InlineData("say what to do")]
     [InlineData("only one thing", "--list", "--save")]
@@ -377,6 +482,7 @@ public sealed class WrapperTests : IDisposable
     [InlineData("--imgfile: the name is empty", "--imgfile", "")]
     [InlineData("--lport 0: not a number", "--lport", "0")]
     [InlineData("--max-buf-size 1: not a number", "--max-buf-size", "1")]
+    [InlineData("--load goes with --import-nbd-server", "--load")]
     public async Task A_wrong_command_line_of_the_wrapper_is_explained(string reason, params string[] args)
     {
         ToolResult result = await Tool.Run(WrapperProcess.Program, args);

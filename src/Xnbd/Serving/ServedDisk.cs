@@ -105,7 +105,7 @@ internal abstract class ServedDisk : IDisposable
             return method switch
             {
                 "query" => Query(),
-                "clients" => ClientsJson.Of(_server!.Clients.Where(client => client.Export == _export!.Name)),
+                "clients" => ClientsJson.Of(_server!.ClientsOf(_export!)),
                 "snapshot" => Snapshots.Start(),
                 "snapshot.status" => Snapshots.Status(parameters["wait-ms"]?.GetValue<int>() ?? 0),
                 "snapshot.cancel" => Snapshots.Cancel(),
@@ -159,8 +159,8 @@ internal abstract class ServedDisk : IDisposable
     }
 
     /// <summary>
-    /// Ends jobs, waits for the calls that are under way, and closes the control channel and the disk. No client uses it
-    /// any more. Closing it again does nothing.
+    /// Ends jobs, waits for the calls that are under way, and closes the control channel and the disk. No client uses
+    /// it any more. Closing it again does nothing.
     /// </summary>
     public void Dispose()
     {

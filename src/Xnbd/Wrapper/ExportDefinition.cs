@@ -1,6 +1,5 @@
 using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
-using Xnbd.Linux;
 using Xnbd.Programs.Serving;
 using Xnbd.Protocol;
 
@@ -94,16 +93,18 @@ internal sealed class ExportDefinition
         return new ExportDefinition(Name, json);
     }
 
-    /// <summary>The files that it uses, and whether it changes them.</summary>
+    /// <summary>The files that it uses. The call may wait for a file system that does not answer.</summary>
     /// <param name="options">Options that hold for all exports.</param>
-    public IEnumerable<(string Path, bool IsChanged)> Files(WrapperOptions options)
+    public FileUse[] Files(WrapperOptions options)
     {
         bool isReadOnly = IsReadOnly || options.ReadOnly;
-        yield return (Image, Mode == Proxy || (Mode == Target && !isReadOnly && !options.Cow));
+        bool isImageChanged = Mode == Proxy || (Mode == Target && !isReadOnly && !options.Cow);
+        List<FileUse> files = [FileUse.Of(Image, isImageChanged)];
         if (Layer is not null)
-            yield return (Layer, !isReadOnly);
+            files.Add(FileUse.Of(Layer, !isReadOnly));
         if (Map is not null)
-            yield return (Map, true);
+            files.Add(FileUse.Of(Map, isChanged: true));
+        return [.. files];
     }
 
     /// <summary>Opens the disk.</summary>
@@ -173,19 +174,10 @@ internal sealed class ExportDefinition
     private string? FilePath(string member) => Text(member) switch
     {
         null => null,
-        var path when Path.IsPathFullyQualified(path) => Path.GetFullPath(path),
         "" => throw new FailureException($"{member} is empty"),
+        var path when path.Contains('\0', StringComparison.Ordinal)
+            => throw new FailureException($"{member} holds a NUL character"),
+        var path when Path.IsPathFullyQualified(path) => Path.GetFullPath(path),
         var path => throw new FailureException($"{member}: '{path}' is no full path"),
     };
-
-    /// <summary>Tells whether two names are names of one file, or of one device.</summary>
-    public static bool IsSameFile(string path, string other)
-    {
-        if (path == other)
-            return true;
-        return LinuxFile.Status(path, out FileStatus one) == Errno.None
-            && LinuxFile.Status(other, out FileStatus two) == Errno.None
-            && (one.IsSameFile(two)
-                || (one.Kind == FileKind.BlockDevice && two.Kind == FileKind.BlockDevice && one.Number == two.Number));
-    }
 }

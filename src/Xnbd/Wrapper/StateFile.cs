@@ -16,6 +16,8 @@ internal sealed class StateFile : IDisposable
 {
     private const int Version = 2;
 
+    private static readonly JsonDocumentOptions s_strict = new() { AllowDuplicateProperties = false };
+
     private readonly string _path;
     private readonly SafeFileHandle _lock;
     private JsonObject _document;
@@ -81,8 +83,7 @@ internal sealed class StateFile : IDisposable
     public void Save(IEnumerable<KeyValuePair<string, JsonNode?>> images)
     {
         JsonObject document = _document.DeepClone().AsObject();
-        document["images"] = new JsonObject(
-            images.Select(pair => KeyValuePair.Create(pair.Key, pair.Value?.DeepClone())));
+        document["images"] = Copy(images);
         string partial = _path + ".new";
         try
         {
@@ -103,6 +104,13 @@ internal sealed class StateFile : IDisposable
 
     /// <inheritdoc/>
     public void Dispose() => _lock.Dispose();
+
+    /// <summary>The text of a state file with these entries.</summary>
+    public static string Text(IEnumerable<KeyValuePair<string, JsonNode?>> images)
+        => Text(new JsonObject { ["version"] = Version, ["images"] = Copy(images) });
+
+    private static JsonObject Copy(IEnumerable<KeyValuePair<string, JsonNode?>> images)
+        => new(images.Select(pair => KeyValuePair.Create(pair.Key, pair.Value?.DeepClone())));
 
     private static string Text(JsonObject document)
     {
@@ -130,6 +138,26 @@ internal sealed class StateFile : IDisposable
     private FailureException Failure(Errno errno)
         => new($"the state file '{_path}' cannot be written: {errno.Describe()}");
 
+    /// <summary>Reads every text of a document, which is else read when it is needed.</summary>
+    /// <exception cref="InvalidOperationException">One is not valid Unicode.</exception>
+    private static void Validate(JsonNode? node)
+    {
+        if (node is JsonObject members)
+        {
+            foreach ((_, JsonNode? member) in members)
+                Validate(member);
+        }
+        else if (node is JsonArray elements)
+        {
+            foreach (JsonNode? element in elements)
+                Validate(element);
+        }
+        else if (node?.GetValueKind() == JsonValueKind.String)
+        {
+            _ = node.GetValue<string>();
+        }
+    }
+
     private static JsonObject Read(string path)
     {
         byte[] text;
@@ -148,16 +176,17 @@ internal sealed class StateFile : IDisposable
 
         try
         {
-            if (JsonNode.Parse(text) is not JsonObject document)
+            if (JsonNode.Parse(text, nodeOptions: null, s_strict) is not JsonObject document)
                 throw new FailureException($"'{path}' is no state of xnbd-wrapper: it is no JSON object");
             if (document["version"] is not JsonValue version || !version.TryGetValue(out int number)
                 || number != Version)
                 throw new FailureException($"the state file '{path}' is not of version {Version}");
+            Validate(document);
             document["images"] ??= new JsonObject();
             return document["images"] is JsonObject
                 ? document : throw new FailureException($"the state file '{path}': images is no object");
         }
-        catch (Exception failure) when (failure is JsonException or ArgumentException)
+        catch (Exception failure) when (failure is JsonException or ArgumentException or InvalidOperationException)
         {
             throw new FailureException($"the state file '{path}' is no JSON: {failure.Message}");
         }

@@ -84,6 +84,15 @@ internal static class WrapperCommandLine
             Description = "Write the process's number to this file; refused while another server holds it",
             HelpName = "FILE",
         };
+        var import = new Option<string?>("--import-nbd-server")
+        {
+            Description = "Do not serve; print the state that this configuration of nbd-server means",
+            HelpName = "CONFIG",
+        };
+        var load = new Option<bool>("--load")
+        {
+            Description = "With --import-nbd-server: add its exports to the state file",
+        };
         var server = new Option<string?>("--xnbd-server")
         {
             Description = "Without effect: this program serves by itself",
@@ -98,7 +107,7 @@ internal static class WrapperCommandLine
         var command = new Command(WrapperProgram.Name, "Serves many disks behind one address, by their names.")
         {
             images, address, port, oldPort, unix, socket, state, defaultExport, cow, readOnly, maxBuffer, maxQueue,
-            daemonize, logPath, syslog, pidFile, server, bgctl, oldServer,
+            daemonize, logPath, syslog, pidFile, import, load, server, bgctl, oldServer,
         };
         if (CommandLine.Parse(command, args) is not { } result)
             return null;
@@ -112,6 +121,8 @@ internal static class WrapperCommandLine
             throw new UsageException($"--imgfile: {fault}");
         if (result.GetValue(defaultExport) is "")
             throw new UsageException("--default-export: the name is empty");
+        if (result.GetValue(load) && result.GetValue(import) is null)
+            throw new UsageException("--load goes with --import-nbd-server only");
         Option[] withoutEffect = [server, bgctl, oldServer];
         return new WrapperOptions
         {
@@ -132,6 +143,8 @@ internal static class WrapperCommandLine
             LogPath = FullPath(logPath),
             Syslog = result.GetValue(syslog),
             PidFile = FullPath(pidFile),
+            ImportPath = FullPath(import),
+            Load = result.GetValue(load),
             WithoutEffect =
             [
                 .. withoutEffect.Where(option => result.GetResult(option) is { Implicit: false })

@@ -30,6 +30,9 @@ internal sealed class WrapperEntry(ExportDefinition definition)
     /// <summary>The state file has it. Otherwise it is of the command line, or is just being added.</summary>
     public bool IsKept { get; set; }
 
+    /// <summary>The files that it uses, as they were found.</summary>
+    public FileUse[] Files { get; set; } = [];
+
     /// <summary>What becomes of it.</summary>
     public EntryState State { get; set; } = EntryState.Opening;
 

@@ -16,8 +16,9 @@ namespace Xnbd.Programs.Wrapper;
 /// step fails, nothing has changed. A failure of the last step is logged, and shown in the list.
 /// </para>
 /// <para>
-/// An entry of the state file that cannot be read or opened stays in the file, is shown with the reason, and is tried
-/// again every <see cref="s_retryTime"/> (a remote may come back).
+/// An entry of the state file that makes no sense, or cannot be opened, stays in the file, and is shown with the reason.
+/// Opening is tried again every <see cref="s_retryTime"/>: a remote may come back. Files are looked at and opened
+/// without a lock and on threads of their own, since a file system may not answer.
 /// </para>
 /// <c>_changing</c> is held while the state is saved and what was saved comes true, and during a reload. <c>_lock</c>
 /// guards the lists, and is held for moments; queries take only this one. The first one is taken before the second.
@@ -25,6 +26,12 @@ namespace Xnbd.Programs.Wrapper;
 internal sealed class WrapperExports : IDisposable
 {
     private static readonly TimeSpan s_retryTime = TimeSpan.FromSeconds(10);
+
+    /// <summary>How long a start or a reload waits for one image to be opened; then it goes on without it.</summary>
+    private static readonly TimeSpan s_maxOpen = TimeSpan.FromSeconds(1);
+
+    /// <summary>How long a reload waits for an export to be closed.</summary>
+    private static readonly TimeSpan s_maxLeave = TimeSpan.FromSeconds(10);
 
     private readonly WrapperOptions _options;
     private readonly StateFile _state;
@@ -69,7 +76,7 @@ internal sealed class WrapperExports : IDisposable
             try
             {
                 WrapperEntry entry = Reserve(definition);
-                TryPublish(entry, Open(definition));
+                TryPublish(entry, Open(entry));
             }
             catch (Exception failure) when (failure is FailureException or DiskException)
             {
@@ -87,7 +94,7 @@ internal sealed class WrapperExports : IDisposable
         ServedDisk? served = null;
         try
         {
-            served = Open(definition); // this may take a while
+            served = Open(entry); // this may take a while
             lock (_changing)
             {
                 Save(with: entry);
@@ -118,12 +125,17 @@ internal sealed class WrapperExports : IDisposable
             {
                 entry = Find(name);
                 if (entry is null && !_unreadable.ContainsKey(name))
-                    throw NoExport(name);
+                {
+                    WrapperEntry? leaving = _entries.Find(other => other.Definition.Name == name);
+                    return Expel(leaving ?? throw NoExport(name), grace);
+                }
+
                 if (entry is { IsKept: false, State: EntryState.Opening })
                     throw new FailureException($"the export '{name}' is just being added");
             }
 
-            Save(without: name);
+            if (entry is not { IsKept: false })
+                Save(without: name);
             if (entry is null)
             {
                 lock (_lock)
@@ -198,8 +210,9 @@ internal sealed class WrapperExports : IDisposable
                 }
 
                 changes.Add(isThere ? $"changed: {name}" : $"removed: {name}");
-                if (!Close(entry, isThere ? TimeSpan.Zero : Timeout.InfiniteTimeSpan, wait: isThere))
-                    wanted.Remove(name);
+                int clients = Leave(entry, isThere ? TimeSpan.Zero : TimeSpan.MaxValue);
+                if (isThere || clients == 0)
+                    WaitUntilLeft(entry); // its files may be those of another entry
             }
 
             foreach ((string name, JsonNode? json) in wanted)
@@ -211,19 +224,33 @@ internal sealed class WrapperExports : IDisposable
         }
 
         return changes;
+    }
 
-        bool Close(WrapperEntry entry, TimeSpan grace, bool wait)
+    /// <summary>Waits a while until an export that is leaving is closed.</summary>
+    private void WaitUntilLeft(WrapperEntry entry)
+    {
+        long end = Environment.TickCount64 + (long)s_maxLeave.TotalMilliseconds;
+        lock (_lock)
         {
-            Leave(entry, grace == Timeout.InfiniteTimeSpan ? TimeSpan.MaxValue : grace);
-            if (!wait)
-                return true;
-            lock (_lock)
-            {
-                long end = Environment.TickCount64 + 30_000;
-                while (_entries.Contains(entry) && entry.Problem is null && end > Environment.TickCount64)
-                    Monitor.Wait(_lock, 100);
-                return !_entries.Contains(entry);
-            }
+            while (_entries.Contains(entry) && entry.Problem is null && end > Environment.TickCount64)
+                Monitor.Wait(_lock, 100);
+        }
+    }
+
+    /// <summary>Ends the time of the clients of an export that was removed before. The lock is held.</summary>
+    /// <returns>The number of clients that are still in.</returns>
+    private int Expel(WrapperEntry leaving, TimeSpan grace)
+    {
+        if (grace == TimeSpan.Zero)
+            _server.Expel(leaving.Export!);
+        else if (grace != TimeSpan.MaxValue && LinuxThread.TryStart("grace", ExpelLater) is null)
+            throw new FailureException("the system has no thread to spare");
+        return leaving.Served!.Traffic().Connections;
+
+        void ExpelLater()
+        {
+            _stop.WaitHandle.WaitOne((int)Math.Min(grace.TotalMilliseconds, int.MaxValue));
+            _server.Expel(leaving.Export!);
         }
     }
 
@@ -243,13 +270,13 @@ internal sealed class WrapperExports : IDisposable
     /// <summary>The names of the exports that use a file.</summary>
     public IReadOnlyList<string> NamesOf(string path)
     {
+        FileUse wanted = FileUse.Of(path, isChanged: false);
         lock (_lock)
         {
             return
             [
-                .. _entries.Where(entry => entry.State != EntryState.Leaving)
-                    .Where(e => e.Definition.Files(_options).Any(f => ExportDefinition.IsSameFile(f.Path, path)))
-                    .Select(entry => entry.Definition.Name),
+                .. _entries.Where(entry => entry.Files.Any(file => file.IsSame(wanted)))
+                    .Select(entry => entry.Definition.Name).Distinct(),
             ];
         }
     }
@@ -323,13 +350,17 @@ internal sealed class WrapperExports : IDisposable
     private WrapperEntry? Find(string name)
         => _entries.Find(entry => entry.Definition.Name == name && entry.State != EntryState.Leaving);
 
-    private ServedDisk Open(ExportDefinition definition)
+    private ServedDisk Open(WrapperEntry entry)
     {
+        ExportDefinition definition = entry.Definition;
         ServedDisk served = definition.Open(_options, new ExportLog(definition.Name, _log), _stop);
         try
         {
             if (definition.ControlSocket is { } path)
                 served.OpenControl(path);
+            FileUse[] files = definition.Files(_options); // some have been made only now
+            lock (_lock)
+                entry.Files = files;
             return served;
         }
         catch
@@ -343,43 +374,41 @@ internal sealed class WrapperExports : IDisposable
     /// <exception cref="FailureException">They are in use.</exception>
     private WrapperEntry Reserve(ExportDefinition definition)
     {
+        var entry = new WrapperEntry(definition) { Files = definition.Files(_options) };
         lock (_lock)
         {
             if (Find(definition.Name) is not null || _unreadable.ContainsKey(definition.Name))
                 throw new FailureException($"there is an export '{definition.Name}' already");
-            ThrowIfInUse(definition);
-            var entry = new WrapperEntry(definition);
+            ThrowIfInUse(entry);
             _entries.Add(entry);
             return entry;
         }
     }
 
-    /// <summary>Two exports may not change one file, nor may one change what another one relies on.</summary>
-    private void ThrowIfInUse(ExportDefinition definition)
+    /// <summary>
+    /// Two exports may not change one file, nor may one change what another one relies on. The lock is held.
+    /// </summary>
+    private void ThrowIfInUse(WrapperEntry wanted)
     {
-        (string Path, bool IsChanged)[] files = [.. definition.Files(_options)];
-        for (int i = 0; i < files.Length; i++)
+        FileUse[] files = wanted.Files;
+        for (int i = 1; i < files.Length; i++)
         {
-            for (int j = 0; j < i; j++)
-            {
-                if (ExportDefinition.IsSameFile(files[i].Path, files[j].Path))
-                    throw new FailureException($"'{files[i].Path}' and '{files[j].Path}' are one file");
-            }
+            if (files[..i].FirstOrDefault(other => other.IsSame(files[i])) is { Path: { } same })
+                throw new FailureException($"'{files[i].Path}' and '{same}' are one file");
         }
 
-        foreach (WrapperEntry entry in _entries.Where(entry => entry.HoldsFiles))
+        foreach (WrapperEntry entry in _entries.Where(entry => entry != wanted && entry.HoldsFiles))
         {
-            foreach ((string path, bool isChanged) in entry.Definition.Files(_options))
+            foreach (FileUse file in entry.Files)
             {
-                foreach ((string own, bool changes) in files)
+                foreach (FileUse own in files)
                 {
-                    if ((changes || isChanged) && ExportDefinition.IsSameFile(own, path))
-                    {
-                        string leaving = entry.State == EntryState.Leaving ? ", which is being removed" : "";
-                        throw new FailureException(
-                            $"'{own}' is {(isChanged ? "written" : "used")} by the export '{entry.Definition.Name}'"
-                            + leaving);
-                    }
+                    if (!(own.IsChanged || file.IsChanged) || !own.IsSame(file))
+                        continue;
+                    string leaving = entry.State == EntryState.Leaving ? ", which is being removed" : "";
+                    throw new FailureException(
+                        $"'{own.Path}' is {(file.IsChanged ? "written" : "used")} by the export "
+                        + $"'{entry.Definition.Name}'{leaving}");
                 }
             }
         }
@@ -418,21 +447,21 @@ internal sealed class WrapperExports : IDisposable
 
     private void Save(WrapperEntry? with = null, string? without = null)
     {
-        KeyValuePair<string, JsonNode?>[] images;
+        Dictionary<string, JsonNode?> images;
         lock (_lock)
         {
-            images =
-            [
-                .. _entries.Where(entry => (entry.IsKept && entry.State != EntryState.Leaving) || entry == with)
-                    .Select(e => KeyValuePair.Create(e.Definition.Name, (JsonNode?)e.Definition.ToJson())),
-                .. _unreadable.Select(pair => KeyValuePair.Create(pair.Key, pair.Value.Json)),
-            ];
+            images = _unreadable.ToDictionary(pair => pair.Key, pair => pair.Value.Json);
+            foreach (WrapperEntry entry in _entries)
+            {
+                if ((entry.IsKept && entry.State != EntryState.Leaving) || entry == with)
+                    images[entry.Definition.Name] = entry.Definition.ToJson();
+            }
         }
 
         _state.Save(images.Where(pair => pair.Key != without));
     }
 
-    /// <summary>Opens an export of the state file: at once, or in the background if it may have to wait.</summary>
+    /// <summary>Opens an export of the state file. If that takes long, it goes on in the background.</summary>
     private void OpenOfState(string name, JsonNode? json)
     {
         WrapperEntry entry;
@@ -440,14 +469,15 @@ internal sealed class WrapperExports : IDisposable
         {
             if (json is not JsonObject members)
                 throw new FailureException("it is no JSON object");
-            var definition = new ExportDefinition(name, members);
+            entry = new WrapperEntry(new ExportDefinition(name, members)) { IsKept = true };
             lock (_lock)
             {
-                ThrowIfInUse(definition);
-                _entries.Add(entry = new WrapperEntry(definition) { IsKept = true });
+                if (Find(name) is not null)
+                    throw new FailureException("there is an export of this name that is not of the state file");
+                _entries.Add(entry);
             }
         }
-        catch (FailureException failure)
+        catch (Exception failure) when (failure is FailureException or InvalidOperationException or ArgumentException)
         {
             lock (_lock)
                 _unreadable[name] = (json, failure.Message);
@@ -455,29 +485,41 @@ internal sealed class WrapperExports : IDisposable
             return;
         }
 
-        bool mayWait = entry.Definition.Mode == ExportDefinition.Proxy;
-        if (!mayWait || LinuxThread.TryStart("opening", () => TryOpen(entry)) is null)
+        StartOpening(entry);
+    }
+
+    /// <summary>Opens an export on a thread of its own, and waits a moment for it, unless it is a proxy.</summary>
+    private void StartOpening(WrapperEntry entry)
+    {
+        bool isProxy = entry.Definition.Mode == ExportDefinition.Proxy;
+        Thread? opening = LinuxThread.TryStart("opening", () => TryOpen(entry));
+        if (opening is null)
             TryOpen(entry);
+        else if (!isProxy)
+            opening.Join(s_maxOpen);
     }
 
     /// <summary>Opens an export that has its place in the list. If that fails, it is tried again later.</summary>
     private void TryOpen(WrapperEntry entry)
     {
-        ServedDisk? served = null;
-        string? problem = null;
+        string problem;
         try
         {
-            served = Open(entry.Definition);
-        }
-        catch (Exception failure) when (failure is FailureException or DiskException or OperationCanceledException)
-        {
-            problem = Advice.Describe(failure);
-        }
+            FileUse[] files = entry.Definition.Files(_options);
+            lock (_lock)
+            {
+                entry.Files = files;
+                ThrowIfInUse(entry);
+            }
 
-        if (served is not null)
-        {
-            TryPublish(entry, served);
+            TryPublish(entry, Open(entry));
             return;
+        }
+        catch (Exception failure)
+        {
+            // Whatever is wrong with one export, the others are served.
+            problem = failure is FailureException or DiskException or OperationCanceledException
+                ? Advice.Describe(failure) : failure.ToString();
         }
 
         lock (_lock)
@@ -523,19 +565,10 @@ internal sealed class WrapperExports : IDisposable
                 {
                     if (!_entries.Contains(entry) || entry.State != EntryState.Failed)
                         continue;
-                    try
-                    {
-                        ThrowIfInUse(entry.Definition);
-                    }
-                    catch (FailureException)
-                    {
-                        continue;
-                    }
-
                     entry.State = EntryState.Opening;
                 }
 
-                TryOpen(entry);
+                StartOpening(entry);
             }
         }
     }
@@ -559,7 +592,11 @@ internal sealed class WrapperExports : IDisposable
         }
 
         if (LinuxThread.TryStart("removal", Close) is null)
+        {
+            grace = TimeSpan.Zero; // it cannot wait here
             Close();
+        }
+
         return clients;
 
         void Close()

@@ -49,6 +49,7 @@ internal sealed class WrapperMethods(WrapperExports exports, NbdServer server, I
     private static TimeSpan Grace(JsonObject parameters) => parameters["grace-ms"]?.GetValue<long>() switch
     {
         null => TimeSpan.MaxValue,
+        > int.MaxValue => TimeSpan.MaxValue,
         >= 0 and var milliseconds => TimeSpan.FromMilliseconds(milliseconds),
         _ => throw new ControlException(ControlException.InvalidParameters, "grace-ms is less than 0"),
     };

@@ -32,6 +32,12 @@ internal sealed record WrapperOptions : ListenOptions
     /// <summary>Likewise, in bytes.</summary>
     public int MaxBytes { get; init; } = ProxyOptions.DefaultBytes;
 
+    /// <summary>A configuration of nbd-server that is to be taken over, in place of serving; null for none.</summary>
+    public string? ImportPath { get; init; }
+
+    /// <summary>What is taken over goes into the state file; otherwise it is printed.</summary>
+    public bool Load { get; init; }
+
     /// <summary>Options of the original that have no effect here, and were given.</summary>
     public IReadOnlyList<string> WithoutEffect { get; init; } = [];
 }

@@ -1,3 +1,4 @@
+using System.Text.Json.Nodes;
 using Microsoft.Extensions.Logging;
 using Xnbd.Control;
 using Xnbd.Linux;
@@ -23,7 +24,29 @@ internal sealed class WrapperProgram : ServerBase
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
     public static int Run(string[] args)
-        => Run(Name, args, WrapperCommandLine.Parse, (options, log) => new WrapperProgram(options, log));
+        => Run(Name, args, Parse, (options, log) => new WrapperProgram(options, log));
+
+    /// <returns>Null when there is nothing to serve: all was printed.</returns>
+    private static WrapperOptions? Parse(string[] args)
+    {
+        WrapperOptions? options = WrapperCommandLine.Parse(args);
+        if (options?.ImportPath is not { } path)
+            return options;
+        IReadOnlyDictionary<string, JsonNode?> images = NbdServerConfig.Read(
+            path, line => Console.Error.WriteLine($"{Name}: {line}"));
+        if (!options.Load)
+        {
+            Console.WriteLine(StateFile.Text(images));
+            return null;
+        }
+
+        using StateFile state = StateFile.Open(options.StatePath);
+        if (state.Images.FirstOrDefault(known => images.ContainsKey(known.Key)).Key is { } name)
+            throw new FailureException($"the state file has an export '{name}' already: nothing was changed");
+        state.Save(state.Images.Concat(images));
+        Console.WriteLine($"added to '{options.StatePath}': {string.Join(", ", images.Keys)}");
+        return null;
+    }
 
     /// <inheritdoc/>
     protected override void Serve()
