@@ -16,9 +16,9 @@ namespace Xnbd.Programs.Wrapper;
 /// step fails, nothing has changed. A failure of the last step is logged, and shown in the list.
 /// </para>
 /// <para>
-/// An entry of the state file that makes no sense, or cannot be opened, stays in the file, and is shown with the reason.
-/// Opening is tried again every <see cref="s_retryTime"/>: a remote may come back. Files are looked at and opened
-/// without a lock and on threads of their own, since a file system may not answer.
+/// An entry of the state file that makes no sense, or cannot be opened, stays in the file, and is shown with the
+/// reason. Opening is tried again every <see cref="s_retryTime"/>: a remote may come back. Files are looked at and
+/// opened without a lock and on threads of their own, since a file system may not answer.
 /// </para>
 /// <c>_changing</c> is held while the state is saved and what was saved comes true, and during a reload. <c>_lock</c>
 /// guards the lists, and is held for moments; queries take only this one. The first one is taken before the second.
