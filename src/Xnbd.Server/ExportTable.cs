@@ -2,7 +2,7 @@ namespace Xnbd.Server;
 
 /// <summary>
 /// The exports of a server, by name. They may come and go at any time, on any thread; a handshake sees the table as it
-/// is at that moment. <see cref="NbdServer.Remove"/> removes one together with its sessions.
+/// is at that moment. <see cref="NbdServer.Remove"/> ends the sessions of one, too.
 /// </summary>
 public sealed class ExportTable
 {
@@ -51,8 +51,11 @@ public sealed class ExportTable
         }
     }
 
-    /// <summary>Removes an export: clients that have not entered it yet do not find it any more.</summary>
-    internal void Remove(Export export)
+    /// <summary>
+    /// Removes an export, if it is there: clients that have not entered it yet do not find it any more, and its name is
+    /// free.
+    /// </summary>
+    public void Remove(Export export)
     {
         lock (_changing)
             _contents = Contents.Of([.. _contents.All.Where(other => other != export)]);

@@ -17,21 +17,26 @@ internal static class ControlProgram
 
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
-    public static int Run(string[] args)
+    public static int Run(string[] args) => Run(Name, () => Control(args));
+
+    /// <summary>Runs a control program, and reports what goes wrong.</summary>
+    /// <param name="name">The program's name.</param>
+    /// <param name="control">What it does; returns the exit code.</param>
+    internal static int Run(string name, Func<int> control)
     {
         try
         {
-            return Control(args);
+            return control();
         }
         catch (UsageException failure)
         {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
-            Console.Error.WriteLine($"Try '{Name} --help' for more information.");
+            Console.Error.WriteLine($"{name}: {failure.Message}");
+            Console.Error.WriteLine($"Try '{name} --help' for more information.");
             return ExitCode.Usage;
         }
         catch (Exception failure) when (failure is FailureException or ControlException or IOException)
         {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
+            Console.Error.WriteLine($"{name}: {failure.Message}");
             return ExitCode.Failure;
         }
     }

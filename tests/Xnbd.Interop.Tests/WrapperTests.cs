@@ -1,5 +1,6 @@
 using System.Text;
 using System.Text.Json.Nodes;
+using Xnbd.Control;
 using Xnbd.Protocol;
 using Xnbd.TestKit;
 
@@ -274,6 +275,33 @@ public sealed class WrapperTests : IDisposable
         await wrapper.Do("--remove-by-exportname", "a", "--force");
         Assert.True(client.IsClosed());
         Assert.Empty(await wrapper.List());
+    }
+
+    /// <summary>A name is free as soon as the removal is answered, and its new bearer is found.</summary>
+    [Fact]
+    public void A_name_can_be_used_again_at_once_while_the_old_export_is_leaving()
+    {
+        string other = _folder.Random("other.img", 8192);
+        using var wrapper = new WrapperProcess(_folder);
+        using var control = new ControlClient(_folder.File("w.ctl"));
+        JsonObject Target(string path) => new()
+        {
+            ["name"] = "a",
+            ["definition"] = new JsonObject { ["mode"] = "target", ["image_path"] = path },
+        };
+        for (int round = 0; round < 50; round++)
+        {
+            control.Call("add", Target(_image));
+            using NbdTestClient stays = wrapper.Open("a");
+            control.Call("remove", new JsonObject { ["name"] = "a" });
+            control.Call("add", Target(other));
+            using NbdTestClient client = wrapper.Open("a");
+            Assert.Equal((1UL << 20, 8192UL), (stays.Size, client.Size));
+            stays.Disconnect();
+            client.Disconnect();
+            control.Call("remove", new JsonObject { ["name"] = "a", ["grace-ms"] = 0 });
+            Wait.Until(() => control.Call("list")!.AsArray().Count == 0, "both are closed");
+        }
     }
 
     [Fact]

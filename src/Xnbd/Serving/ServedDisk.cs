@@ -82,17 +82,7 @@ internal abstract class ServedDisk : IDisposable
 
     /// <summary>Opens its control channel.</summary>
     /// <exception cref="FailureException">It cannot be opened.</exception>
-    public void OpenControl(string path)
-    {
-        try
-        {
-            _control = ControlServer.Start(path, Call);
-        }
-        catch (Exception failure) when (failure is IOException or ArgumentException)
-        {
-            throw new FailureException($"cannot listen on the control socket '{path}': {failure.Message}");
-        }
-    }
+    public void OpenControl(string path) => _control = ServerSockets.OpenControl(path, Call);
 
     /// <summary>Carries out a method of the control channel (docs/control.md), on any thread.</summary>
     /// <exception cref="ControlException">It failed; the message says why.</exception>
@@ -105,7 +95,7 @@ internal abstract class ServedDisk : IDisposable
             return method switch
             {
                 "query" => Query(),
-                "clients" => ClientsJson.Of(_server!.ClientsOf(_export!)),
+                "clients" => ClientsJson.Of(_server?.ClientsOf(_export!) ?? []),
                 "snapshot" => Snapshots.Start(),
                 "snapshot.status" => Snapshots.Status(parameters["wait-ms"]?.GetValue<int>() ?? 0),
                 "snapshot.cancel" => Snapshots.Cancel(),

@@ -1,6 +1,8 @@
 using System.Net;
 using System.Net.Sockets;
+using System.Text.Json.Nodes;
 using Microsoft.Win32.SafeHandles;
+using Xnbd.Control;
 using Xnbd.Linux;
 using Xnbd.Server;
 
@@ -24,6 +26,22 @@ internal sealed class ServerSockets(ListenOptions options, Supervision supervisi
             using var other = new SafeFileHandle(descriptor, ownsHandle: false);
             if (LinuxFile.Status(other, out FileStatus status) != Errno.None || status.IsSameFile(connection))
                 StandardStreams.RedirectToNull(descriptor);
+        }
+    }
+
+    /// <summary>Opens a control channel.</summary>
+    /// <param name="path">Its socket.</param>
+    /// <param name="call">Carries out a method, on any thread.</param>
+    /// <exception cref="FailureException">It cannot be opened.</exception>
+    public static ControlServer OpenControl(string path, Func<string, JsonObject, JsonNode?> call)
+    {
+        try
+        {
+            return ControlServer.Start(path, call);
+        }
+        catch (Exception failure) when (failure is IOException or ArgumentException)
+        {
+            throw new FailureException($"cannot listen on the control socket '{path}': {failure.Message}");
         }
     }
 

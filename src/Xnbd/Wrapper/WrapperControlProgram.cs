@@ -107,23 +107,7 @@ internal sealed class WrapperControlProgram
     /// <summary>Runs the program.</summary>
     /// <returns>Its exit code.</returns>
     public static int Run(string[] args)
-    {
-        try
-        {
-            return new WrapperControlProgram().Control(args);
-        }
-        catch (UsageException failure)
-        {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
-            Console.Error.WriteLine($"Try '{Name} --help' for more information.");
-            return ExitCode.Usage;
-        }
-        catch (Exception failure) when (failure is FailureException or ControlException or IOException)
-        {
-            Console.Error.WriteLine($"{Name}: {failure.Message}");
-            return ExitCode.Failure;
-        }
-    }
+        => ControlProgram.Run(Name, () => new WrapperControlProgram().Control(args));
 
     private int Control(string[] args)
     {

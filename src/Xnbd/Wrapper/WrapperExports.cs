@@ -41,7 +41,7 @@ internal sealed class WrapperExports : IDisposable
     private readonly CancellationToken _stop;
     private readonly Lock _changing = new();
     private readonly object _lock = new();
-    private readonly List<WrapperEntry> _entries = []; // in the order in which they came; then those that are leaving
+    private readonly List<WrapperEntry> _entries = []; // in the order in which they came
     private readonly Dictionary<string, (JsonNode? Json, string Problem)> _unreadable = []; // entries of the state file
     private int _closing; // removals that are not complete
     private bool _isRetrying;
@@ -76,7 +76,7 @@ internal sealed class WrapperExports : IDisposable
             try
             {
                 WrapperEntry entry = Reserve(definition);
-                TryPublish(entry, Open(entry));
+                Publish(entry, Open(entry));
             }
             catch (Exception failure) when (failure is FailureException or DiskException)
             {
@@ -99,7 +99,7 @@ internal sealed class WrapperExports : IDisposable
             {
                 Save(with: entry);
                 entry.IsKept = true;
-                TryPublish(entry, served);
+                Publish(entry, served);
             }
         }
         catch
@@ -223,6 +223,8 @@ internal sealed class WrapperExports : IDisposable
             }
         }
 
+        string what = changes.Count > 0 ? string.Join(", ", changes) : "all is as it was";
+        _log.LogInformation("the state was read again; {Changes}", what);
         return changes;
     }
 
@@ -414,27 +416,24 @@ internal sealed class WrapperExports : IDisposable
         }
     }
 
-    /// <summary>Shows an export to clients.</summary>
-    /// <returns>False if it was removed meanwhile: then the disk is closed.</returns>
-    private bool TryPublish(WrapperEntry entry, ServedDisk served)
+    /// <summary>Shows an export to clients; if it was removed meanwhile, closes its disk.</summary>
+    private void Publish(WrapperEntry entry, ServedDisk served)
     {
         Export export = served.ExportAs(entry.Definition.Name);
         served.Attach(_server, export);
         bool isWanted;
         lock (_lock)
         {
-            isWanted = _entries.Contains(entry) && entry.State == EntryState.Opening && !_stop.IsCancellationRequested;
+            isWanted = _entries.Contains(entry) && entry.State == EntryState.Opening && !_stop.IsCancellationRequested
+                && _table.Add(export);
             if (isWanted)
-            {
                 (entry.Served, entry.Export, entry.State, entry.Problem) = (served, export, EntryState.Served, null);
-                _table.Add(export);
-            }
         }
 
         if (!isWanted)
         {
             served.Dispose();
-            return false;
+            return;
         }
 
         _log.LogInformation(
@@ -442,7 +441,6 @@ internal sealed class WrapperExports : IDisposable
             entry.Definition.Name,
             served.Description,
             string.Join(", ", _server.UrisOf(entry.Definition.Name)));
-        return true;
     }
 
     private void Save(WrapperEntry? with = null, string? without = null)
@@ -512,7 +510,7 @@ internal sealed class WrapperExports : IDisposable
                 ThrowIfInUse(entry);
             }
 
-            TryPublish(entry, Open(entry));
+            Publish(entry, Open(entry));
             return;
         }
         catch (Exception failure)
@@ -588,6 +586,7 @@ internal sealed class WrapperExports : IDisposable
             }
 
             entry.State = EntryState.Leaving;
+            _table.Remove(entry.Export); // its name is free from here on
             _closing++;
         }
 

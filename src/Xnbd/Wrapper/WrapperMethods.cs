@@ -1,5 +1,4 @@
 using System.Text.Json.Nodes;
-using Microsoft.Extensions.Logging;
 using Xnbd.Control;
 using Xnbd.Programs.Serving;
 using Xnbd.Server;
@@ -11,7 +10,7 @@ namespace Xnbd.Programs.Wrapper;
 /// The methods of the control channel of <c>xnbd-wrapper</c> (docs/control.md). A call that names an export goes to its
 /// disk.
 /// </summary>
-internal sealed class WrapperMethods(WrapperExports exports, NbdServer server, ILogger log, Action<TimeSpan> shutDown)
+internal sealed class WrapperMethods(WrapperExports exports, NbdServer server, Action<TimeSpan> shutDown)
 {
     /// <summary>Carries out a method.</summary>
     /// <exception cref="ControlException">It failed; the message says why.</exception>
@@ -79,12 +78,7 @@ internal sealed class WrapperMethods(WrapperExports exports, NbdServer server, I
         return [];
     }
 
-    private JsonArray Reload()
-    {
-        IReadOnlyList<string> changes = exports.Reload();
-        log.LogInformation("the state was read again: {Count} changes", changes.Count);
-        return [.. changes.Select(change => (JsonNode)change)];
-    }
+    private JsonArray Reload() => [.. exports.Reload().Select(change => (JsonNode)change)];
 
     private JsonObject ShutDown(JsonObject parameters)
     {
@@ -98,15 +92,11 @@ internal sealed class WrapperMethods(WrapperExports exports, NbdServer server, I
         JsonNode? answer = exports.Disk(name).Call(method, parameters);
         if (method == "reconnect" && parameters["host"] is not null)
         {
-            exports.Redefine(
-                name,
-                definition => parameters["export-name"]?.GetValue<string>() is { } remote
-                    ? definition.With(
-                        ("remote_host", Text(parameters, "host")),
-                        ("remote_port", Text(parameters, "port")),
-                        ("remote_export_name", remote))
-                    : definition.With(
-                        ("remote_host", Text(parameters, "host")), ("remote_port", Text(parameters, "port"))));
+            List<(string, string?)> members =
+                [("remote_host", Text(parameters, "host")), ("remote_port", Text(parameters, "port"))];
+            if (parameters["export-name"]?.GetValue<string>() is { } remote)
+                members.Add(("remote_export_name", remote));
+            exports.Redefine(name, definition => definition.With([.. members]));
         }
 
         return answer;

@@ -4,7 +4,6 @@ using Xnbd.Control;
 using Xnbd.Linux;
 using Xnbd.Programs.Serving;
 using Xnbd.Server;
-using Xnbd.Storage;
 
 namespace Xnbd.Programs.Wrapper;
 
@@ -60,14 +59,14 @@ internal sealed class WrapperProgram : ServerBase
             table, HandshakeStyle.FixedNewstyle, Log, ServerLimits.MaxBytesInFlight);
         using var exports = new WrapperExports(_options, state, server, table, Log, Stopping);
         _exports = exports;
-        var methods = new WrapperMethods(exports, server, Log, grace => ShutDown(server, grace));
+        var methods = new WrapperMethods(exports, server, grace => ShutDown(server, grace));
         ControlServer? control = null;
         try
         {
             Listen(server, runtimeThreads, () =>
             {
                 exports.OpenAll();
-                control = OpenControl(methods);
+                control = ServerSockets.OpenControl(_options.ControlPath, methods.Call);
                 BeginService();
             });
             WaitForEnd(server, exports.FlushAll, exports.WaitUntilEnded);
@@ -98,26 +97,11 @@ internal sealed class WrapperProgram : ServerBase
     /// <inheritdoc/>
     protected override void Abandon() => _exports?.Abandon();
 
-    private ControlServer OpenControl(WrapperMethods methods)
-    {
-        try
-        {
-            return ControlServer.Start(_options.ControlPath, methods.Call);
-        }
-        catch (Exception failure) when (failure is IOException or ArgumentException)
-        {
-            throw new FailureException(
-                $"cannot listen on the control socket '{_options.ControlPath}': {failure.Message}");
-        }
-    }
-
     private void Reload()
     {
         try
         {
-            IReadOnlyList<string> changes = _exports!.Reload();
-            string what = changes.Count > 0 ? string.Join(", ", changes) : "all is as it was";
-            Log.LogInformation("the state was read again; {Changes}", what);
+            _ = _exports!.Reload();
         }
         catch (FailureException failure)
         {
@@ -130,7 +114,7 @@ internal sealed class WrapperProgram : ServerBase
     {
         Log.LogInformation("the server ends when its clients have left");
         if (LinuxThread.TryStart("shutdown", Drain) is null)
-            throw new DiskException(DiskError.NoSpace, "the system has no thread to spare");
+            throw new FailureException("the system has no thread to spare");
 
         void Drain()
         {
