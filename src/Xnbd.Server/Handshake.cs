@@ -117,7 +117,8 @@ internal sealed class Handshake
     private bool Negotiate()
     {
         Span<byte> headerBytes = stackalloc byte[NbdSize.OptionHeader];
-        for (int count = 0; count < ServerLimits.MaxOptions; count++)
+        long maxOptions = ServerLimits.MaxOptions + ((long)ServerLimits.MaxOptionsPerExport * _exports.All.Count);
+        for (long count = 0; count < maxOptions; count++)
         {
             if (!_connection.ReceiveExactly(headerBytes, _deadline))
                 return false;

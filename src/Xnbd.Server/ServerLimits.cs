@@ -17,8 +17,13 @@ public static class ServerLimits
     /// <summary>Connections that may be in their handshake at once; a further one replaces the oldest.</summary>
     public const int MaxHandshakes = 100;
 
-    /// <summary>Options a client may send; real ones send fewer than ten.</summary>
+    /// <summary>Options a client may send; one that wants an export sends fewer than ten.</summary>
     public const int MaxOptions = 256;
+
+    /// <summary>
+    /// Further ones for each export: <c>nbdinfo --list</c> asks about all of them, with several options each.
+    /// </summary>
+    public const int MaxOptionsPerExport = 16;
 
     /// <summary>
     /// The longest option data that is read: an export's name, and a dozen queries of the greatest length.

@@ -62,6 +62,16 @@ public sealed class WrapperLoadTests : IDisposable
         }
     }
 
+    [Fact]
+    public async Task All_of_many_exports_are_listed_and_described()
+    {
+        const int count = 300; // with more options than a client of one export may send
+        WriteState(count);
+        using var wrapper = new WrapperProcess(_folder);
+        string listed = await Tool.Succeed("nbdinfo", "--list", wrapper.Server.Uri);
+        Assert.Equal(count, listed.Split("export-size: 1048576").Length - 1);
+    }
+
     /// <summary>
     /// Whenever the wrapper is killed, its state is the one before or after the change that was under way.
     /// </summary>

@@ -274,7 +274,7 @@ public sealed class HandshakeTests : IDisposable
     public void Too_many_options_end_the_connection()
     {
         using NbdTestClient client = Started();
-        for (int i = 0; i < ServerLimits.MaxOptions; i++)
+        for (int i = 0; i < ServerLimits.MaxOptions + ServerLimits.MaxOptionsPerExport; i++)
             client.Ask(NbdOption.List);
         Assert.True(client.IsClosed());
     }
